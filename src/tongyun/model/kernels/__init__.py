@@ -57,7 +57,7 @@ class TorchOps:
         rows = order // chosen_TN.shape[1]
         counts = torch.bincount(chosen_TN.flatten(), minlength=gate_up_EOD.shape[0]).tolist()
         outputs = []
-        for expert, x in enumerate(x_TD[rows].split(counts)):
+        for expert, x in enumerate(torch.split(x_TD[rows], counts)):
             if len(x):
                 inner = self.swiglu(self.linear(x, gate_up_EOD[expert]))
                 outputs.append(self.linear(inner, down_EDI[expert]))
