@@ -43,7 +43,8 @@ class Operator:
     """One operator of one rank, executed `repeat` times in a step (once a layer, usually).
 
     All counts are for one execution on one rank. `m`, `n`, `k` are the matmul's rows,
-    columns and inner size (for a grouped matmul `m` is the rows over all groups).
+    columns and inner size (for a grouped matmul `m` is the rows over all groups; for
+    attention `m` is query rows over all heads, `n` heads, `k` head width, `groups` sequences).
     """
 
     name: str
