@@ -69,6 +69,7 @@ class Operator:
     axis: str = ""
     """Collectives only: the parallel axis (tp, ep, dp, pp)."""
     ranks: int = 1
+    """Collectives only: consecutive ranks that take part; for a send, those of the whole replica."""
     payload_bytes: Number = 0
     """Collectives only: bytes each rank puts in (all-reduce, all-to-all, send) or holds
     once the collective is over (all-gather) or before it (reduce-scatter)."""
