@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.space import Question, cuts, grid
-from tongyun.codesign.steady import USABLE_MEMORY, Steady, steady
+from tongyun.codesign.steady import USABLE_MEMORY, Steady, memory_bytes, steady
 from tongyun.cost import usd_per_mtoken
 from tongyun.model.shard import Shard
 from tongyun.specs import Chip, Corner
@@ -137,14 +137,25 @@ class _Search:
         batch, budget = np.broadcast_arrays(*grid())
         columns: dict[str, list[Array]] = {field: [] for field in _POINT_FIELDS}
         for shard in self.cuts.legal:
-            state = steady(self.question, self.chip, shard, batch, budget)
-            values = (batch, budget, state.ttft_s, state.tpot_s, self._rate(shard, state))
-            for field, value in zip(
-                _POINT_FIELDS, (*values, state.memory_bytes, state.prefill_use), strict=True
-            ):
+            for field, value in self._grid_of(shard, *grid()).items():
                 columns[field].append(np.broadcast_to(value, batch.shape).ravel())
         flat = {field: np.concatenate(parts) for field, parts in columns.items()}
         return _Points(cut=np.repeat(np.arange(len(self.cuts.legal)), batch.size), **flat)
+
+    def _grid_of(self, shard: Shard, batch: Array, budget: Array) -> dict[str, Array]:
+        """Every point of one cut. A cut that fits memory nowhere is not priced."""
+        needed = memory_bytes(self.question, shard, batch, budget)
+        columns = {"batch": batch, "budget": budget, "memory_bytes": needed}
+        if (needed > self.room_bytes).all():
+            never = np.full((1, 1), np.inf)
+            return columns | {"ttft_s": never, "tpot_s": never, "rate": 1 / never, "prefill_use": never}
+        state = steady(self.question, self.chip, shard, batch, budget)
+        return columns | {
+            "ttft_s": state.ttft_s,
+            "tpot_s": state.tpot_s,
+            "rate": self._rate(shard, state),
+            "prefill_use": state.prefill_use,
+        }
 
     def _rate(self, shard: Shard, state: Steady) -> Array:
         return state.tokens_per_s * (self.question.chips // shard.ranks) / self.question.chips

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.errors import InputError
-from tongyun.model.config import ModelConfig
+from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Precision
 from tongyun.model.shard import Shard, broken_rule
 from tongyun.specs import Chip, ChipSpec, PriceSpec
@@ -21,8 +22,9 @@ CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
 BATCHES = np.unique(np.round(np.geomspace(1, 4096, 73))).astype(np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 12 %."""
-MOST_STAGES = 16
-"""Deeper pipelines are not tried: each stage adds a hand-over to every token."""
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Pipeline depths to try; deeper ones only add hand-overs to every token."""
+MOST_TP = 64
 MOST_GROUPS = 64
 """Attention groups of one replica beyond which the all-to-all is all there is."""
 
@@ -89,17 +91,20 @@ def cuts(config: ModelConfig, chip: Chip, chips: int) -> Cuts:
 
 def _shapes(config: ModelConfig, chips: int) -> Iterator[Shard]:
     """All factorisations worth a look; the rules decide which of them are legal."""
-    for tp in _divisors(config.heads, chips):
-        for pp in range(1, min(MOST_STAGES, config.layers, chips // tp) + 1):
+    for tp, pp in product(range(1, min(MOST_TP, chips) + 1), STAGES):
+        if tp * pp <= chips:
             yield Shard(tp=tp, pp=pp)
-            if config.experts is None:
-                continue
-            for ep in _divisors(config.experts.count, tp):
-                if ep > 1:
-                    yield Shard(tp=tp, pp=pp, ep=ep)
-            for dp in _divisors(config.experts.count, min(MOST_GROUPS, chips // (tp * pp))):
-                if dp > 1:
-                    yield Shard(tp=tp, pp=pp, ep=tp * dp, dp=dp)
+            yield from _expert_shapes(config.experts, tp, pp, chips)
+
+
+def _expert_shapes(experts: Experts | None, tp: int, pp: int, chips: int) -> Iterator[Shard]:
+    """Experts over tp alone, or over attention groups as well."""
+    if experts is None:
+        return
+    for ep in _divisors(experts.count, tp)[1:]:
+        yield Shard(tp=tp, pp=pp, ep=ep)
+    for dp in _divisors(experts.count, min(MOST_GROUPS, chips // (tp * pp)))[1:]:
+        yield Shard(tp=tp, pp=pp, ep=tp * dp, dp=dp)
 
 
 def _linked(chip: Chip, ranks: int) -> bool:

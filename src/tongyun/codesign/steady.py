@@ -51,8 +51,6 @@ class Steady:
     """Output tokens per second of one replica."""
     joules_per_token: Array
     """Of the replica's chips, per output token."""
-    memory_bytes: Array
-    """Needed on the fullest rank."""
     prefill_use: Array
     """ρ: below 1, or prefill falls behind."""
     sources: frozenset[Source]
@@ -98,8 +96,7 @@ def _load(question: Question, batch: Array, budget: Array) -> _Load:
 
 
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
-    """Latencies, rate, energy and memory of a replica; `batch` and `budget` broadcast to the grid."""
-    batch, budget = np.broadcast_arrays(batch, budget)
+    """Latencies, rate and energy of a replica; `batch` and `budget` broadcast to the grid."""
     load = _load(question, batch, budget)
     stages = _distinct_stages(question, shard)
     costs = [_stage_cost(question, chip, shard, stage, load) for stage, _ in stages.values()]
@@ -116,7 +113,6 @@ def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: A
         tpot_s=tpot_s,
         tokens_per_s=shard.dp * batch * question.osl / (steps * step_s),
         joules_per_token=joules * steps / (shard.dp * batch * question.osl),
-        memory_bytes=_memory(question, shard, stages, batch + load.prompts, budget),
         prefill_use=load.use,
         sources=frozenset().union(*(cost.sources for _, cost in costs)),
     )
@@ -151,18 +147,13 @@ def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: 
     return mixed, mean
 
 
-def _memory(
-    question: Question,
-    shard: Shard,
-    stages: dict[Slice, tuple[int, int]],
-    sequences: Array,
-    budget: Array,
-) -> Array:
+def memory_bytes(question: Question, shard: Shard, batch: Array, budget: Array) -> Array:
     """Weights, KV of every sequence at full length, and activations, on the fullest rank."""
     model, precision = question.model, question.precision
+    sequences = batch + _load(question, batch, budget).prompts
     length = question.isl + question.osl
     needs = []
-    for part, (stage, _) in stages.items():
+    for part, (stage, _) in _distinct_stages(question, shard).items():
         weights = weight_bytes(model, shard, precision, stage=stage)
         kept = shard.pp * sequences * float(kv_bytes(model, length, precision, part))
         needs.append(weights + kept + _activation_bytes(question, part, budget, sequences))
