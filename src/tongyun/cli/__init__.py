@@ -20,14 +20,13 @@ INTERRUPTED = 130
 
 def build() -> typer.Typer:
     """The application with every command registered."""
-    app = typer.Typer(
+    return typer.Typer(
         name="tongyun",
         help="Design the chip, plan and run the cloud, serve the model, and say what a million tokens costs.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    return app
 
 
 def main() -> None:
