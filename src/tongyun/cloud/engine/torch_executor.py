@@ -1,0 +1,163 @@
+"""Run batches on the real model and measure how long they take.
+
+The executor turns a `Batch` into rows, positions and blocks, runs the model over its
+paged cache and samples. It decides nothing about what runs: that is the scheduler's.
+How each request samples is registered here by id, because a `Batch` does not say.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tongyun.cloud.engine.protocol import StepResult, TokenScore
+from tongyun.cloud.sched.request import Batch, Piece
+from tongyun.errors import InputError, unknown
+from tongyun.model.kernels import choose_ops
+from tongyun.model.kernels.attention import Layout, lay_out
+from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
+from tongyun.model.qwen3 import Qwen3
+from tongyun.model.sampling import Draw, History, SamplingOptions, sample
+from tongyun.model.weights import load_model
+
+GREEDY = SamplingOptions(temperature=0.0)
+KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """How a model is put on a device."""
+
+    device: str = "cpu"
+    kernels: str | None = None
+    """`torch`, `native` or `auto`; None takes TONGYUN_KERNELS, else auto."""
+    threads: int | None = None
+    """CPU threads of one operation; None is the physical cores."""
+    block_tokens: int = 16
+    kv_dtype: str | None = None
+    """`f32` or `bf16`; None is f32 on a CPU, so that tokens equal the reference's, and bf16 on a GPU."""
+    kv_bytes: int | None = None
+    """Memory for the cache; None takes 40 % of what is free, at most 256 full contexts."""
+
+
+def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
+    """Load the model of a directory and give it a cache; `executor.cache` says how many blocks."""
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads or _physical_cores())
+    model = load_model(directory, ops=choose_ops(options.kernels, options.device), device=options.device)
+    return give_cache(model, options)
+
+
+def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
+    """An executor for a model already in memory."""
+    name = options.kv_dtype or ("f32" if options.device == "cpu" else "bf16")
+    if name not in KV_DTYPES:
+        raise InputError(unknown("kv dtype", name, KV_DTYPES))
+    dtype, each = KV_DTYPES[name], block_bytes(model.config, options.block_tokens, KV_DTYPES[name])
+    most = 256 * -(-model.config.max_positions // options.block_tokens)
+    blocks = (options.kv_bytes or int(0.4 * _free_bytes(options.device))) // each
+    if blocks < 1:
+        raise InputError(f"no room for a KV cache: one block takes {each} bytes")
+    cache = PagedCache(
+        model.config,
+        blocks=blocks if options.kv_bytes else min(blocks, most),
+        block_tokens=options.block_tokens,
+        dtype=dtype,
+        device=options.device,
+    )
+    return TorchExecutor(model, cache)
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _physical_cores() -> int:
+    """Cores this process may run on, hyper-threads counted once."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
+
+
+class TorchExecutor:
+    """One model, one cache, one step at a time; `device` is where both live."""
+
+    def __init__(self, model: Qwen3, cache: PagedCache) -> None:
+        self.model, self.cache = model, cache
+        self.device = cache.keys.device
+        self._histories: dict[str, History] = {}
+
+    def register(self, request_id: str, options: SamplingOptions) -> None:
+        """Say how a request samples, before its first step. Unregistered requests are greedy."""
+        seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(8), "little")
+        self._histories[request_id] = History(options=options, seed=seed)
+
+    def forget(self, request_id: str) -> None:
+        """Drop what is kept of a request; unknown ids are fine."""
+        self._histories.pop(request_id, None)
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Run one step. The duration covers everything from index tensors to chosen tokens."""
+        begun = time.perf_counter()
+        with torch.inference_mode():
+            tokens, scores = self._step(batch.pieces)
+        # Reading the tokens back waited for the device; without any, wait for it here.
+        if not tokens and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return StepResult(tokens=tokens, duration_s=time.perf_counter() - begun, scores=scores)
+
+    def _step(self, pieces: tuple[Piece, ...]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
+        if not pieces:
+            return {}, None
+        spans = [(piece.start, len(piece.tokens), piece.blocks) for piece in pieces]
+        layout = lay_out(spans, self.cache.block_tokens, self.device)
+        tokens_T = torch.tensor([t for piece in pieces for t in piece.tokens], device=self.device)
+        attend = PagedAttend(self.cache, layout, self.model.ops)
+        hidden_TD = self.model(tokens_T, layout.positions_T, attend)
+        sampling = [i for i, piece in enumerate(pieces) if piece.samples]
+        if not sampling:
+            return {}, None
+        logits_NV = self.model.logits(self._last_rows(hidden_TD, layout, sampling))
+        return self._sample(logits_NV, [pieces[i] for i in sampling])
+
+    @staticmethod
+    def _last_rows(hidden_TD: torch.Tensor, layout: Layout, sampling: list[int]) -> torch.Tensor:
+        """Hidden states of the last token of the pieces that sample."""
+        if len(sampling) == len(hidden_TD):
+            return hidden_TD
+        return hidden_TD[layout.rows_P1[1:][sampling].long() - 1]
+
+    def _sample(
+        self, logits_NV: torch.Tensor, pieces: list[Piece]
+    ) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
+        histories = [self._history(piece) for piece in pieces]
+        draws = [
+            Draw(history=history, position=piece.start + len(piece.tokens))
+            for history, piece in zip(histories, pieces, strict=True)
+        ]
+        drawn = sample(logits_NV, draws)
+        for history, token in zip(histories, drawn.tokens, strict=True):
+            if history.options.penalised:
+                history.produced[token] += 1
+        ids = [piece.request.id for piece in pieces]
+        scores = {ids[row]: TokenScore(logprob=own, top=top) for row, (own, top) in drawn.scores.items()}
+        return dict(zip(ids, drawn.tokens, strict=True)), scores or None
+
+    def _history(self, piece: Piece) -> History:
+        history = self._histories.get(piece.request.id)
+        if history is None:
+            return History(options=GREEDY, seed=0)
+        if history.options.penalised and not history.prompt:
+            history.prompt = frozenset(piece.request.prompt)
+            history.produced = Counter()
+        return history
