@@ -9,19 +9,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import date
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tongyun.units import Source
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Plot
     from rich.console import Console, RenderableType
     from rich.progress import Progress
     from rich.table import Table
@@ -55,9 +56,8 @@ def number(value: float | None, digits: int = 3) -> str:
     exponent = math.floor(math.log10(abs(value)))
     if exponent < -4 or exponent > 14:
         return f"{value:.{digits - 1}e}"
-    rounded = round(value, digits - 1 - exponent) if exponent < digits - 1 else value
     places = max(0, digits - 1 - exponent)
-    text = f"{rounded:,.{places}f}"
+    text = f"{value:,.{places}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -101,7 +101,7 @@ def source_tag(sources: str | Source | Sequence[Source] | frozenset[Source]) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """A table column; numbers stand to the right."""
+    """A table column; numbers stand to the right, and only long texts are meant to wrap."""
 
     name: str
     left: bool = False
@@ -128,18 +128,45 @@ def table(
         caption_justify="left",
         caption_style="dim",
         header_style="bold",
-        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    for item in columns:
+    for item, width in zip(columns, _widths(columns, rows, console().width), strict=True):
         drawn.add_column(
             item.name,
             justify="left" if item.left else "right",
-            no_wrap=not item.wrap,
-            overflow="fold" if item.wrap else "ellipsis",
+            width=width,
+            no_wrap=item.left and not item.wrap,
+            overflow="fold",
         )
     for row in rows:
         drawn.add_row(*row)
     return drawn
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], available: int) -> list[int]:
+    """Width of each column: as its longest cell, or narrower so that all of them fit.
+
+    Long texts give way first, then numbers, whose range goes to a second line whole.
+    """
+    cells = [[item.name, *(_bare(row[i]) for row in rows)] for i, item in enumerate(columns)]
+    widths = [max(map(len, column_cells)) for column_cells in cells]
+    excess = sum(widths) + 2 * len(columns) - available
+    least = [
+        20 if item.wrap else max(len(word) for cell in column_cells for word in cell.split() or [""])
+        for item, column_cells in zip(columns, cells, strict=True)
+    ]
+    giving = [i for i, item in enumerate(columns) if item.wrap or not item.left]
+    for i in sorted(giving, key=lambda i: (not columns[i].wrap, least[i] - widths[i])):
+        given = max(0, min(excess, widths[i] - least[i]))
+        widths[i] -= given
+        excess -= given
+    return widths
+
+
+def _bare(cell: str) -> str:
+    """A cell's text without its markup."""
+    return re.sub(r"(?<!\\)\[/?[a-z ]*\]", "", cell)
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -182,24 +209,27 @@ def plain(value: Any) -> Any:
     Not-a-number and infinities become null: JSON has neither, and a reader must be
     able to tell "no number" from a number.
     """
-    if value is None or (isinstance(value, bool | str | int) and not isinstance(value, Enum)):
+    if isinstance(value, Enum):
+        return plain(value.value)
+    if value is None or isinstance(value, bool | str | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    if isinstance(value, Enum):
-        return plain(value.value)
+    return _plain_parts(value)
+
+
+def _plain_parts(value: Any) -> Any:
+    """`plain` of what has parts, or a text form of its own."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(plain(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | deque | range):
+        return [plain(item) for item in value]
     if isinstance(value, frozenset | set):
         return sorted((plain(item) for item in value), key=str)
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, date | datetime):
-        return value.isoformat()
+    if isinstance(value, Path | date):
+        return value.isoformat() if isinstance(value, date) else str(value)
     if hasattr(value, "tolist"):  # NumPy scalars and arrays
         return plain(value.tolist())
     raise TypeError(f"{type(value).__name__} has no JSON form")
@@ -217,7 +247,7 @@ def bars(values: Mapping[str, float], unit: str, *, width: int = 40) -> str:
     """Horizontal bars in the terminal, longest `width` cells; negative values are drawn as zero."""
     if not values:
         return ""
-    most = max(max(values.values()), 0.0) or 1.0
+    most = max(*values.values(), 0.0) or 1.0
     label = max(map(len, values))
     lines = []
     for name, value in values.items():
@@ -276,10 +306,10 @@ def plot(path: Path, *, title: str, x: str, y: str) -> Iterator[Axes]:
     """Axes in the one style; what was drawn is written to `path` (its suffix decides) on leaving."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Plot
+    from matplotlib.figure import Figure
 
-    with mpl.rc_context(_PLOT_STYLE):
-        drawn: Plot = Plot(figsize=(7.2, 4.2), layout="constrained")
+    with mpl.rc_context(cast(Any, _PLOT_STYLE)):
+        drawn = Figure(figsize=(7.2, 4.2), layout="constrained")
         FigureCanvasAgg(drawn)
         axes = drawn.add_subplot()
         axes.set_title(title, loc="left")
