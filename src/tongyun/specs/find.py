@@ -25,20 +25,31 @@ CATALOG = Path(__file__).parent / "catalog"
 KINDS = (*SCHEMAS, "models")
 
 
+def find(kind: str, name: str) -> Any:
+    """A spec of any kind; a model is its full name and raw config."""
+    if kind == "models":
+        raw, full = find_model(name)
+        return full, raw
+    return _find(kind, SCHEMAS[kind], name)
+
+
 def find_chip(name: str) -> ChipSpec:
     """A chip by catalogue name, alias or path of a TOML file."""
     return _find("chips", ChipSpec, name)
 
 
 def find_fabric(name: str) -> FabricSpec:
+    """A fabric by catalogue name, alias or path of a TOML file."""
     return _find("fabrics", FabricSpec, name)
 
 
 def find_storage(name: str) -> StorageSpec:
+    """A file system by catalogue name, alias or path of a TOML file."""
     return _find("storage", StorageSpec, name)
 
 
 def find_workload(name: str) -> WorkloadSpec:
+    """A workload by catalogue name, alias or path of a TOML file."""
     return _find("workloads", WorkloadSpec, name)
 
 
