@@ -25,20 +25,31 @@ CATALOG = Path(__file__).parent / "catalog"
 KINDS = (*SCHEMAS, "models")
 
 
+def find(kind: str, name: str) -> Any:
+    """A spec of any kind; a model is its full name and raw config."""
+    if kind == "models":
+        raw, full = find_model(name)
+        return full, raw
+    return _find(kind, SCHEMAS[kind], name)
+
+
 def find_chip(name: str) -> ChipSpec:
     """A chip by catalogue name, alias or path of a TOML file."""
     return _find("chips", ChipSpec, name)
 
 
 def find_fabric(name: str) -> FabricSpec:
+    """A fabric by catalogue name, alias or path of a TOML file."""
     return _find("fabrics", FabricSpec, name)
 
 
 def find_storage(name: str) -> StorageSpec:
+    """A file system by catalogue name, alias or path of a TOML file."""
     return _find("storage", StorageSpec, name)
 
 
 def find_workload(name: str) -> WorkloadSpec:
+    """A workload by catalogue name, alias or path of a TOML file."""
     return _find("workloads", WorkloadSpec, name)
 
 
@@ -109,8 +120,9 @@ def loads(text: str, schema: type[S], *, file: object = "text") -> S:
     try:
         raw = tomllib.loads(text)
     except ValueError as error:
-        line = re.search(r"line (\d+)", str(error))
-        raise SpecError(file, f"line {line[1]}" if line else "", f"not TOML: {error}") from None
+        found = re.search(r"line (\d+)", str(error))
+        line = found[1] if found else len(text.rstrip().splitlines())  # else: "at end of document"
+        raise SpecError(file, f"line {line}", f"not TOML: {error}") from None
     except RecursionError:
         raise SpecError(file, "", "nested too deeply") from None
     return read_fields(schema, raw, Where(file))

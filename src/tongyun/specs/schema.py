@@ -9,8 +9,7 @@ Decides which keys exist and which way each range favours us; computes nothing e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from tongyun.specs.figure import (
     BANDWIDTH,
@@ -28,7 +27,19 @@ from tongyun.specs.figure import (
     Corner,
     Figure,
 )
-from tongyun.specs.form import ByDType, Fact, Samples, Scalar, Scalars, Section, Text, Texts, Whole, has
+from tongyun.specs.form import (
+    ByDType,
+    Fact,
+    Samples,
+    Scalar,
+    Scalars,
+    Section,
+    Text,
+    Texts,
+    Whole,
+    facts,
+    has,
+)
 from tongyun.specs.samples import (
     AttentionSample,
     CollectiveSample,
@@ -92,6 +103,7 @@ class LinkSpec:
     bandwidth: Figure = has(Fact(BANDWIDTH))
     achieved: Figure = has(Fact(FRACTION))
     latency: Figure = has(Fact(TIME, more_is_better=False))
+    """One ring step, or one message, too small for bandwidth to matter; software included."""
     domain: Figure = has(Fact(COUNT))
     """Chips that reach each other over this link."""
     ports: Figure | None = has(Fact(COUNT), default=None)
@@ -128,8 +140,8 @@ class ChipSpec:
     calibration: Calibration | None = has(Section(Calibration), default=None)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Every figure with its dotted key, in file order."""
-        return walk(self)
+        """Every figure with its dotted key, in the order of the schema."""
+        return ((key, figure) for key, figure, _ in facts(self))
 
     @property
     def has_range(self) -> bool:
@@ -194,18 +206,6 @@ class Chip:
             for figure, source in self.provenance.items()
             if any(figure == key or figure.startswith(key + ".") for key in keys)
         )
-
-
-def walk(value: Any, key: str = "") -> Iterator[tuple[str, Figure]]:
-    """Every figure under a spec with its dotted key, in file order."""
-    if isinstance(value, Figure):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from walk(item, f"{key}.{name}")
-    elif hasattr(value, "__dataclass_fields__"):
-        for f in fields(value):
-            yield from walk(getattr(value, f.name), f"{key}.{f.name}" if key else f.name)
 
 
 def _resolve(spec: ChipSpec, corner: Corner) -> Chip:
@@ -297,9 +297,9 @@ class StorageSpec:
     capacity: Figure = has(Fact(BYTES))
     read_bandwidth: Figure = has(Fact(BANDWIDTH))
     write_bandwidth: Figure = has(Fact(BANDWIDTH))
-    read_density: Figure = has(Fact(BANDWIDTH_DENSITY))
+    read_density: Figure | None = has(Fact(BANDWIDTH_DENSITY), default=None)
     """Read bandwidth each stored byte of capacity brings, up to `read_bandwidth`."""
-    write_density: Figure = has(Fact(BANDWIDTH_DENSITY))
+    write_density: Figure | None = has(Fact(BANDWIDTH_DENSITY), default=None)
     client_bandwidth: Figure = has(Fact(BANDWIDTH))
     read_latency: Figure = has(Fact(TIME, more_is_better=False))
     write_latency: Figure = has(Fact(TIME, more_is_better=False))
