@@ -100,4 +100,7 @@ class Tokenizer(Protocol):
         """Prompt tokens of a conversation, ready for the assistant's turn; `RequestError` if the template refuses."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, for log-probabilities; special tokens by their name."""
+        """What a token adds to the text; nothing for a special one."""
+
+    def token_name(self, token: int) -> bytes:
+        """A token spelled out for log-probabilities: its bytes, or a special one's name."""

@@ -1,0 +1,156 @@
+"""One HTTP request in flight: its sequences, their text, and the one waiter to wake.
+
+Runs on the event loop only. The per-token path is `Exchange.accept`; everything else
+happens once a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from tongyun.cloud.gateway.frames import Frames
+from tongyun.cloud.gateway.ports import Sampling, Token, Tokenizer
+from tongyun.cloud.gateway.scores import ScoredToken, scored
+from tongyun.cloud.gateway.text import TextStream
+from tongyun.errors import RequestError
+
+Kind = Literal["chat.completion", "text_completion"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """A request as the engine needs it: token prompts, `n` sequences each."""
+
+    id: str
+    kind: Kind
+    model: str
+    created: int
+    prompts: tuple[tuple[int, ...], ...]
+    n: int
+    output_tokens: tuple[int, ...]
+    """The most each prompt's sequences may produce, one entry a prompt."""
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    stream: bool = False
+    include_usage: bool = False
+    echoes: tuple[str, ...] = ()
+    """The prompts' texts where they are to be repeated, one a prompt; otherwise none."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
+@dataclass(slots=True)
+class Choice:
+    """One sequence of a request."""
+
+    index: int
+    id: str
+    text: TextStream
+    parts: list[str] = field(default_factory=list)
+    scores: list[ScoredToken] = field(default_factory=list)
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish: str | None = None
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+
+class Exchange:
+    """The state of one request between its submission and its last byte."""
+
+    def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
+        self.ask, self.tokenizer = ask, tokenizer
+        self.choices = [
+            Choice(index=i, id=f"{ask.id}-{i}", text=TextStream(tokenizer.token_bytes, ask.stops))
+            for i in range(len(ask.prompts) * ask.n)
+        ]
+        self.frames = Frames(ask.kind, ask.id, ask.created, ask.model, ask.include_usage) if ask.stream else None
+        self.arrived_s = time.perf_counter()
+        self.fault: RequestError | None = None
+        self.gone = False
+        """The client hung up."""
+        self.open = len(self.choices)
+        self._out: list[str] = []
+        self._wake: asyncio.Future[None] | None = None
+
+    def prompt_of(self, choice: Choice) -> int:
+        """Index of the prompt that a choice continues."""
+        return choice.index // self.ask.n
+
+    def accept(self, choice: Choice, token: Token, now_s: float) -> bool:
+        """Take one token; true when the sequence is over for the client, whether or not the engine knows."""
+        if token.token is None:
+            self.fail(RequestError("the engine ended the sequence", code="engine_aborted"))
+            return True
+        before = choice.text.length
+        piece = choice.text.feed(token.token, token.finish is not None)
+        choice.tokens += 1
+        choice.last_s = now_s
+        if choice.tokens == 1:
+            choice.first_s, choice.cached_tokens = now_s, token.cached_tokens
+            piece = self._opening(choice) + piece
+        if choice.text.stopped:
+            choice.finish = "stop"
+        elif token.finish is not None:
+            choice.finish = token.finish.value
+        scores = None if token.score is None else [scored(token.token, token.score, before, self.tokenizer)]
+        self._emit(choice, piece, scores)
+        return choice.finish is not None
+
+    def _opening(self, choice: Choice) -> str:
+        return self.ask.echoes[self.prompt_of(choice)] if self.ask.echoes else ""
+
+    def _emit(self, choice: Choice, piece: str, scores: list[ScoredToken] | None) -> None:
+        if choice.finish is not None:
+            self.open -= 1
+        if self.frames is not None:
+            self._out.append(self.frames.chunk(choice.index, piece, choice.finish, scores))
+            self.wake()
+            return
+        choice.parts.append(piece)
+        if scores:
+            choice.scores += scores
+        if self.open == 0:
+            self.wake()
+
+    def fail(self, fault: RequestError) -> None:
+        """End the request with an error; the first one counts."""
+        self.fault = self.fault or fault
+        self.wake()
+
+    def hang_up(self) -> None:
+        self.gone = True
+        self.wake()
+
+    @property
+    def over(self) -> bool:
+        return self.gone or self.fault is not None or self.open == 0
+
+    def wake(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+    async def turn(self) -> str:
+        """Wait until there is something to write or the request is over; returns what to write."""
+        while not (self._out or self.over):
+            self._wake = asyncio.get_running_loop().create_future()
+            await self._wake
+        out = "".join(self._out)
+        self._out.clear()
+        return out
+
+    def usage(self) -> dict[str, object]:
+        """Token counts. A prompt counts once however many sequences continue it."""
+        produced = sum(choice.tokens for choice in self.choices)
+        cached = sum(choice.cached_tokens for choice in self.choices[:: self.ask.n])
+        return {
+            "prompt_tokens": self.ask.prompt_tokens,
+            "completion_tokens": produced,
+            "total_tokens": self.ask.prompt_tokens + produced,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }

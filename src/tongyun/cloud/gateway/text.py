@@ -1,0 +1,59 @@
+"""Tokens to text as they come, and stop strings found across token borders.
+
+Byte-level vocabularies cut UTF-8 anywhere, so a token's text may wait for the next
+token; and text that could be the beginning of a stop string waits until it cannot.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable
+
+
+class TextStream:
+    """The visible text of one sequence, in pieces whose concatenation is exact."""
+
+    __slots__ = ("_bytes_of", "_decode", "_held", "_stops", "length", "stopped")
+
+    def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = ()) -> None:
+        self._bytes_of = bytes_of
+        # Maximal subparts become one U+FFFD each, as Rust's `from_utf8_lossy` and so as Hugging Face's decoder.
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+        """A stop string was completed; it and what follows are not text."""
+        self.length = 0
+        """Characters decoded so far, held ones included."""
+
+    def feed(self, token: int, last: bool = False) -> str:
+        """Text that can be shown now. With `last` nothing is held back any more."""
+        text = self._decode(self._bytes_of(token), last)
+        self.length += len(text)
+        return self._screen(text, last) if self._stops else text
+
+    def end(self) -> str:
+        """What is left when the sequence ends without a token of its own."""
+        text = self._decode(b"", True)
+        self.length += len(text)
+        return self._screen(text, True)
+
+    def _screen(self, text: str, last: bool) -> str:
+        text = self._held + text
+        found = [at for stop in self._stops if (at := text.find(stop)) != -1]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = 0 if last else max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop` without being all of it."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at != -1:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
+    return 0
