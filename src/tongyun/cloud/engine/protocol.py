@@ -1,11 +1,15 @@
-"""The two things that differ between the real engine and the simulated fleet."""
+"""What the engine's parts say to each other: the two things that differ between the real
+engine and the simulated fleet (executor and clock), and what a run of steps reports.
+
+Nothing here knows a tensor, HTTP or a price.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from tongyun.cloud.sched.request import Batch
+from tongyun.cloud.sched.request import Batch, Finish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +27,15 @@ class StepResult:
     tokens: dict[str, int]
     duration_s: float
     scores: dict[str, TokenScore] | None = None
+    joules: float | None = None
 
 
 class Executor(Protocol):
-    """Runs one batch. The PyTorch one measures its duration, the simulated one asks the price door."""
+    """Runs one batch. The PyTorch one measures its duration, the simulated one asks the price door.
+
+    It keeps no state of a request but its KV blocks: everything else (history, sampling
+    options) comes with the piece, so that a preempted request can start over.
+    """
 
     def execute(self, batch: Batch) -> StepResult: ...
 
@@ -37,3 +46,44 @@ class Clock(Protocol):
     def now(self) -> float: ...
 
     def wait_until(self, moment_s: float) -> None: ...
+
+
+class TokenEvent(NamedTuple):
+    """What one step did to one request: a token, its end, or both.
+
+    A token that ended the request by itself (end-of-text, a stop token) is reported with
+    `finish=STOP`; whether to show it is the reader's choice. An abort and an error carry
+    no token. `cached_tokens` is how much of the prompt came from the prefix cache.
+    """
+
+    request_id: str
+    token: int | None
+    moment_s: float
+    """The engine's clock when the step ended."""
+    finish: Finish | None = None
+    score: TokenScore | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Gauges of this moment and counters since the start."""
+
+    running: int
+    waiting: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    """Blocks that some request holds now."""
+    kv_blocks_cached: int
+    """Blocks nobody holds whose contents may still be reused; they count as free."""
+    prompt_tokens: int
+    """Prompt tokens of admitted requests, cached ones included."""
+    prefix_hit_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    preemptions: int
+    steps: int
+    busy_s: float
+    """Seconds spent inside steps."""
+    finished: dict[Finish, int]

@@ -1,13 +1,17 @@
 """What the scheduler is given and what it hands out.
 
 A `Request` never changes. A `Batch` is one step's work: pieces of requests, each a
-run of consecutive tokens whose keys and values go to the listed blocks.
+run of consecutive tokens whose keys and values go to the listed blocks. A piece looks
+at the scheduler's live lists instead of copying them, so it is valid until the batch
+is committed and must be copied by whoever wants to keep it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Finish(StrEnum):
@@ -16,41 +20,61 @@ class Finish(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One generation. `output_tokens` is the most it may produce."""
+    """One generation. `output_tokens` is the most it may produce.
+
+    The scheduler reads the first five fields only. `sampling` is opaque to everybody
+    but the executor; the loop ends a request when it produces an end-of-text token
+    (unless `ignore_eos`) or one of `stop_token_ids`.
+    """
 
     id: str
-    prompt: tuple[int, ...]
+    prompt: Sequence[int]
     output_tokens: int
     arrival_s: float = 0.0
     priority: int = 0
+    """Higher runs first and is preempted last."""
+    sampling: object | None = None
+    ignore_eos: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Tokens `start … start+len(tokens)` of one request, computed in one step.
+class Piece(NamedTuple):
+    """Tokens `start … start+length` of one request, computed in one step.
 
     `samples` says that the last of them is the newest known token of the request, so
-    that the step yields its successor. `blocks` lists the request's KV blocks in order,
-    long enough to hold every token up to the piece's end.
+    that the step yields its successor. `history` is every token known so far (the prompt,
+    then what was produced; penalties and seeded sampling need it, and a recomputed request
+    has it from the first step). `blocks` lists the request's KV blocks in order, long
+    enough to hold every token up to the piece's end. Both are live: read, never changed.
     """
 
     request: Request
     start: int
-    tokens: tuple[int, ...]
+    length: int
     samples: bool
-    blocks: tuple[int, ...]
+    history: Sequence[int]
+    blocks: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The tokens to feed, `length` of them."""
+        return self.history[self.start : self.start + self.length]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """One step: prefill and decode pieces mixed, in scheduling order."""
+class Batch(NamedTuple):
+    """One step: decode pieces (one token each) first, then prefill chunks, in scheduling order."""
 
-    pieces: tuple[Piece, ...]
+    pieces: Sequence[Piece]
 
     @property
     def tokens(self) -> int:
-        return sum(len(piece.tokens) for piece in self.pieces)
+        return sum(piece.length for piece in self.pieces)
