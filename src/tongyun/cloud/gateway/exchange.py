@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from tongyun.cloud.engine.protocol import TokenEvent
+from tongyun.cloud.gateway.faults import Refused
 from tongyun.cloud.gateway.frames import Frames
-from tongyun.cloud.gateway.ports import Sampling, Token, Tokenizer
+from tongyun.cloud.gateway.ports import Sampling, Tokenizer
 from tongyun.cloud.gateway.scores import ScoredToken, scored
 from tongyun.cloud.gateway.text import TextStream
+from tongyun.cloud.sched.request import Finish
 from tongyun.errors import RequestError
 
 Kind = Literal["chat.completion", "text_completion"]
@@ -34,10 +37,18 @@ class Ask:
     """The most each prompt's sequences may produce, one entry a prompt."""
     sampling: Sampling
     stops: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
     stream: bool = False
     include_usage: bool = False
     echoes: tuple[str, ...] = ()
     """The prompts' texts where they are to be repeated, one a prompt; otherwise none."""
+
+    def sampling_of(self, index: int) -> Sampling:
+        """The sampling of one choice: a seeded request's choices differ, and each can be repeated."""
+        if self.sampling.seed is None or index == 0:
+            return self.sampling
+        return replace(self.sampling, seed=self.sampling.seed + index)
 
     @property
     def prompt_tokens(self) -> int:
@@ -69,7 +80,9 @@ class Exchange:
             Choice(index=i, id=f"{ask.id}-{i}", text=TextStream(tokenizer.token_bytes, ask.stops))
             for i in range(len(ask.prompts) * ask.n)
         ]
-        self.frames = Frames(ask.kind, ask.id, ask.created, ask.model, ask.include_usage) if ask.stream else None
+        self.frames = (
+            Frames(ask.kind, ask.id, ask.created, ask.model, ask.include_usage) if ask.stream else None
+        )
         self.arrived_s = time.perf_counter()
         self.fault: RequestError | None = None
         self.gone = False
@@ -82,23 +95,30 @@ class Exchange:
         """Index of the prompt that a choice continues."""
         return choice.index // self.ask.n
 
-    def accept(self, choice: Choice, token: Token, now_s: float) -> bool:
+    def accept(self, choice: Choice, event: TokenEvent, now_s: float) -> bool:
         """Take one token; true when the sequence is over for the client, whether or not the engine knows."""
-        if token.token is None:
-            self.fail(RequestError("the engine ended the sequence", code="engine_aborted"))
+        if event.token is None:
+            self.fail(
+                Refused(
+                    503, f"the engine ended the request: {event.error or event.finish}", code="engine_error"
+                )
+            )
             return True
         before = choice.text.length
-        piece = choice.text.feed(token.token, token.finish is not None)
+        # The token that ends a sequence by itself (end-of-text, a stop token) is counted but not shown.
+        piece = choice.text.end() if event.finish is Finish.STOP else choice.text.feed(event.token)
+        if event.finish is Finish.LENGTH:
+            piece += choice.text.end()
         choice.tokens += 1
         choice.last_s = now_s
         if choice.tokens == 1:
-            choice.first_s, choice.cached_tokens = now_s, token.cached_tokens
+            choice.first_s, choice.cached_tokens = now_s, event.cached_tokens
             piece = self._opening(choice) + piece
         if choice.text.stopped:
-            choice.finish = "stop"
-        elif token.finish is not None:
-            choice.finish = token.finish.value
-        scores = None if token.score is None else [scored(token.token, token.score, before, self.tokenizer)]
+            choice.finish = Finish.STOP.value
+        elif event.finish is not None:
+            choice.finish = event.finish.value
+        scores = None if event.score is None else [scored(event.token, event.score, before, self.tokenizer)]
         self._emit(choice, piece, scores)
         return choice.finish is not None
 

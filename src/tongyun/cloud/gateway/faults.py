@@ -1,7 +1,7 @@
 """OpenAI's error object, and the HTTP status that goes with each way to fail.
 
-    RequestError            400
-    └── Refused               its own status: 401, 404, 405, 413, 503
+RequestError            400
+└── Refused               its own status: 401, 404, 405, 413, 503
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _TYPES = {401: "authentication_error", 404: "invalid_request_error", 500: "serve
 class Refused(RequestError):
     """A refusal whose HTTP status is not 400."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, param=param, code=code)
         self.status = status
 

@@ -58,7 +58,7 @@ class Frames:
 
     def usage(self, usage: Mapping[str, object]) -> str:
         """The event without choices that closes a stream which asked for its usage."""
-        return f"{self._head}], \"usage\": {json.dumps(usage)}}}\n\n"
+        return f'{self._head}], "usage": {json.dumps(usage)}}}\n\n'
 
 
 def fault_event(fault: RequestError) -> str:

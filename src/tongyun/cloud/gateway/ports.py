@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tongyun.cloud.engine.protocol import TokenScore
-from tongyun.cloud.sched.request import Finish
+from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.sched.request import Request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,64 +28,32 @@ class Sampling:
     seed: int | None = None
     top_logprobs: int | None = None
     """Alternatives to report beside each token's own log-probability; `None`: no scores at all."""
-    ignore_eos: bool = False
     logit_bias: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Submission:
-    """One sequence to generate."""
-
-    id: str
-    prompt: tuple[int, ...]
-    output_tokens: int
-    sampling: Sampling
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Token:
-    """One token of one sequence. `finish` is set on the last; an aborted sequence ends without a token."""
-
-    id: str
-    token: int | None
-    finish: Finish | None = None
-    score: TokenScore | None = None
-    cached_tokens: int = 0
-    """Prompt tokens found in the prefix cache; known from the sequence's first token on."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Stats:
-    """What the engine is busy with, read at any moment from any thread."""
-
-    waiting: int
-    running: int
-    blocks: int
-    blocks_used: int
-
-
-Deliver = Callable[[Sequence[Token]], None]
-
-
 class Engine(Protocol):
-    """Generates tokens. Every method may be called from any thread and returns at once, save `close`."""
+    """Generates tokens. Every method may be called from any thread; only `close` waits."""
 
-    def start(self, deliver: Deliver) -> None:
-        """Begin; `deliver` is called once a step, from the engine's own thread."""
+    def submit(self, request: Request) -> None:
+        """Queue a sequence; `RequestError` where it can never fit, `ServiceError` where nothing new is taken."""
 
-    def submit(self, submission: Submission) -> None:
-        """Queue a sequence; `RequestError` where it can never fit."""
-
-    def abort(self, sequence_id: str) -> None:
+    def abort(self, request_id: str) -> None:
         """Forget a sequence and free its blocks; an unknown or ended one is no error."""
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
 
-    def failure(self) -> BaseException | None:
-        """What stopped the engine, `None` while it lives."""
+    @property
+    def failure(self) -> str | None:
+        """What ended the engine before its time; `None` while it lives."""
 
-    def close(self) -> None:
-        """Stop, and wait for the engine's thread."""
+    def close(self) -> None: ...
+
+
+Sink = Callable[[Sequence[TokenEvent]], None]
+"""Called by the engine once a step, from a thread of its own."""
+
+StartEngine = Callable[[Sink], Engine]
+"""Begin to run an engine that reports to the given sink."""
 
 
 class Tokenizer(Protocol):

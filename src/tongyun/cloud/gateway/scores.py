@@ -32,7 +32,8 @@ def scored(token: int, score: TokenScore, offset: int, tokenizer: Tokenizer) -> 
 def chat_logprobs(tokens: Sequence[ScoredToken]) -> dict[str, object]:
     """`choices[].logprobs` of a chat completion."""
     content = [
-        _entry(token.data, token.logprob) | {"top_logprobs": [_entry(data, logprob) for data, logprob in token.top]}
+        _entry(token.data, token.logprob)
+        | {"top_logprobs": [_entry(data, logprob) for data, logprob in token.top]}
         for token in tokens
     ]
     return {"content": content, "refusal": None}

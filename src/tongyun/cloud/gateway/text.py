@@ -18,7 +18,7 @@ class TextStream:
     def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = ()) -> None:
         self._bytes_of = bytes_of
         # Maximal subparts become one U+FFFD each, as Rust's `from_utf8_lossy` and so as Hugging Face's decoder.
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops = stops
         self._held = ""
         self.stopped = False
@@ -26,27 +26,31 @@ class TextStream:
         self.length = 0
         """Characters decoded so far, held ones included."""
 
-    def feed(self, token: int, last: bool = False) -> str:
-        """Text that can be shown now. With `last` nothing is held back any more."""
-        text = self._decode(self._bytes_of(token), last)
+    def feed(self, token: int) -> str:
+        """Text that can be shown now."""
+        text = self._decode(self._bytes_of(token))
         self.length += len(text)
-        return self._screen(text, last) if self._stops else text
+        return self._screen(text) if self._stops else text
 
     def end(self) -> str:
-        """What is left when the sequence ends without a token of its own."""
+        """What was held back, once no token can follow; half a character becomes U+FFFD."""
+        if self.stopped:
+            return ""
         text = self._decode(b"", True)
         self.length += len(text)
-        return self._screen(text, True)
+        shown = self._screen(text) if self._stops else text
+        held, self._held = self._held, ""
+        return shown + held
 
-    def _screen(self, text: str, last: bool) -> str:
+    def _screen(self, text: str) -> str:
         text = self._held + text
         found = [at for stop in self._stops if (at := text.find(stop)) != -1]
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = 0 if last else max(_overlap(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        shown = len(text) - max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[shown:]
+        return text[:shown]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -19,7 +19,15 @@ from tongyun.errors import RequestError
 
 # They name the caller, the bill or the cache, never the text.
 INERT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    {
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
 )
 # The value at which a field we do not implement asks for nothing.
 OFF: Mapping[str, tuple[object, ...]] = {
@@ -37,7 +45,6 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "min_tokens": (0,),
     "length_penalty": (1, 1.0),
-    "repetition_detection": (None,),
 }
 
 Stop = Annotated[str, Field(min_length=1)]
@@ -68,6 +75,7 @@ class Body(BaseModel):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
 
@@ -91,7 +99,6 @@ class Body(BaseModel):
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             seed=self.seed,
             top_logprobs=top_logprobs,
-            ignore_eos=bool(self.ignore_eos),
             logit_bias=_bias(self.logit_bias or {}, vocab),
         )
 
@@ -111,7 +118,7 @@ class CompletionBody(Body):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
             return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)  # type: ignore[arg-type]
+        return list(self.prompt)
 
 
 class TextPart(BaseModel):
@@ -162,7 +169,9 @@ def read_chat(body: bytes) -> ChatBody:
     parsed = _parse(ChatBody, body)
     assert isinstance(parsed, ChatBody)
     if parsed.top_logprobs is not None and not parsed.logprobs:
-        raise RequestError("'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value")
+        raise RequestError(
+            "'top_logprobs' needs 'logprobs': true", param="top_logprobs", code="invalid_value"
+        )
     return parsed
 
 
@@ -175,7 +184,9 @@ def _parse(kind: type[Body], body: bytes) -> Body:
         if name not in INERT and value is not None and value not in OFF.get(name, ()):
             raise _unsupported(name, f"is not supported by this server{_accepted(name)}")
     if parsed.stream_options is not None and not parsed.stream:
-        raise RequestError("'stream_options' needs 'stream': true", param="stream_options", code="invalid_value")
+        raise RequestError(
+            "'stream_options' needs 'stream': true", param="stream_options", code="invalid_value"
+        )
     return parsed
 
 
