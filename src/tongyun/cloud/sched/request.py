@@ -59,6 +59,8 @@ class Piece(NamedTuple):
     samples: bool
     history: Sequence[int]
     blocks: Sequence[int]
+    cached_tokens: int = 0
+    """How much of the prompt was found in the prefix cache when the request was admitted."""
 
     @property
     def end(self) -> int:

@@ -1,0 +1,102 @@
+"""Hand out KV blocks, share those with equal contents, and remember the ones just let go.
+
+A block is *used* while a request holds it, *idle* when nobody does but its contents can
+still be found by key, and *blank* otherwise; idle and blank blocks are both free. `take`,
+`share`, `release` and `publish` change the pool, everything else only looks. The pool
+knows block numbers, not what a key or a value is made of.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+
+class BlockPool:
+    """`total` blocks; every operation is O(1) per block it touches."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.published = 0
+        """Blocks published so far: while it stands still, no new prefix can match."""
+        self._blank = list(range(total - 1, -1, -1))
+        # Least recently released first, which is the order of eviction.
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._holders = [0] * total
+        self._block_by_key: dict[bytes, int] = {}
+        self._key: list[bytes | None] = [None] * total
+        # Parent key and packed tokens, compared on every hit: a digest alone is not proof.
+        self._contents: list[tuple[bytes, bytes] | None] = [None] * total
+
+    @property
+    def free(self) -> int:
+        return len(self._blank) + len(self._idle)
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def holders(self, block: int) -> int:
+        """How many requests hold the block now."""
+        return self._holders[block]
+
+    def find(self, key: bytes, parent: bytes, contents: bytes) -> int | None:
+        """The block published under `key`, if its tokens and parent are really these."""
+        block = self._block_by_key.get(key)
+        if block is None or self._contents[block] != (parent, contents):
+            return None
+        return block
+
+    def can_take(self, count: int, sharing: Iterable[int] = ()) -> bool:
+        """Whether `count` blocks are free besides those that `sharing` would bring back to use."""
+        return len(self._blank) + len(self._idle) - sum(not self._holders[b] for b in sharing) >= count
+
+    def take(self, count: int) -> list[int]:
+        """`count` blocks for one new holder; blank ones first, then the longest idle, forgotten."""
+        taken = []
+        for _ in range(count):
+            if self._blank:
+                block = self._blank.pop()
+            else:
+                block, _unused = self._idle.popitem(last=False)
+                self._forget(block)
+            self._holders[block] = 1
+            taken.append(block)
+        return taken
+
+    def share(self, blocks: Iterable[int]) -> None:
+        """One more holder for each of these published blocks."""
+        for block in blocks:
+            if not self._holders[block]:
+                del self._idle[block]
+            self._holders[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder fewer for each of a request's blocks, given in the request's order."""
+        # Backwards, so that the end of a prefix is evicted before what it depends on.
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if self._key[block] is None:
+                    self._blank.append(block)
+                else:
+                    self._idle[block] = None
+
+    def publish(self, block: int, key: bytes, parent: bytes, contents: bytes) -> None:
+        """Let others find this full, computed block; if an equal one is known already, it stays private."""
+        if key in self._block_by_key:
+            return
+        self._block_by_key[key] = block
+        self._key[block] = key
+        self._contents[block] = (parent, contents)
+        self.published += 1
+
+    def _forget(self, block: int) -> None:
+        key = self._key[block]
+        if key is not None:
+            del self._block_by_key[key]
+            self._key[block] = self._contents[block] = None

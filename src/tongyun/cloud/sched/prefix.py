@@ -1,0 +1,34 @@
+"""Name a block of tokens by its contents and everything before it.
+
+A block's key is the digest of its parent's key and its own tokens, so two requests
+share a key exactly as far as they share a prefix. Keys are the same in every process,
+which lets a router compare prefixes with workers it only talks to. Knows no block pool.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+ROOT = b""
+"""The parent of a first block."""
+
+
+def packed(tokens: Sequence[int]) -> bytes:
+    """Tokens as bytes, eight each: what is hashed, and what a hit is verified against."""
+    return array("q", tokens).tobytes()
+
+
+def child_key(parent: bytes, contents: bytes) -> bytes:
+    """The 16-byte key of a block with these `packed` tokens after the block called `parent`."""
+    return blake2b(parent + contents, digest_size=16).digest()
+
+
+def block_keys(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
+    """Keys of the full blocks of `tokens`; a last block that is not full has none."""
+    keys, parent = [], ROOT
+    for end in range(block_tokens, len(tokens) + 1, block_tokens):
+        parent = child_key(parent, packed(tokens[end - block_tokens : end]))
+        keys.append(parent)
+    return keys

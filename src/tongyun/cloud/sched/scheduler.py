@@ -1,0 +1,331 @@
+"""Choose what runs next.
+
+The simulated and the real engine both drive this class, so it knows no clock, tensor
+or chip. A turn is two calls: `next_batch` proposes work and `commit` records what came
+back. `add` and `abort` may come at any moment; nothing else changes a request.
+
+A step holds one token of every request that is decoding, then prompt chunks as far as
+the token budget goes. A request is admitted when its whole known text fits, and grows a
+block at a time. When blocks run out, the lowest-ranked request gives all of its blocks
+back and is computed again later; the best-ranked one therefore always moves, and every
+request ends.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+from math import ceil
+
+from tongyun.cloud.sched.blocks import BlockPool
+from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
+from tongyun.cloud.sched.sequence import Rank, Sequence, State
+from tongyun.errors import InputError, RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The limits of one engine."""
+
+    blocks: int
+    """KV blocks in the cache."""
+    block_tokens: int = 16
+    max_context_tokens: int
+    """Prompt and output of one request together."""
+    max_sequences: int = 64
+    """Requests that may hold blocks at the same time."""
+    max_step_tokens: int = 1024
+    """Tokens computed in one step, decodes and prompt chunks together."""
+    prefix_caching: bool = True
+    watermark: float = 0.01
+    """Share of the blocks that admission leaves free for running requests to grow into."""
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "block_tokens", "max_context_tokens", "max_sequences", "max_step_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"scheduler: {name}: must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.watermark < 1:
+            raise InputError(f"scheduler: watermark: must be in [0, 1), not {self.watermark}")
+        if self.max_step_tokens < self.max_sequences:
+            # Otherwise decodes alone could fill every step and prompts would never start.
+            raise InputError(
+                f"scheduler: max_step_tokens: {self.max_step_tokens} is less than"
+                f" max_sequences {self.max_sequences}; accepted: at least that many"
+            )
+
+
+@dataclass(slots=True)
+class Counters:
+    """What has happened since the start; they only grow."""
+
+    prompt_tokens: int = 0
+    """Prompt tokens of admitted requests, cached ones included."""
+    prefix_hit_tokens: int = 0
+    computed_tokens: int = 0
+    output_tokens: int = 0
+    preemptions: int = 0
+    queued_s: float = 0.0
+    """Seconds requests spent between arrival and first admission, summed."""
+
+
+class Scheduler:
+    """Continuous batching over a paged KV cache with prefix sharing."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.blocks)
+        self.counters = Counters()
+        self._reserve = ceil(config.watermark * config.blocks)
+        self._sequences: dict[str, Sequence] = {}
+        self._serial = 0
+        # Aborted requests stay in the heap until they surface or outnumber the living.
+        self._heap: list[tuple[Rank, Sequence]] = []
+        self._waiting = 0
+        # Best rank first, so that the one to preempt is always at an end.
+        self._decoding: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        self._proposed: tuple[Batch, list[Sequence]] | None = None
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    @property
+    def running(self) -> int:
+        return len(self._decoding) + len(self._prefilling)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def check(self, request: Request) -> None:
+        """RequestError if `request` could never run here, however empty the cache."""
+        prompt, config = len(request.prompt), self.config
+        if prompt < 1:
+            raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
+        if request.output_tokens < 1:
+            raise RequestError(f"max_tokens is {request.output_tokens}; at least 1", param="max_tokens")
+        total = prompt + request.output_tokens
+        # The last token produced is never fed back and needs no place in the cache.
+        capacity = min(config.max_context_tokens, config.blocks * config.block_tokens + 1)
+        if total > capacity:
+            limit = "context" if capacity == config.max_context_tokens else "KV cache"
+            raise RequestError(
+                f"{prompt} prompt tokens and {request.output_tokens} output tokens are {total};"
+                f" the {limit} holds at most {capacity}",
+                param="prompt" if prompt >= capacity else "max_tokens",
+                code="context_length_exceeded",
+            )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; RequestError if it could never run or its id is in flight."""
+        self.check(request)
+        if request.id in self._sequences:
+            raise RequestError(f"request '{request.id}' is already in flight", param="id")
+        seq = Sequence(request, self._serial)
+        self._serial += 1
+        self._sequences[request.id] = seq
+        self._enqueue(seq)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now and free its blocks; False if it is not in flight.
+
+        Between the two calls of a turn the step's result for it is dropped at `commit`.
+        """
+        seq = self._sequences.pop(request_id, None)
+        if seq is None:
+            return False
+        if seq.state is State.WAITING:
+            self._waiting -= 1
+            if len(self._heap) > 2 * self._waiting + 16:
+                self._heap = [entry for entry in self._heap if entry[1].state is State.WAITING]
+                heapify(self._heap)
+        else:
+            (self._decoding if seq.state is State.DECODING else self._prefilling).remove(seq)
+            self.pool.release(seq.blocks)
+        seq.state = State.ENDED
+        return True
+
+    def next_batch(self, now: float) -> Batch | None:
+        """The next step's work, or None when no request is left; `commit` must follow."""
+        if self._proposed is not None:
+            raise RuntimeError("next_batch was called twice without commit")
+        self._make_way(now)
+        pieces: list[Piece] = []
+        preempted = self._propose_decodes(pieces)
+        chosen = self._decoding[:]
+        budget = self.config.max_step_tokens - len(pieces)
+        for seq in self._prefilling:
+            if budget <= 0:
+                break
+            budget -= self._propose_chunk(seq, budget, pieces, chosen)
+        # What was just preempted would come straight back and be preempted again.
+        while budget > 0 and self._waiting and not preempted:
+            admitted = self._admit(now)
+            if admitted is None:
+                break
+            budget -= self._propose_chunk(admitted, budget, pieces, chosen)
+        if not pieces:
+            if self._sequences:
+                raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
+            return None
+        batch = Batch(pieces)
+        self._proposed = batch, chosen
+        return batch
+
+    def commit(
+        self, batch: Batch, tokens: Mapping[str, int], stopped: Mapping[str, Finish]
+    ) -> dict[str, Finish]:
+        """Record a step: `tokens` of the pieces that sample, and who ends for a reason of the caller's.
+
+        Returns every request that ended with this step, those at their output limit included.
+        """
+        if self._proposed is None or self._proposed[0] is not batch:
+            raise RuntimeError("commit of a batch that was not proposed last")
+        chosen, self._proposed = self._proposed[1], None
+        caching, block_tokens = self.config.prefix_caching, self.config.block_tokens
+        ended: dict[str, Finish] = {}
+        for piece, seq in zip(batch.pieces, chosen, strict=True):
+            if seq.state is State.ENDED:
+                continue
+            seq.computed = computed = piece.start + piece.length
+            if caching and computed >= (seq.published + 1) * block_tokens:
+                seq.publish(self.pool, block_tokens)
+            self.counters.computed_tokens += piece.length
+            if not piece.samples:
+                continue
+            request_id = piece.request.id
+            seq.history.append(tokens[request_id])
+            self.counters.output_tokens += 1
+            if request_id in stopped:
+                ended[request_id] = stopped[request_id]
+            elif computed + 1 >= seq.limit:
+                ended[request_id] = Finish.LENGTH
+            elif seq.state is State.PREFILLING:
+                seq.state = State.DECODING
+                insort(self._decoding, seq, key=_rank)
+        for request_id in ended:
+            self._end(self._sequences.pop(request_id))
+        if ended:
+            self._decoding = [seq for seq in self._decoding if seq.state is State.DECODING]
+        if self._prefilling:
+            self._prefilling = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
+        return ended
+
+    def _make_way(self, now: float) -> None:
+        """Preempt requests of a lower priority while one of a higher priority cannot start."""
+        while self._waiting:
+            head, worst = self._head(), self._worst()
+            if worst is None or head.rank[0] >= worst.rank[0]:
+                return
+            if self._admit(now) is not None:
+                continue
+            lower = [s for s in self._decoding + self._prefilling if s.rank[0] > head.rank[0]]
+            if self._blocks_for(head) > self.pool.free + sum(len(seq.blocks) for seq in lower):
+                return
+            self._preempt(worst)
+
+    def _propose_decodes(self, pieces: list[Piece]) -> bool:
+        """One piece for every decoding request that has or gets room; whether any was preempted."""
+        before = self.counters.preemptions
+        for seq in self._decoding:
+            known = len(seq.history)
+            if known > seq.room and not self._grow(seq):
+                # It was the lowest-ranked one left, so nobody comes after it.
+                break
+            pieces.append(Piece(seq.request, known - 1, 1, True, seq.history, seq.blocks, seq.cached_tokens))
+        return self.counters.preemptions > before
+
+    def _grow(self, seq: Sequence) -> bool:
+        """One more block for `seq`, taken from the lowest-ranked if need be; False if that is itself."""
+        while not self.pool.can_take(1):
+            worst = self._worst()
+            if worst is None or worst is seq:
+                self._preempt(seq)
+                return False
+            self._preempt(worst)
+        seq.blocks += self.pool.take(1)
+        seq.room += self.config.block_tokens
+        return True
+
+    def _propose_chunk(self, seq: Sequence, budget: int, pieces: list[Piece], chosen: list[Sequence]) -> int:
+        """As much of what `seq` still has to compute as `budget` tokens allow; returns how many."""
+        left = len(seq.history) - seq.computed
+        length = min(left, budget)
+        pieces.append(
+            Piece(
+                seq.request, seq.computed, length, length == left, seq.history, seq.blocks, seq.cached_tokens
+            )
+        )
+        chosen.append(seq)
+        return length
+
+    def _admit(self, now: float) -> Sequence | None:
+        """Start the best-ranked waiting request if its known text fits; nobody overtakes it."""
+        seq, pool = self._head(), self.pool
+        state = pool.free, pool.published
+        if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
+            return None
+        block_tokens = self.config.block_tokens
+        shared = seq.cached_prefix(pool, block_tokens) if self.config.prefix_caching else []
+        need = self._blocks_for(seq) - len(shared)
+        if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
+            seq.refused_at = state
+            return None
+        heappop(self._heap)
+        self._waiting -= 1
+        pool.share(shared)
+        seq.blocks = shared + pool.take(need)
+        seq.room = len(seq.blocks) * block_tokens
+        seq.computed = len(shared) * block_tokens
+        seq.published = len(shared)
+        seq.state = State.PREFILLING
+        insort(self._prefilling, seq, key=_rank)
+        if not seq.admitted:
+            self._count_admission(seq, now)
+        return seq
+
+    def _count_admission(self, seq: Sequence, now: float) -> None:
+        seq.admitted = True
+        seq.cached_tokens = seq.computed
+        self.counters.prompt_tokens += len(seq.history)
+        self.counters.prefix_hit_tokens += seq.computed
+        self.counters.queued_s += now - seq.request.arrival_s
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take all blocks from the last of its list; what it knows is computed again later."""
+        (self._decoding if seq.state is State.DECODING else self._prefilling).pop()
+        self.pool.release(seq.blocks)
+        # A new list: pieces and tests may still look at the old one.
+        seq.blocks, seq.room, seq.computed, seq.published = [], 0, 0, 0
+        self.counters.preemptions += 1
+        self._enqueue(seq)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = State.WAITING
+        heappush(self._heap, (seq.rank, seq))
+        self._waiting += 1
+
+    def _head(self) -> Sequence:
+        """The best-ranked waiting request; there must be one."""
+        while self._heap[0][1].state is State.ENDED:
+            heappop(self._heap)
+        return self._heap[0][1]
+
+    def _worst(self) -> Sequence | None:
+        """The lowest-ranked running request."""
+        tails = [group[-1] for group in (self._decoding, self._prefilling) if group]
+        return max(tails, key=_rank, default=None)
+
+    def _end(self, seq: Sequence) -> None:
+        seq.state = State.ENDED
+        self.pool.release(seq.blocks)
+
+    def _blocks_for(self, seq: Sequence) -> int:
+        return -(-len(seq.history) // self.config.block_tokens)
+
+
+def _rank(seq: Sequence) -> Rank:
+    return seq.rank

@@ -1,0 +1,92 @@
+"""A request in the scheduler's hands: what is known, what is computed, what it holds.
+
+Only the scheduler changes a sequence. It knows no policy.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from tongyun.cloud.sched.blocks import BlockPool
+from tongyun.cloud.sched.prefix import ROOT, child_key, packed
+from tongyun.cloud.sched.request import Request
+
+Rank = tuple[int, float, int]
+
+
+class State(Enum):
+    """WAITING holds no blocks; PREFILLING and DECODING do; ENDED is gone for good."""
+
+    WAITING = 0
+    PREFILLING = 1
+    DECODING = 2
+    ENDED = 3
+
+
+class Sequence:
+    """`history[:computed]` has keys and values in `blocks`; `room` tokens fit in them.
+
+    `rank` orders requests: higher priority, earlier arrival, earlier call of `add`.
+    """
+
+    __slots__ = (
+        "_keys",
+        "admitted",
+        "blocks",
+        "cached_tokens",
+        "computed",
+        "history",
+        "limit",
+        "published",
+        "rank",
+        "refused_at",
+        "request",
+        "room",
+        "state",
+    )
+
+    def __init__(self, request: Request, serial: int) -> None:
+        self.request = request
+        self.rank: Rank = (-request.priority, request.arrival_s, serial)
+        self.state = State.WAITING
+        self.history = list(request.prompt)
+        self.limit = len(self.history) + request.output_tokens
+        self.computed = 0
+        self.blocks: list[int] = []
+        self.room = 0
+        self.admitted = False
+        self.cached_tokens = 0
+        self.published = 0
+        """How many leading blocks are published or were found published."""
+        self.refused_at: tuple[int, int] | None = None
+        """The pool's (free, published) when admission last failed for want of blocks."""
+        # Keys depend on contents alone, so they outlive a preemption.
+        self._keys: list[bytes] = []
+
+    def named(self, index: int, block_tokens: int) -> tuple[bytes, bytes, bytes]:
+        """Key, parent key and packed tokens of the full block `index`, the next after known ones."""
+        contents = packed(self.history[index * block_tokens : (index + 1) * block_tokens])
+        parent = self._keys[index - 1] if index else ROOT
+        if index == len(self._keys):
+            self._keys.append(child_key(parent, contents))
+        return self._keys[index], parent, contents
+
+    def cached_prefix(self, pool: BlockPool, block_tokens: int) -> list[int]:
+        """The published blocks this sequence could share, from its start on.
+
+        The block of the last known token is never among them: at least one token has to
+        be computed to yield the next, and it must not be written into a shared block.
+        """
+        found: list[int] = []
+        for index in range((len(self.history) - 1) // block_tokens):
+            block = pool.find(*self.named(index, block_tokens))
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def publish(self, pool: BlockPool, block_tokens: int) -> None:
+        """Let others share the blocks that have become full and computed."""
+        while (self.published + 1) * block_tokens <= self.computed:
+            pool.publish(self.blocks[self.published], *self.named(self.published, block_tokens))
+            self.published += 1
