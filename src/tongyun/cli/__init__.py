@@ -1,0 +1,40 @@
+"""The command line, and the only place that chooses implementations.
+
+Each command is a module of this package with a function of its name; a module is
+cheap to import and brings in what it needs when it runs, so that `tongyun plan`
+starts without PyTorch. `main` turns an error of our tree into one line and the exit
+code it carries: 0 ok, 1 the answer is no, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from tongyun.errors import TongyunError
+
+INTERRUPTED = 130
+
+
+def build() -> typer.Typer:
+    """The application with every command registered."""
+    return typer.Typer(
+        name="tongyun",
+        help="Design the chip, plan and run the cloud, serve the model, and say what a million tokens costs.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+
+
+def main() -> None:
+    """Entry point of the `tongyun` console script."""
+    try:
+        build()()
+    except TongyunError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[red]error:[/]", str(error), markup=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
