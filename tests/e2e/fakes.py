@@ -14,9 +14,10 @@ from typing import Any
 
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, TokenScore
 from tongyun.cloud.gateway.ask import Served
-from tongyun.cloud.gateway.ports import Sampling, Sink
+from tongyun.cloud.gateway.ports import Sink
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError
+from tongyun.model.sampling import SamplingOptions
 
 EOS = 256
 VOCAB = 300
@@ -30,17 +31,17 @@ class ByteTokenizer:
         return list(text.encode())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+        return b"".join(map(self.bytes_of, tokens)).decode(errors="replace")
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> list[int]:
         if messages[-1]["role"] == "assistant":
             raise RequestError("the last message is the assistant's", param="messages")
         return [token for m in messages for token in (257, *self.encode(f"{m['role']}:{m['content']}"), EOS)]
 
-    def token_bytes(self, token: int) -> bytes:
+    def bytes_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else b""
 
-    def token_name(self, token: int) -> bytes:
+    def name_of(self, token: int) -> bytes:
         return bytes([token]) if token < 256 else f"<{token}>".encode()
 
 
@@ -69,7 +70,7 @@ class FakeEngine:
     running: dict[str, _Running] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
     submitted: list[Request] = field(default_factory=list)
-    failure: str | None = None
+    failure: BaseException | None = None
 
     def __post_init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
@@ -120,7 +121,7 @@ class FakeEngine:
     def fail(self, why: str) -> None:
         """End as an engine does whose executor raised."""
         with self._lock:
-            self.failure = why
+            self.failure = RuntimeError(why)
             events = [
                 TokenEvent(id, None, time.perf_counter(), finish=Finish.ERROR, error=why)
                 for id in self.running
@@ -158,7 +159,7 @@ class FakeEngine:
             finish = Finish.LENGTH
         score = None
         sampling = request.sampling
-        if isinstance(sampling, Sampling) and sampling.top_logprobs is not None:
+        if isinstance(sampling, SamplingOptions) and sampling.logprobs:
             top = tuple((token + i, -0.5 - i) for i in range(sampling.top_logprobs))
             score = TokenScore(logprob=-0.5, top=top)
         return TokenEvent(request.id, token, now, finish, score, running.cached)
@@ -169,6 +170,7 @@ def served(*names: str, context_tokens: int = 4096) -> Served:
         names=names or ("fake",),
         context_tokens=context_tokens,
         vocab=VOCAB,
+        vocabulary=ByteTokenizer(),
         tokenizer=ByteTokenizer(),
         created=1_700_000_000,
     )

@@ -59,7 +59,7 @@ def build_app(gateway: Gateway) -> FastAPI:
 
 def _add_generation(app: FastAPI, served: Served, meters: Meters) -> None:
     def reply(ask: Ask) -> Reply:
-        return Reply(Exchange(ask, served.tokenizer), app.state.bridge, meters)
+        return Reply(Exchange(ask, served.vocabulary), app.state.bridge, meters)
 
     # The body is read by hand: pydantic parses the bytes in one pass, whatever content type came with them.
     @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))

@@ -11,9 +11,10 @@ from typing import Any
 
 from tongyun.cloud.gateway.exchange import Ask, Kind
 from tongyun.cloud.gateway.faults import Refused
-from tongyun.cloud.gateway.ports import Sampling, Tokenizer
+from tongyun.cloud.gateway.ports import Tokenizer, Vocabulary
 from tongyun.cloud.gateway.wire import Body, ChatBody, CompletionBody
 from tongyun.errors import RequestError, unknown
+from tongyun.model.sampling import SamplingOptions
 
 # Tokenising runs at roughly a megabyte a second: below this it is cheaper than a thread hop.
 _LONG_CHARACTERS = 20_000
@@ -28,6 +29,7 @@ class Served:
     context_tokens: int
     vocab: int
     tokenizer: Tokenizer
+    vocabulary: Vocabulary
     created: int
 
     def check(self, name: str) -> None:
@@ -43,7 +45,7 @@ async def ask_completion(body: CompletionBody, served: Served) -> Ask:
     echoes = (
         [p if isinstance(p, str) else served.tokenizer.decode(p) for p in body.prompts] if body.echo else []
     )
-    sampling = body.sampling(top_logprobs=body.logprobs, vocab=served.vocab)
+    sampling = body.sampling(body.logprobs)
     return _ask(
         body,
         "text_completion",
@@ -59,7 +61,7 @@ async def ask_chat(body: ChatBody, served: Served) -> Ask:
     prompt = await asyncio.to_thread(_chat, body.turns, body.chat_template_kwargs or {}, served.tokenizer)
     limit = body.max_completion_tokens or body.max_tokens
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = body.sampling(top_logprobs=top_logprobs, vocab=served.vocab)
+    sampling = body.sampling(top_logprobs)
     return _ask(body, "chat.completion", served, [prompt], _Extra(limit, sampling, []))
 
 
@@ -68,7 +70,7 @@ class _Extra:
     """What the two endpoints derive each in its own way."""
 
     output_tokens: int | None
-    sampling: Sampling
+    sampling: SamplingOptions
     echoes: Sequence[str]
 
 
@@ -122,4 +124,4 @@ async def _tokens(prompt: str | list[int], served: Served) -> tuple[int, ...]:
 def _chat(
     turns: Sequence[Mapping[str, Any]], options: Mapping[str, Any], tokenizer: Tokenizer
 ) -> tuple[int, ...]:
-    return tuple(tokenizer.chat(turns, options))
+    return tuple(tokenizer.chat(turns, **options))

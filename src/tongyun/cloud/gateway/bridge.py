@@ -78,7 +78,7 @@ class Bridge:
         return len(self._live)
 
     @property
-    def failure(self) -> str | None:
+    def failure(self) -> BaseException | None:
         """What ended the engine; `None` while it lives."""
         return self._engine.failure
 

@@ -14,11 +14,12 @@ from typing import Literal
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.gateway.faults import Refused
 from tongyun.cloud.gateway.frames import Frames
-from tongyun.cloud.gateway.ports import Sampling, Tokenizer
+from tongyun.cloud.gateway.ports import Vocabulary
 from tongyun.cloud.gateway.scores import ScoredToken, scored
 from tongyun.cloud.gateway.text import TextStream
 from tongyun.cloud.sched.request import Finish
 from tongyun.errors import RequestError
+from tongyun.model.sampling import SamplingOptions
 
 Kind = Literal["chat.completion", "text_completion"]
 
@@ -35,7 +36,7 @@ class Ask:
     n: int
     output_tokens: tuple[int, ...]
     """The most each prompt's sequences may produce, one entry a prompt."""
-    sampling: Sampling
+    sampling: SamplingOptions
     stops: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
@@ -44,7 +45,7 @@ class Ask:
     echoes: tuple[str, ...] = ()
     """The prompts' texts where they are to be repeated, one a prompt; otherwise none."""
 
-    def sampling_of(self, index: int) -> Sampling:
+    def sampling_of(self, index: int) -> SamplingOptions:
         """The sampling of one choice: a seeded request's choices differ, and each can be repeated."""
         if self.sampling.seed is None or index == 0:
             return self.sampling
@@ -74,10 +75,10 @@ class Choice:
 class Exchange:
     """The state of one request between its submission and its last byte."""
 
-    def __init__(self, ask: Ask, tokenizer: Tokenizer) -> None:
-        self.ask, self.tokenizer = ask, tokenizer
+    def __init__(self, ask: Ask, vocabulary: Vocabulary) -> None:
+        self.ask, self.vocabulary = ask, vocabulary
         self.choices = [
-            Choice(index=i, id=f"{ask.id}-{i}", text=TextStream(tokenizer.token_bytes, ask.stops))
+            Choice(index=i, id=f"{ask.id}-{i}", text=TextStream(vocabulary.bytes_of, ask.stops))
             for i in range(len(ask.prompts) * ask.n)
         ]
         self.frames = (
@@ -118,7 +119,7 @@ class Exchange:
             choice.finish = Finish.STOP.value
         elif event.finish is not None:
             choice.finish = event.finish.value
-        scores = None if event.score is None else [scored(event.token, event.score, before, self.tokenizer)]
+        scores = None if event.score is None else [scored(event.token, event.score, before, self.vocabulary)]
         self._emit(choice, piece, scores)
         return choice.finish is not None
 

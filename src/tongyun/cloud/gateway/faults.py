@@ -41,7 +41,7 @@ def fault_bytes(fault: RequestError) -> bytes:
 
 
 def from_validation(error: ValidationError) -> RequestError:
-    """The first problem pydantic found, with the field's path; every accepted form where a field has several."""
+    """The first problem pydantic found, with the field's path, and every form the field may take."""
     problems = error.errors(include_url=False, include_context=False)
     first = problems[0]
     if first["type"] == "json_invalid":

@@ -34,7 +34,7 @@ class Frames:
     def chunk(
         self, index: int, text: str, finish: str | None = None, scores: Sequence[ScoredToken] | None = None
     ) -> str:
-        """One token of one choice. The first of a chat choice is preceded by the event that names the role."""
+        """One token of one choice. A chat choice begins with the event that names its role."""
         end = "null" if finish is None else f'"{finish}"'
         if not self._chat:
             logprobs = "null" if scores is None else json.dumps(completion_logprobs(scores))

@@ -7,35 +7,17 @@ fleet on a wall clock; tests use an engine of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.sched.request import Request
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """How one sequence chooses its tokens; the defaults change nothing about the model's distribution."""
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    top_logprobs: int | None = None
-    """Alternatives to report beside each token's own log-probability; `None`: no scores at all."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-
-
 class Engine(Protocol):
     """Generates tokens. Every method may be called from any thread; only `close` waits."""
 
     def submit(self, request: Request) -> None:
-        """Queue a sequence; `RequestError` where it can never fit, `ServiceError` where nothing new is taken."""
+        """Queue a sequence; `RequestError` where it can never fit, `ServiceError` when draining."""
 
     def abort(self, request_id: str) -> None:
         """Forget a sequence and free its blocks; an unknown or ended one is no error."""
@@ -43,7 +25,7 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
     @property
-    def failure(self) -> str | None:
+    def failure(self) -> BaseException | None:
         """What ended the engine before its time; `None` while it lives."""
 
     def close(self) -> None: ...
@@ -59,16 +41,20 @@ StartEngine = Callable[[Sink], Engine]
 class Tokenizer(Protocol):
     """Text to tokens and back."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def encode(self, text: str) -> Sequence[int]: ...
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`; special tokens are left out."""
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> list[int]:
-        """Prompt tokens of a conversation, ready for the assistant's turn; `RequestError` if the template refuses."""
+    def chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> Sequence[int]:
+        """Prompt of a conversation, ready for the assistant; `RequestError` if the template refuses."""
 
-    def token_bytes(self, token: int) -> bytes:
+
+class Vocabulary(Protocol):
+    """Tokens one at a time, cheaply."""
+
+    def bytes_of(self, token: int) -> bytes:
         """What a token adds to the text; nothing for a special one."""
 
-    def token_name(self, token: int) -> bytes:
+    def name_of(self, token: int) -> bytes:
         """A token spelled out for log-probabilities: its bytes, or a special one's name."""

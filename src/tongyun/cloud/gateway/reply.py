@@ -68,7 +68,7 @@ async def _whole(exchange: Exchange, send: Send) -> None:
 
 
 def _choice(exchange: Exchange, choice: Choice) -> dict[str, object]:
-    scores = choice.scores if exchange.ask.sampling.top_logprobs is not None else None
+    scores = choice.scores if exchange.ask.sampling.logprobs else None
     return whole_choice(exchange.ask.kind, choice.index, "".join(choice.parts), choice.finish, scores)
 
 

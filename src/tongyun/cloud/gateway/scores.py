@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tongyun.cloud.engine.protocol import TokenScore
-from tongyun.cloud.gateway.ports import Tokenizer
+from tongyun.cloud.gateway.ports import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,12 +19,12 @@ class ScoredToken:
     offset: int
 
 
-def scored(token: int, score: TokenScore, offset: int, tokenizer: Tokenizer) -> ScoredToken:
+def scored(token: int, score: TokenScore, offset: int, vocabulary: Vocabulary) -> ScoredToken:
     """A token's score with the token ids spelled out."""
     return ScoredToken(
-        data=tokenizer.token_name(token),
+        data=vocabulary.name_of(token),
         logprob=score.logprob,
-        top=tuple((tokenizer.token_name(other), logprob) for other, logprob in score.top),
+        top=tuple((vocabulary.name_of(other), logprob) for other, logprob in score.top),
         offset=offset,
     )
 

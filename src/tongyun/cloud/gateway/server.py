@@ -95,7 +95,7 @@ def _server(app: FastAPI, drain_s: float, on_ready: Callable[[], None] | None) -
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, but it tells its requests when time is up, and returns after a signal instead of dying of it."""
+    """uvicorn's, but it tells its requests when time is up, and returns after a signal."""
 
     def __init__(
         self, config: uvicorn.Config, app: FastAPI, drain_s: float, on_ready: Callable[[], None] | None

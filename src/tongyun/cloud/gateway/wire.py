@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tongyun.cloud.gateway.faults import from_validation
-from tongyun.cloud.gateway.ports import Sampling
 from tongyun.errors import RequestError
+from tongyun.model.sampling import SamplingOptions
 
 # They name the caller, the bill or the cache, never the text.
 INERT = frozenset(
@@ -39,6 +39,7 @@ OFF: Mapping[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "suffix": ("",),
+    "logit_bias": ({},),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -77,7 +78,6 @@ class Body(BaseModel):
     stream_options: StreamOptions | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -87,9 +87,9 @@ class Body(BaseModel):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
-    def sampling(self, *, top_logprobs: int | None, vocab: int) -> Sampling:
+    def sampling(self, top_logprobs: int | None) -> SamplingOptions:
         """The sampling of one sequence; `top_k` of 0 or −1 means all, as elsewhere."""
-        return Sampling(
+        return SamplingOptions(
             temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
             top_k=self.top_k if self.top_k is not None and self.top_k > 0 else None,
@@ -98,8 +98,8 @@ class Body(BaseModel):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             seed=self.seed,
-            top_logprobs=top_logprobs,
-            logit_bias=_bias(self.logit_bias or {}, vocab),
+            logprobs=top_logprobs is not None,
+            top_logprobs=top_logprobs or 0,
         )
 
 
@@ -116,9 +116,9 @@ class CompletionBody(Body):
         """One entry a prompt; a flat list of numbers is one prompt of tokens."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return list(self.prompt)
+        if isinstance(self.prompt[0], int):
+            return [[token for token in self.prompt if isinstance(token, int)]]
+        return [part for part in self.prompt if not isinstance(part, int)]
 
 
 class TextPart(BaseModel):
@@ -230,17 +230,6 @@ def _text(message: Message, where: str) -> str:
                 code="unsupported_content",
             )
     return "".join(part.text or "" for part in message.content)
-
-
-def _bias(given: Mapping[str, float], vocab: int) -> tuple[tuple[int, float], ...]:
-    for key in given:
-        if not key.isascii() or not key.isdigit() or int(key) >= vocab:
-            raise RequestError(
-                f"'logit_bias': '{key}' is no token id; accepted: 0 … {vocab - 1}",
-                param="logit_bias",
-                code="invalid_value",
-            )
-    return tuple((int(key), value) for key, value in given.items())
 
 
 def _or(value: float | None, default: float) -> float:
