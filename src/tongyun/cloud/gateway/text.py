@@ -17,7 +17,7 @@ class TextStream:
 
     def __init__(self, bytes_of: Callable[[int], bytes], stops: tuple[str, ...] = ()) -> None:
         self._bytes_of = bytes_of
-        # One U+FFFD for each maximal subpart, as in Rust's `from_utf8_lossy` and so in Hugging Face's decoder.
+        # One U+FFFD for each maximal subpart, as Rust's `from_utf8_lossy` and so Hugging Face has it.
         self._decode: Callable[..., str] = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stops = stops
         self._held = ""
