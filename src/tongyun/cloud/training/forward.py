@@ -41,7 +41,7 @@ class TrainingOps(TorchOps):
         counts = torch.bincount(chosen_TN.flatten(), minlength=gate_up_EOD.shape[0]).tolist()
         gathered = x_TD.index_select(0, rows)
         outputs = []
-        experts = zip(gathered.split(counts), gate_up_EOD.unbind(0), down_EDI.unbind(0), strict=True)
+        experts = zip(torch.split(gathered, counts), gate_up_EOD.unbind(0), down_EDI.unbind(0), strict=True)
         for x, gate_up_OD, down_DI in experts:
             outputs.append(self.linear(self.swiglu(self.linear(x, gate_up_OD)), down_DI))
         weighted = torch.cat(outputs) * weight_TN.flatten()[order].unsqueeze(1)
@@ -53,8 +53,8 @@ class _CausalAttention(torch.autograd.Function):
 
     Query heads that share a key head are rows of one matrix, so that keys and values
     are never repeated. Arrays are (N, G, S, d) and (N, S, d): N rows times key heads,
-    G query heads a key head. PyTorch's fused kernel is meant for longer rows and takes
-    about three times as long on these on a CPU.
+    G query heads a key head. PyTorch's fused kernel is meant for longer rows and is slower
+    on these on a CPU.
     """
 
     BLOCK = 128
@@ -67,10 +67,10 @@ class _CausalAttention(torch.autograd.Function):
             q = q_NGSd[:, :, first:stop].flatten(1, 2)
             scores = torch.bmm(q, k_NSd[:, :stop].mT).mul_(q.shape[-1] ** -0.5)
             hidden = torch.ones(stop - first, stop - first, dtype=torch.bool).triu(1)
-            scores.unflatten(1, (-1, stop - first))[..., first:].masked_fill_(hidden, -math.inf)
+            scores.view(len(q), -1, stop - first, stop)[..., first:].masked_fill_(hidden, -math.inf)
             p = scores.softmax(-1)
             y = torch.bmm(p, v_NSd[:, :stop])
-            y_NGSd[:, :, first:stop] = y.unflatten(1, (-1, stop - first))
+            y_NGSd[:, :, first:stop] = y.view_as(y_NGSd[:, :, first:stop])
             kept.append(p)
         ctx.save_for_backward(q_NGSd, k_NSd, v_NSd, *kept)
         return y_NGSd
@@ -86,7 +86,7 @@ class _CausalAttention(torch.autograd.Function):
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(q.shape[-1] ** -0.5)
             dk_NSd[:, :stop] += torch.bmm(ds.mT, q)
             dq = torch.bmm(ds, k_NSd[:, :stop])
-            dq_NGSd[:, :, first:stop] = dq.unflatten(1, (-1, stop - first))
+            dq_NGSd[:, :, first:stop] = dq.view_as(dq_NGSd[:, :, first:stop])
         return dq_NGSd, dk_NSd, dv_NSd
 
 
@@ -106,8 +106,9 @@ def causal(sequence: int) -> Attend:
             for x in (k_TKd, v_TKd)
         )
         q = q_THd.view(-1, sequence, kv_heads, heads // kv_heads, width).permute(0, 2, 3, 1, 4)
-        y_NGSd: Tensor = _CausalAttention.apply(q.flatten(0, 1).contiguous(), k, v)
-        return y_NGSd.unflatten(0, (-1, kv_heads)).permute(0, 3, 1, 2, 4).reshape(tokens, heads, width)
+        y: Tensor = _CausalAttention.apply(q.flatten(0, 1).contiguous(), k, v)  # type: ignore[no-untyped-call]
+        y = y.view(-1, kv_heads, heads // kv_heads, sequence, width)
+        return y.permute(0, 3, 1, 2, 4).reshape(tokens, heads, width)
 
     return attend
 
@@ -176,8 +177,8 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, table_VD: Tensor, targets_T: Tensor) -> Tensor:
         total = hidden_TD.new_zeros(())
         d_hidden, d_table = torch.empty_like(hidden_TD), torch.zeros_like(table_VD)
-        for rows in torch.arange(len(targets_T)).split(_CrossEntropy.ROWS):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, len(targets_T), _CrossEntropy.ROWS):
+            chunk = slice(first, first + _CrossEntropy.ROWS)
             hidden, targets = hidden_TD[chunk], targets_T[chunk].unsqueeze(1)
             scores_TV = hidden @ table_VD.T
             scores_TV.sub_(scores_TV.amax(1, keepdim=True))
@@ -199,9 +200,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 def summed_loss(model: Qwen3, inputs_BS: Tensor, targets_BS: Tensor) -> Tensor:
     """Cross-entropy in nats, summed over all targets; cheaper to differentiate than `token_losses`."""
-    loss: Tensor = _CrossEntropy.apply(
-        hidden_states(model, inputs_BS), model.head.weight, targets_BS.flatten()
-    )
+    hidden_TD, table_VD = hidden_states(model, inputs_BS), model.head.weight
+    loss: Tensor = _CrossEntropy.apply(hidden_TD, table_VD, targets_BS.flatten())  # type: ignore[no-untyped-call]
     return loss
 
 

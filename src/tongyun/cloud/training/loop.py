@@ -32,7 +32,11 @@ CURVE_COLUMNS = ("step", "tokens", "sequence", "loss", "balance", "held_out_loss
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One step of the loss curve; losses in nats per token, `seconds` of training so far."""
+    """One step of the loss curve.
+
+    Losses in nats per token, `lr` as a part of the recipe's rates, `seconds` of training
+    up to the step's end, evaluations included.
+    """
 
     step: int
     tokens: int
@@ -130,7 +134,7 @@ class Run:
     def _gradients(self, rows: torch.Tensor) -> tuple[float, float]:
         """Mean loss and balance of a batch; gradients are summed over its micro-batches."""
         training = self.recipe.training
-        parts = rows.split(training.micro_tokens // (rows.shape[1] - 1))
+        parts = torch.split(rows, training.micro_tokens // (rows.shape[1] - 1))
         total, balances = 0.0, 0.0
         for part in parts:
             inputs, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()

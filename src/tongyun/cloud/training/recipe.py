@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tongyun.errors import SpecError, unknown
-from tongyun.model.config import ModelConfig
+from tongyun.model.config import Experts, ModelConfig
 
 SOURCES = ("stdlib", "directory")
 
@@ -99,6 +99,10 @@ class Evaluation:
     context: int
     stride: int
     quick_tokens: int = 16_384
+    """Held-out tokens read by the evaluations during training."""
+    prompts: tuple[str, ...] = ()
+    """Continued greedily by the finished model, for people to read."""
+    prompt_tokens: int = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,42 +131,29 @@ class Recipe:
         return recipe
 
     @property
-    def config(self) -> dict[str, Any]:
-        """The model as a Hugging Face `config.json`."""
-        shape = self.model
-        return {
-            "architectures": ["Qwen3MoeForCausalLM"],
-            "model_type": "qwen3_moe",
-            "vocab_size": self.tokenizer.vocab,
-            "hidden_size": shape.hidden,
-            "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
-            "intermediate_size": shape.expert_intermediate * shape.experts_per_token,
-            "moe_intermediate_size": shape.expert_intermediate,
-            "num_experts": shape.experts,
-            "num_experts_per_tok": shape.experts_per_token,
-            "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "max_position_embeddings": shape.max_positions,
-            "rope_theta": shape.rope_theta,
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "attention_dropout": 0.0,
-            "hidden_act": "silu",
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "use_sliding_window": False,
-            "eos_token_id": 0,
-            "torch_dtype": "bfloat16",
-        }
-
-    @property
     def model_config(self) -> ModelConfig:
-        return ModelConfig.from_hf(self.config, name=self.name, file=self.file)
+        """The model to build. Tokens 0 and 2 end a text and a turn: see `bpe.SPECIAL`."""
+        shape = self.model
+        return ModelConfig(
+            name=self.name,
+            family="qwen3_moe",
+            layers=shape.layers,
+            hidden=shape.hidden,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            intermediate=shape.expert_intermediate * shape.experts_per_token,
+            vocab=self.tokenizer.vocab,
+            max_positions=shape.max_positions,
+            rope_theta=shape.rope_theta,
+            norm_eps=1e-6,
+            tied=True,
+            qk_norm=True,
+            experts=Experts(
+                count=shape.experts, per_token=shape.experts_per_token, intermediate=shape.expert_intermediate
+            ),
+            eos_token_ids=(0, 2),
+        )
 
 
 _TOML_NAMES = {"start": "from"}
@@ -265,4 +256,5 @@ def _check(recipe: Recipe) -> None:
         need(0 <= getattr(training, key) <= 1, f"training.{key}", "a part of the run, from 0 to 1")
     need(0 < evaluation.context <= shape.max_positions, "evaluation.context", "from 1 to max_positions")
     need(0 < evaluation.stride <= evaluation.context, "evaluation.stride", "from 1 to context")
-    need(evaluation.quick_tokens > 0, "evaluation.quick_tokens", "expected a number above 0")
+    for key in ("quick_tokens", "prompt_tokens"):
+        need(getattr(evaluation, key) > 0, f"evaluation.{key}", "expected a number above 0")

@@ -31,14 +31,14 @@ CHAT_TEMPLATE = (
 )
 
 
-class Vocabulary:
+class Bpe:
     """A trained tokenizer with the few things training and evaluation ask of it."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     @classmethod
-    def train(cls, documents: Iterable[Document], size: int) -> Vocabulary:
+    def train(cls, documents: Iterable[Document], size: int) -> Bpe:
         """Learn `size` tokens, special ones and the 256 bytes included."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -58,7 +58,7 @@ class Vocabulary:
         return cls(tokenizer)
 
     @classmethod
-    def load(cls, directory: Path) -> Vocabulary:
+    def load(cls, directory: Path) -> Bpe:
         return cls(Tokenizer.from_file(str(directory / "tokenizer.json")))
 
     def encode_all(self, texts: list[str]) -> list[list[int]]:
