@@ -69,7 +69,7 @@ def test_a_wrong_recipe_names_file_and_key(
 ) -> None:
     assert old in recipe_text
     file = write(recipe_text.replace(old, new))
-    with pytest.raises(SpecError, match="recipe.toml") as caught:
+    with pytest.raises(SpecError, match=r"recipe\.toml") as caught:
         Recipe.load(file)
     assert caught.value.key == key
     assert problem in caught.value.problem
