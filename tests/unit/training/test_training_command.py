@@ -40,6 +40,9 @@ def test_a_recipe_becomes_a_model_with_its_record(write: Callable[[], Path], tmp
     assert "model.layers.1.mlp.experts.3.down_proj.weight" in tensors
     assert record["parameters"] == sum(t.numel() for t in tensors.values())
     assert record["model_bytes"] == sum(file.stat().st_size for file in model.iterdir())
+    page = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert f"| pkg/held.py | {record['bits_per_byte']:.2f} |" in page
+    assert "def total(self, ⟦" in page
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
