@@ -7,9 +7,14 @@ whole grid of batch sizes and context lengths.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tongyun.errors import InputError, unknown
 from tongyun.units import DType, Number
 
 
@@ -38,7 +43,8 @@ class Operator:
     """One operator of one rank, executed `repeat` times in a step (once a layer, usually).
 
     All counts are for one execution on one rank. `m`, `n`, `k` are the matmul's rows,
-    columns and inner size (for a grouped matmul `m` is the rows over all groups).
+    columns and inner size (for a grouped matmul `m` is the rows over all groups; for
+    attention `m` is query rows over all heads, `n` heads, `k` head width, `groups` sequences).
     """
 
     name: str
@@ -52,6 +58,7 @@ class Operator:
     compute: DType = DType.BF16
     """The type in which products are taken; it selects the peak rate."""
     flops: Number = 0
+    """Multiplications and additions of products; norms and element-wise work count bytes only."""
     read_bytes: Number = 0
     """Activations and KV read; weights are counted apart."""
     weight_bytes: Number = 0
@@ -62,9 +69,164 @@ class Operator:
     axis: str = ""
     """Collectives only: the parallel axis (tp, ep, dp, pp)."""
     ranks: int = 1
+    """Collectives only: consecutive ranks that take part; for a send, those of the whole replica."""
     payload_bytes: Number = 0
-    """Collectives only: bytes each rank puts in."""
+    """Collectives only: bytes each rank puts in (all-reduce, all-to-all, send) or holds
+    once the collective is over (all-gather) or before it (reduce-scatter)."""
 
     @property
     def moved_bytes(self) -> Number:
         return self.read_bytes + self.weight_bytes + self.write_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """In which types a model is stored and computed.
+
+    Embedding, head, router, norms and biases stay in the type of the activations, as in
+    published quantised checkpoints. Scales of block formats are not counted.
+    """
+
+    weights: DType = DType.BF16
+    experts: DType = DType.BF16
+    compute: DType = DType.BF16
+    """Type of the products of attention and feed-forward projections."""
+    expert_compute: DType = DType.BF16
+    activations: DType = DType.BF16
+    kv: DType = DType.BF16
+
+    @classmethod
+    def of(cls, dtype: str = "bf16", kv: str | None = None) -> Precision:
+        """The usual recipe behind a short name; `kv` defaults to bf16 (f32 for f32).
+
+        `int4` is weight-only: products stay in bf16. `mxfp4` is gpt-oss's release format:
+        experts in 4 bits with bf16 products, the rest in bf16.
+        """
+        if dtype not in RECIPES:
+            raise InputError(unknown("dtype", dtype, RECIPES))
+        if kv is not None and kv not in KV_DTYPES:
+            raise InputError(unknown("KV dtype", kv, KV_DTYPES))
+        recipe = RECIPES[dtype]
+        return recipe if kv is None else replace(recipe, kv=DType(kv))
+
+    @classmethod
+    def _uniform(cls, weights: DType, compute: DType, activations: DType = DType.BF16) -> Precision:
+        return cls(
+            weights=weights,
+            experts=weights,
+            compute=compute,
+            expert_compute=compute,
+            activations=activations,
+            kv=activations,
+        )
+
+
+RECIPES: dict[str, Precision] = {
+    "f32": Precision._uniform(DType.F32, DType.F32, DType.F32),
+    "bf16": Precision(),
+    "fp8": Precision._uniform(DType.FP8, DType.FP8),
+    "int8": Precision._uniform(DType.INT8, DType.INT8),
+    "int4": Precision._uniform(DType.INT4, DType.BF16),
+    "fp4": Precision._uniform(DType.FP4, DType.FP4),
+    "mxfp4": Precision(experts=DType.FP4),
+}
+KV_DTYPES = ("f32", "bf16", "fp8", "int8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """`count` sequences that each compute `new` tokens behind `context` cached ones.
+
+    Arrays describe a grid of independent steps, unless `ragged` is set: then the last
+    axis runs over the sequences of one step and every count below is summed over it.
+    """
+
+    new: Number
+    context: Number = 0
+    count: Number = 1
+    ragged: bool = False
+
+    def _sum(self, each: Number) -> Number:
+        total = self.count * each
+        return np.sum(total, axis=-1, dtype=np.float64) if self.ragged else total
+
+    @property
+    def sequences(self) -> Number:
+        return self._sum(np.ones_like(self.new) if self.ragged else 1)
+
+    @property
+    def tokens(self) -> Number:
+        """New tokens over all sequences."""
+        return self._sum(self.new)
+
+    def pairs(self, window: int | None = None) -> Number:
+        """Query-key pairs of causal attention, Σ over new tokens of the keys each sees.
+
+        Token i of n behind c sees c+i+1 keys: n·c + n(n+1)/2. A window of w keys (the
+        token itself among them) caps each term at w.
+        """
+        if window is None:
+            return self._sum(self.new * self.context + self.new * (self.new + 1) / 2)
+        growing = np.clip(window - self.context, 0, self.new)
+        return self._sum(growing * self.context + growing * (growing + 1) / 2 + (self.new - growing) * window)
+
+    def keys(self, window: int | None = None) -> Number:
+        """Distinct keys read, Σ over sequences: context and new, or what the window reaches."""
+        if window is None:
+            return self._sum(self.context + self.new)
+        return self._sum(np.minimum(self.context, window - 1) + self.new)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """What one attention group computes in one step: decode, prefill, or both mixed.
+
+    `decode` sequences add one token each and use the decode form of attention (absorbed
+    for MLA); `prefill` sequences add a chunk. `sampled` rows go through the head.
+    """
+
+    decode: Sequences | None = None
+    prefill: Sequences | None = None
+    sampled: Number
+
+    @classmethod
+    def decoding(cls, batch: Number, context: Number) -> StepShape:
+        """`batch` sequences, each producing the token behind `context` cached ones."""
+        return cls(decode=Sequences(new=1, context=context, count=batch), sampled=batch)
+
+    @classmethod
+    def prefilling(cls, tokens: Number, context: Number = 0, count: Number = 1) -> StepShape:
+        """`count` prompts of `tokens` new tokens behind `context` cached ones; one row each is sampled."""
+        return cls(prefill=Sequences(new=tokens, context=context, count=count), sampled=count)
+
+    @classmethod
+    def ragged(cls, pieces: Iterable[tuple[int, int]], *, sampled: int | None = None) -> StepShape:
+        """An engine's batch, from its pieces as (new tokens, cached tokens).
+
+        One new token is decoding, more is prefill. `sampled` defaults to the number of pieces.
+        """
+        rows = np.asarray(list(pieces), dtype=np.float64).reshape(-1, 2)
+        one = rows[:, 0] == 1
+        return cls(
+            decode=_ragged(rows[one]),
+            prefill=_ragged(rows[~one]),
+            sampled=len(rows) if sampled is None else sampled,
+        )
+
+    @property
+    def groups(self) -> tuple[Sequences, ...]:
+        return tuple(group for group in (self.decode, self.prefill) if group is not None)
+
+    @property
+    def tokens(self) -> Number:
+        """New tokens of the step: the rows of every matmul before the head."""
+        return sum((group.tokens for group in self.groups), start=0.0)
+
+    @property
+    def sequences(self) -> Number:
+        return sum((group.sequences for group in self.groups), start=0.0)
+
+
+def _ragged(rows: ArrayLike) -> Sequences | None:
+    table = np.asarray(rows, dtype=np.float64)
+    return Sequences(new=table[:, 0], context=table[:, 1], ragged=True) if len(table) else None

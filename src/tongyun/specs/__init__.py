@@ -1,0 +1,51 @@
+"""Facts as data: chips, fabrics, storage, models, prices and workloads, each figure with its source."""
+
+from tongyun.specs.figure import Corner, Figure
+from tongyun.specs.find import (
+    every,
+    find_chip,
+    find_fabric,
+    find_model,
+    find_price,
+    find_storage,
+    find_workload,
+    load,
+    loads,
+    names,
+)
+from tongyun.specs.schema import (
+    Calibration,
+    Chip,
+    ChipSpec,
+    FabricSpec,
+    Link,
+    PriceSpec,
+    StorageSpec,
+    WorkloadSpec,
+)
+from tongyun.specs.write import dumps, save
+
+__all__ = [
+    "Calibration",
+    "Chip",
+    "ChipSpec",
+    "Corner",
+    "FabricSpec",
+    "Figure",
+    "Link",
+    "PriceSpec",
+    "StorageSpec",
+    "WorkloadSpec",
+    "dumps",
+    "every",
+    "find_chip",
+    "find_fabric",
+    "find_model",
+    "find_price",
+    "find_storage",
+    "find_workload",
+    "load",
+    "loads",
+    "names",
+    "save",
+]

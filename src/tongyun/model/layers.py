@@ -1,0 +1,399 @@
+"""The operators of attention and feed-forward layers on one rank.
+
+`Layers` writes the operators of a stage's layers from the widths of its `Slice`; each
+operator stands once and repeats over the layers it belongs to. It prices nothing.
+Symbols: T new tokens of the step, D hidden, N experts a token runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tongyun.model.config import Experts, Latent, ModelConfig
+from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
+from tongyun.model.shard import Slice
+from tongyun.units import DType, Number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """How a weight matrix is kept and multiplied."""
+
+    weights: DType
+    compute: DType
+    activations: DType
+
+
+def matmul(name: str, size: tuple[Number, int, int], store: Storage, *, repeat: int, bias: bool) -> Operator:
+    """`size` = (rows m, inner k, columns n): 2·m·k·n FLOPs, weights read once."""
+    m, k, n = size
+    act = store.activations.bytes
+    weight_bytes = k * n * store.weights.bytes + (n * act if bias else 0)
+    return Operator(
+        name=name,
+        kind=Kind.MATMUL,
+        repeat=repeat,
+        m=m,
+        n=n,
+        k=k,
+        compute=store.compute,
+        flops=2 * m * k * n,
+        read_bytes=m * k * act,
+        weight_bytes=weight_bytes,
+        write_bytes=m * n * act,
+        resident_bytes=weight_bytes * repeat,
+    )
+
+
+def elementwise(name: str, kind: Kind, read: Number, write: Number, *, repeat: int) -> Operator:
+    """A pass over memory: bytes read and written, no products."""
+    return Operator(name=name, kind=kind, repeat=repeat, read_bytes=read, write_bytes=write)
+
+
+def touched_experts(experts: Experts, tokens: Number) -> Number:
+    """Expected share of the experts that at least one of `tokens` runs, routing balanced.
+
+    Each token picks N of E without repetition: 1 − (1 − N/E)^tokens.
+    """
+    return 1 - (1 - experts.per_token / experts.count) ** tokens
+
+
+def reached_ranks(experts: Experts, ranks: int) -> float:
+    """Expected number of distinct ranks that hold a token's N experts (hypergeometric)."""
+    elsewhere, missed = experts.count - experts.count // ranks, 1.0
+    for chosen in range(experts.per_token):
+        missed *= max(0, elsewhere - chosen) / (experts.count - chosen)
+    return ranks * (1 - missed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Writes the operators of the layers of one rank for one step."""
+
+    config: ModelConfig
+    part: Slice
+    shape: StepShape
+    precision: Precision
+
+    @property
+    def act(self) -> float:
+        return self.precision.activations.bytes
+
+    @property
+    def projection(self) -> Storage:
+        p = self.precision
+        return Storage(weights=p.weights, compute=p.compute, activations=p.activations)
+
+    @property
+    def exact(self) -> Storage:
+        """For what stays in the activations' type: router, embedding, head."""
+        act = self.precision.activations
+        return Storage(weights=act, compute=act, activations=act)
+
+    def norm(self, name: str, rows: Number, width: int, repeat: int) -> Operator:
+        """RMS norm fused with the residual add before it: two tensors in, two out."""
+        weight_bytes = width * self.act
+        return Operator(
+            name=name,
+            kind=Kind.NORM,
+            repeat=repeat,
+            read_bytes=2 * rows * width * self.act,
+            weight_bytes=weight_bytes,
+            write_bytes=2 * rows * width * self.act,
+            resident_bytes=weight_bytes * repeat,
+        )
+
+    def collective(self, name: str, kind: Kind, axis: str, payload: Number, repeat: int) -> list[Operator]:
+        """A collective over `axis`, or nothing where the axis has one rank."""
+        shard = self.part.shard
+        # A hand-over between stages may leave the node, which the replica's size decides.
+        ranks = {"tp": shard.tp, "ep": shard.ep, "pp": shard.ranks if shard.pp > 1 else 1}[axis]
+        if ranks == 1 or repeat == 0:
+            return []
+        return [Operator(name=name, kind=kind, repeat=repeat, axis=axis, ranks=ranks, payload_bytes=payload)]
+
+    # ── attention ────────────────────────────────────────────────────────────────────
+
+    def attention(self) -> list[Operator]:
+        """Norm, projections, attention and output of every layer of the stage."""
+        config, part, tokens = self.config, self.part, self.shape.tokens
+        repeat = part.layers
+        values = config.latent.value_dim if config.latent else config.head_dim
+        inside = self._latent(config.latent) if config.latent else self._grouped_query()
+        output = matmul(
+            "attention_out",
+            (tokens, part.heads * values, config.hidden),
+            self.projection,
+            repeat=repeat,
+            bias=config.attention_bias,
+        )
+        payload = tokens * config.hidden * self.act
+        return [
+            self.norm("attention_norm", tokens, config.hidden, repeat),
+            *inside,
+            output,
+            *self.collective("attention_sum", Kind.ALL_REDUCE, "tp", payload, repeat),
+        ]
+
+    def _grouped_query(self) -> list[Operator]:
+        config, part, tokens = self.config, self.part, self.shape.tokens
+        width = (part.heads + 2 * part.kv_heads) * config.head_dim
+        qkv = matmul(
+            "qkv",
+            (tokens, config.hidden, width),
+            self.projection,
+            repeat=part.layers,
+            bias=config.attention_bias,
+        )
+        scales = 2 * config.head_dim * self.act if config.qk_norm else 0
+        rotate = Operator(
+            name="rotate",
+            kind=Kind.ELEMENTWISE,
+            repeat=part.layers,
+            read_bytes=tokens * width * self.act,
+            weight_bytes=scales,
+            write_bytes=tokens * part.heads * config.head_dim * self.act
+            + tokens * 2 * part.kv_heads * config.head_dim * self.precision.kv.bytes,
+            resident_bytes=scales * part.layers,
+        )
+        return [qkv, rotate, *self._attend_all(part.full_layers, part.window_layers)]
+
+    def _attend_all(self, full: int, windowed: int) -> list[Operator]:
+        """Attention of decode and prefill sequences, in full and in sliding-window layers."""
+        operators: list[Operator] = []
+        for layers, window, suffix in ((full, None, ""), (windowed, self.config.window, "_window")):
+            if not layers:
+                continue
+            for phase, group in (("decode", self.shape.decode), ("prefill", self.shape.prefill)):
+                if group is not None:
+                    operators.append(self._attend(f"attention_{phase}{suffix}", group, window, layers))
+        if self.config.sinks and operators:
+            operators.append(self._sinks(full + windowed))
+        return operators
+
+    def _sinks(self, layers: int) -> Operator:
+        weight_bytes = self.part.heads * self.act
+        return Operator(
+            name="sinks",
+            kind=Kind.ELEMENTWISE,
+            repeat=layers,
+            weight_bytes=weight_bytes,
+            resident_bytes=weight_bytes * layers,
+        )
+
+    def _attend(self, name: str, group: Sequences, window: int | None, layers: int) -> Operator:
+        """4·d FLOPs for each head and query-key pair; keys and values read once."""
+        heads, width = self.part.heads, self.config.head_dim
+        tokens, kv = group.tokens, self.precision.kv.bytes
+        return Operator(
+            name=name,
+            kind=Kind.ATTENTION,
+            repeat=layers,
+            m=tokens * heads,
+            n=heads,
+            k=width,
+            groups=group.sequences,
+            compute=self.precision.activations,
+            flops=4 * heads * width * group.pairs(window),
+            read_bytes=tokens * heads * width * self.act
+            + 2 * self.part.kv_heads * width * kv * group.keys(window),
+            write_bytes=tokens * heads * width * self.act,
+        )
+
+    # ── multi-head latent attention ──────────────────────────────────────────────────
+
+    def _latent(self, latent: Latent) -> list[Operator]:
+        """MLA: down-projections, latent norms, then each phase in the form engines use."""
+        part, tokens, repeat = self.part, self.shape.tokens, self.part.layers
+        down = latent.q_rank + latent.kv_rank + latent.rope_dim
+        operators = [
+            matmul(
+                "qkv_down",
+                (tokens, self.config.hidden, down),
+                self.projection,
+                repeat=repeat,
+                bias=self.config.attention_bias,
+            ),
+            self.norm("latent_norm", tokens, latent.q_rank + latent.kv_rank, repeat),
+            matmul(
+                "q_up",
+                (tokens, latent.q_rank, part.heads * (latent.nope_dim + latent.rope_dim)),
+                self.projection,
+                repeat=repeat,
+                bias=False,
+            ),
+            elementwise(
+                "rotate",
+                Kind.ELEMENTWISE,
+                tokens * (part.heads + 1) * latent.rope_dim * self.act,
+                tokens * part.heads * latent.rope_dim * self.act
+                + tokens * (latent.kv_rank + latent.rope_dim) * self.precision.kv.bytes,
+                repeat=repeat,
+            ),
+        ]
+        prefill, decode = self.shape.prefill, self.shape.decode
+        if prefill is not None:
+            operators += self._expanded(latent, prefill)
+        if decode is not None:
+            operators += self._absorbed(latent, decode, resident=prefill is None)
+        return operators
+
+    def _expanded(self, latent: Latent, group: Sequences) -> list[Operator]:
+        """Prefill: keys and values of context and chunk are expanded from the latent, then multi-head."""
+        heads, layers, keys = self.part.heads, self.part.layers, group.keys()
+        qk, v = latent.nope_dim + latent.rope_dim, latent.value_dim
+        expand = matmul(
+            "kv_up",
+            (keys, latent.kv_rank, heads * (latent.nope_dim + v)),
+            self.projection,
+            repeat=layers,
+            bias=False,
+        )
+        attend = Operator(
+            name="attention_prefill",
+            kind=Kind.ATTENTION,
+            repeat=layers,
+            m=group.tokens * heads,
+            n=heads,
+            k=qk,
+            groups=group.sequences,
+            compute=self.precision.activations,
+            flops=2 * heads * (qk + v) * group.pairs(),
+            read_bytes=(group.tokens * heads * qk + keys * heads * (qk + v)) * self.act,
+            write_bytes=group.tokens * heads * v * self.act,
+        )
+        return [expand, attend]
+
+    def _absorbed(self, latent: Latent, group: Sequences, *, resident: bool) -> list[Operator]:
+        """Decode: queries move into the latent space, so that all heads read the cache as it is, once."""
+        heads, layers, rank = self.part.heads, self.part.layers, latent.kv_rank
+        wide = rank + latent.rope_dim
+        attend = Operator(
+            name="attention_decode",
+            kind=Kind.ATTENTION,
+            repeat=layers,
+            m=group.tokens * heads,
+            n=heads,
+            k=wide,
+            groups=group.sequences,
+            compute=self.precision.activations,
+            flops=2 * heads * (wide + rank) * group.pairs(),
+            read_bytes=group.tokens * heads * wide * self.act + group.keys() * wide * self.precision.kv.bytes,
+            write_bytes=group.tokens * heads * rank * self.act,
+        )
+        into = self._per_head("absorb_q", group.tokens, (latent.nope_dim, rank), resident=resident)
+        back = self._per_head("absorb_v", group.tokens, (rank, latent.value_dim), resident=resident)
+        return [into, attend, back]
+
+    def _per_head(self, name: str, tokens: Number, size: tuple[int, int], *, resident: bool) -> Operator:
+        heads, (k, n) = self.part.heads, size
+        weight_bytes = heads * k * n * self.precision.weights.bytes
+        return Operator(
+            name=name,
+            kind=Kind.GROUPED_MATMUL,
+            repeat=self.part.layers,
+            m=tokens * heads,
+            n=n,
+            k=k,
+            groups=heads,
+            compute=self.precision.activations,
+            flops=2 * tokens * heads * k * n,
+            read_bytes=tokens * heads * k * self.act,
+            weight_bytes=weight_bytes,
+            write_bytes=tokens * heads * n * self.act,
+            resident_bytes=weight_bytes * self.part.layers if resident else 0,
+        )
+
+    # ── feed-forward ─────────────────────────────────────────────────────────────────
+
+    def feed_forward(self) -> list[Operator]:
+        """Norm and feed-forward of every layer of the stage, dense ones first."""
+        operators = []
+        if self.part.dense_layers:
+            operators += self._dense()
+        if self.part.sparse_layers and self.config.experts is not None:
+            operators += self._sparse(self.config.experts)
+        return operators
+
+    def _swiglu(self, names: str, rows: Number, width: int, repeat: int) -> list[Operator]:
+        """Gate and up, the activation between, and down."""
+        hidden = self.config.hidden
+        up = matmul(f"{names}_up", (rows, hidden, 2 * width), self.projection, repeat=repeat, bias=False)
+        down = matmul(f"{names}_down", (rows, width, hidden), self.projection, repeat=repeat, bias=False)
+        return [up, self._activation(names, rows, width, repeat), down]
+
+    def _activation(self, names: str, rows: Number, width: int, repeat: int) -> Operator:
+        read, write = 2 * rows * width * self.act, rows * width * self.act
+        return elementwise(f"{names}_activation", Kind.ELEMENTWISE, read, write, repeat=repeat)
+
+    def _dense(self) -> list[Operator]:
+        part, tokens, hidden = self.part, self.shape.tokens, self.config.hidden
+        return [
+            self.norm("dense_norm", tokens, hidden, part.dense_layers),
+            *self._swiglu("dense", tokens, part.dense_width, part.dense_layers),
+            *self.collective(
+                "dense_sum", Kind.ALL_REDUCE, "tp", tokens * hidden * self.act, part.dense_layers
+            ),
+        ]
+
+    def _sparse(self, experts: Experts) -> list[Operator]:
+        """Router, exchange, experts, exchange; tokens are cut over tp first where dp > 1."""
+        part, config, shard = self.part, self.config, self.part.shard
+        repeat = part.sparse_layers
+        spread = shard.dp > 1
+        mine = self.shape.tokens / shard.tp if spread else self.shape.tokens
+        router = matmul(
+            "router",
+            (mine, config.hidden, experts.count),
+            self.exact,
+            repeat=repeat,
+            bias=config.experts_bias,
+        )
+        operators = [self.norm("sparse_norm", mine, config.hidden, repeat), router]
+        if part.shared_width:
+            operators += self._swiglu("shared", mine, part.shared_width, repeat)
+        before, after = self._exchange(experts, mine, repeat) if spread else ([], [])
+        operators += [*before, *self._experts(experts, repeat), *after]
+        payload = self.shape.tokens * config.hidden * self.act
+        name, kind = ("sparse_gather", Kind.ALL_GATHER) if spread else ("sparse_sum", Kind.ALL_REDUCE)
+        return operators + self.collective(name, kind, "tp", payload, repeat)
+
+    def _exchange(
+        self, experts: Experts, tokens: Number, repeat: int
+    ) -> tuple[list[Operator], list[Operator]]:
+        """All-to-all to the experts' ranks in the experts' arithmetic type, and back in the activations'."""
+        sent = tokens * reached_ranks(experts, self.part.shard.ep) * self.config.hidden
+        narrow = min(self.precision.expert_compute.bytes, self.act)
+        there = self.collective("dispatch", Kind.ALL_TO_ALL, "ep", sent * narrow, repeat)
+        back = self.collective("combine", Kind.ALL_TO_ALL, "ep", sent * self.act, repeat)
+        return there, back
+
+    def _experts(self, experts: Experts, repeat: int) -> list[Operator]:
+        part, hidden = self.part, self.config.hidden
+        tokens = self.shape.tokens * part.shard.dp
+        rows = tokens * experts.per_token / part.shard.ep
+        groups = part.experts * touched_experts(experts, tokens)
+        up = self._grouped("experts_up", rows, groups, (hidden, 2 * part.expert_width))
+        down = self._grouped("experts_down", rows, groups, (part.expert_width, hidden))
+        return [up, self._activation("experts", rows, part.expert_width, repeat), down]
+
+    def _grouped(self, name: str, rows: Number, groups: Number, size: tuple[int, int]) -> Operator:
+        """A matmul for each expert that has rows; only those experts' weights are read."""
+        k, n = size
+        bias = n * self.act if self.config.experts_bias else 0
+        each = k * n * self.precision.experts.bytes + bias
+        return Operator(
+            name=name,
+            kind=Kind.GROUPED_MATMUL,
+            repeat=self.part.sparse_layers,
+            m=rows,
+            n=n,
+            k=k,
+            groups=groups,
+            compute=self.precision.expert_compute,
+            flops=2 * rows * k * n,
+            read_bytes=rows * k * self.act,
+            weight_bytes=groups * each,
+            write_bytes=rows * n * self.act,
+            resident_bytes=self.part.experts * each * self.part.sparse_layers,
+        )

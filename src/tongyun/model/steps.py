@@ -1,0 +1,124 @@
+"""One step of a model as operators, and what the operators add up to.
+
+`step` is the one place that turns a model, a load and a cut into a graph; counts of
+parameters, FLOPs and KV bytes are sums over it, so that what is priced and what is
+counted cannot drift apart. It knows no chip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from tongyun.model.config import ModelConfig
+from tongyun.model.graph import Kind, Operator, Precision, StepShape
+from tongyun.model.layers import Layers, elementwise, matmul
+from tongyun.model.shard import Shard, Slice, slice_of
+from tongyun.units import DType, Number
+
+WHOLE = Shard()
+PLAIN = Precision()
+
+
+def step(
+    config: ModelConfig,
+    shape: StepShape,
+    shard: Shard = WHOLE,
+    precision: Precision = PLAIN,
+    *,
+    stage: int = 0,
+) -> tuple[Operator, ...]:
+    """The operators that one rank of pipeline stage `stage` runs for one step.
+
+    `shape` is the load of one attention group (of the dp groups of a replica); experts
+    see the tokens of all dp groups. An illegal cut raises `Infeasible`.
+    """
+    part = slice_of(config, shard, stage)
+    layers = Layers(config=config, part=part, shape=shape, precision=precision)
+    operators = [*_entry(layers), *layers.attention(), *layers.feed_forward(), *_exit(layers)]
+    return tuple(operators)
+
+
+def _entry(layers: Layers) -> list[Operator]:
+    """Embedding on the first stage, rows summed over the vocabulary's ranks."""
+    if not layers.part.first:
+        return []
+    hidden, act, tokens = layers.config.hidden, layers.act, layers.shape.tokens
+    table_bytes = layers.part.vocab * hidden * act
+    embed = Operator(
+        name="embed",
+        kind=Kind.EMBED,
+        weight_bytes=tokens * hidden * act / layers.part.shard.tp,
+        write_bytes=tokens * hidden * act,
+        resident_bytes=table_bytes,
+    )
+    return [embed, *layers.collective("embed_sum", Kind.ALL_REDUCE, "tp", tokens * hidden * act, 1)]
+
+
+def _exit(layers: Layers) -> list[Operator]:
+    """Final norm, head and sampling on the last stage; elsewhere the hand-over to the next."""
+    config, part, act = layers.config, layers.part, layers.act
+    tokens, rows = layers.shape.tokens, layers.shape.sampled
+    if not part.last:
+        return layers.collective("hand_over", Kind.SEND, "pp", tokens * config.hidden * act, 1)
+    head = matmul("head", (rows, config.hidden, part.vocab), layers.exact, repeat=1, bias=False)
+    if config.tied and part.first:
+        head = replace(head, resident_bytes=0)
+    logits = rows * config.vocab * act
+    return [
+        layers.norm("final_norm", tokens, config.hidden, 1),
+        head,
+        *layers.collective("logits_gather", Kind.ALL_GATHER, "tp", logits, 1),
+        elementwise("sample", Kind.SAMPLE, logits, rows * DType.F32.bytes, repeat=1),
+    ]
+
+
+_ONE = StepShape.prefilling(1)
+
+
+def weight_bytes(config: ModelConfig, shard: Shard, precision: Precision, *, stage: int = 0) -> float:
+    """Bytes of weights on one rank of `stage`."""
+    return float(sum(op.resident_bytes for op in step(config, _ONE, shard, precision, stage=stage)))
+
+
+def parameters(config: ModelConfig) -> int:
+    """Parameters of the model as transformers builds it (without multi-token prediction layers)."""
+    return round(weight_bytes(config, WHOLE, PLAIN) / DType.BF16.bytes)
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters one token uses: all but the experts it does not run; the embedding counts whole."""
+    operators = step(config, _ONE)
+    idle = sum(
+        op.resident_bytes - op.repeat * op.weight_bytes for op in operators if op.kind is Kind.GROUPED_MATMUL
+    )
+    return parameters(config) - round(float(idle) / DType.BF16.bytes)
+
+
+def step_flops(config: ModelConfig, shape: StepShape) -> Number:
+    """FLOPs of products in one step of the whole model."""
+    return sum((op.repeat * op.flops for op in step(config, shape)), start=0.0)
+
+
+def flops_per_token(config: ModelConfig, context: Number = 0) -> Number:
+    """FLOPs of one new token behind `context` cached ones, head included, MLA absorbed."""
+    return step_flops(config, StepShape.decoding(1, context))
+
+
+def kv_bytes(config: ModelConfig, tokens: Number, precision: Precision, part: Slice | None = None) -> Number:
+    """KV bytes of one sequence of `tokens` tokens, on one rank of `part` (default: the whole model).
+
+    Full layers keep every token, sliding-window layers at most the window; MLA keeps its
+    latent, which no axis but pp cuts.
+    """
+    part = slice_of(config, WHOLE) if part is None else part
+    latent = config.latent
+    width = 2 * part.kv_heads * config.head_dim if latent is None else latent.kv_rank + latent.rope_dim
+    reach = tokens if config.window is None else np.minimum(tokens, config.window)
+    return (part.full_layers * tokens + part.window_layers * reach) * (width * precision.kv.bytes)
+
+
+def kv_bytes_per_token(config: ModelConfig, precision: Precision = PLAIN) -> int:
+    """KV bytes that one more token takes in every layer, before any window is full."""
+    return round(float(kv_bytes(config, 1, precision)))

@@ -1,0 +1,85 @@
+"""Measured rows as spec files hold them: plain SI values, one dataclass a kind.
+
+The field names are the columns in the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tongyun.units import DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulSample:
+    """[m, k] × [k, n] took `seconds`."""
+
+    dtype: DType
+    m: int
+    n: int
+    k: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupedMatmulSample:
+    """`m` rows spread over `groups` weight matrices [k, n] took `seconds`."""
+
+    dtype: DType
+    m: int
+    n: int
+    k: int
+    groups: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySample:
+    """Streaming through `footprint_bytes` again and again ran at `bytes_per_s`."""
+
+    footprint_bytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSample:
+    """`batch` sequences, each `queries` new tokens against `context` tokens, took `seconds`."""
+
+    dtype: DType
+    batch: int
+    queries: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverheadSample:
+    """Something with a fixed price took `seconds`: `what` happened `count` times in all."""
+
+    what: str
+    count: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectiveSample:
+    """A collective over `ranks` of `payload_bytes` ran at this bus bandwidth (nccl-tests' definition)."""
+
+    collective: str
+    ranks: int
+    payload_bytes: int
+    bus_bytes_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EfficiencySample:
+    """A collective reached `fraction` of the link's peak."""
+
+    collective: str
+    nodes: int
+    ranks: int
+    payload_bytes: int
+    fraction: float
