@@ -6,8 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from tongyun.cloud.workload import Workload, sample
 from tongyun.errors import SpecError
-from tongyun.specs import dumps, every, find, find_chip, find_fabric, find_price, find_storage, loads, names
+from tongyun.specs import (
+    dumps,
+    every,
+    find,
+    find_chip,
+    find_fabric,
+    find_price,
+    find_storage,
+    find_workload,
+    loads,
+    names,
+)
 from tongyun.specs.figure import Corner
 from tongyun.specs.form import facts
 from tongyun.specs.schema import SCHEMAS
@@ -182,6 +194,23 @@ def test_clouds() -> None:
     assert cpfs.client_bandwidth.value == 25 * G and cpfs.write_bandwidth.value == 200 * G
     assert cpfs.read_density is not None
     assert cpfs.read_density.value * 1000 * 2**40 == pytest.approx(400 * G)
+
+
+@pytest.mark.parametrize("name", names("workloads"))
+def test_a_workload_draws_arrivals_of_its_shape(name: str) -> None:
+    spec = find_workload(name)
+    arrivals = sample(Workload.from_spec(spec))
+    assert len(arrivals) == spec.requests
+    for lengths, drawn in (
+        (spec.input, [a.prompt_tokens for a in arrivals]),
+        (spec.output, [a.output_tokens for a in arrivals]),
+    ):
+        mean = sum(drawn) / len(drawn)
+        spread = 0.0 if lengths.variation is None else lengths.variation.value
+        # five standard errors of a mean of that many draws
+        assert abs(mean / lengths.mean.value - 1) <= 5 * spread / len(drawn) ** 0.5 + 0.02
+    share = sum(a.prefix_tokens > 0 for a in arrivals) / len(arrivals)
+    assert share == pytest.approx(0 if spec.prefix is None else spec.prefix.share.value, abs=0.25)
 
 
 def test_nccl_samples_are_bus_bandwidth() -> None:
