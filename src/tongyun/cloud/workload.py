@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError
+from tongyun.specs.schema import LengthSpec, WorkloadSpec
 
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of `Arrival.hash_ids` stands for, as in the Mooncake traces."""
@@ -169,6 +170,40 @@ class Workload:
             open_loop = self.arrivals.process is not Process.CLOSED
             _require(open_loop, "duration_s", "none in a closed loop; give requests", self.duration_s)
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
+
+
+def from_spec(spec: WorkloadSpec) -> Workload:
+    """A workload as the catalogue describes it; figures with a range count at their value,
+    but for uniform lengths, which fill it."""
+    arrival, prefix = spec.arrival, spec.prefix
+    return Workload(
+        name=spec.name,
+        arrivals=Arrivals(
+            process=Process(arrival.process),
+            rate_per_s=None if arrival.rate is None else arrival.rate.value,
+            variation=1.0 if arrival.variation is None else arrival.variation.value,
+            users=None if arrival.users is None else round(arrival.users.value),
+        ),
+        prompt=_lengths(spec.input),
+        output=_lengths(spec.output),
+        prefix=None
+        if prefix is None
+        else SharedPrefix(
+            tokens=round(prefix.length.value),
+            groups=round(prefix.groups.value),
+            share=prefix.share.value,
+        ),
+        requests=spec.requests,
+        seed=spec.seed,
+    )
+
+
+def _lengths(spec: LengthSpec) -> Lengths:
+    distribution = Distribution(spec.distribution)
+    variation = 0.0 if spec.variation is None else spec.variation.value
+    if distribution is Distribution.UNIFORM:
+        return Lengths(distribution=distribution, low=round(spec.mean.low), high=round(spec.mean.high))
+    return Lengths(distribution=distribution, mean=spec.mean.value, variation=variation)
 
 
 class Arrival(NamedTuple):
