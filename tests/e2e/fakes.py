@@ -17,7 +17,7 @@ from tongyun.cloud.gateway.ask import Served
 from tongyun.cloud.gateway.ports import Sink
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError
-from tongyun.model.sampling import SamplingOptions
+from tongyun.model.options import SamplingOptions
 
 EOS = 256
 VOCAB = 300
@@ -71,6 +71,8 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     submitted: list[Request] = field(default_factory=list)
     failure: BaseException | None = None
+    moments: dict[str, list[float]] = field(default_factory=dict)
+    """By request: when it came, then when each token left; says how late a busy machine made them."""
 
     def __post_init__(self) -> None:
         self._seen: set[tuple[int, ...]] = set()
@@ -87,6 +89,7 @@ class FakeEngine:
             cached = (len(prompt) - 1) // BLOCK * BLOCK if prompt in self._seen else 0
             self._seen.add(prompt)
             self.submitted.append(request)
+            self.moments[request.id] = [time.perf_counter()]
             self.running[request.id] = _Running(request, time.perf_counter() + self.ttft_s, cached)
 
     def abort(self, request_id: str) -> None:
@@ -152,6 +155,7 @@ class FakeEngine:
         request, at = running.request, running.produced
         token = self.answer(request, at)
         running.produced += 1
+        self.moments[request.id].append(now)
         finish = None
         if (token == EOS and not request.ignore_eos) or token in request.stop_token_ids:
             finish = Finish.STOP

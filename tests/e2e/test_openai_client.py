@@ -292,7 +292,9 @@ def test_a_client_that_hangs_up_frees_its_blocks(open_gateway: Any, stream: bool
         with httpx.Client() as client:
             if stream:
                 with client.stream("POST", f"{running.url}/v1/completions", json=body) as answer:
-                    assert next(answer.iter_lines()).startswith("data:")
+                    lines = answer.iter_lines()
+                    assert next(lines).startswith("data:")
+                    assert len(running.engine.running) == 2
             else:
                 with pytest.raises(httpx.ReadTimeout):
                     client.post(f"{running.url}/v1/completions", json=body, timeout=0.3)

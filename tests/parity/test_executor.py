@@ -12,8 +12,8 @@ from tongyun.cloud.engine.torch_executor import ExecutorOptions, TorchExecutor, 
 from tongyun.cloud.sched.request import Batch
 from tongyun.errors import InputError
 from tongyun.model.kernels import TorchOps
+from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedCache, block_bytes
-from tongyun.model.sampling import SamplingOptions
 from tongyun.model.weights import random_model, write_random_checkpoint
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from tongyun.errors import RequestError
-from tongyun.model.sampling import Draw, Drawn, History, SamplingOptions, sample, uniform
+from tongyun.model.options import SamplingOptions
+from tongyun.model.sampling import Draw, Drawn, History, sample, uniform
 
 VOCAB = 50
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +57,7 @@ def serving(
     from tongyun.cloud.load import LoadOptions, measure
     from tongyun.cloud.probe import APIS, Target
     from tongyun.errors import unknown
+    from tongyun.report import to_json
 
     if endpoint not in APIS:
         raise InputError(f"--endpoint: {unknown('endpoint', endpoint, APIS)}")
@@ -74,7 +74,12 @@ def serving(
     )
     with watched(len(arrivals)) as observer:
         run = measure(target, arrivals, options, observer)
-    show(run, as_json=json_)
+    record = keep(run)
+    if json_:
+        typer.echo(to_json(run.as_json() | {"record": str(record)}))
+    else:
+        show(run)
+        typer.echo(f"record: {record}")
     if run.report.failed:
         raise typer.Exit(1)
 
@@ -109,79 +114,82 @@ def _at_least(flag: str, value: int | None, least: int) -> int | None:
 @contextmanager
 def watched(total: int) -> Iterator[Observer]:
     """A progress bar on stderr while a load runs."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
     from tongyun.cloud.load import Observer
+    from tongyun.report import progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    # Drawn twice a second: the bar shares its cores with the load and perhaps with the server.
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=2) as progress:
-        task = progress.add_task("load", total=total)
+    bar = progress()
+    # It shares its cores with the load, and perhaps with the server that is measured.
+    bar.live.refresh_per_second = 2
+    with bar:
+        task = bar.add_task("load", total=total)
         yield Observer(
-            stage=lambda name: progress.update(task, description=name),
-            record=lambda record: progress.advance(task),
+            stage=lambda name: bar.update(task, description=name),
+            record=lambda record: bar.advance(task),
         )
 
 
-def show(run: LoadRun, *, as_json: bool) -> None:
-    """Print a load's result on stdout."""
-    if as_json:
-        typer.echo(json.dumps(run.as_json()))
-        return
-    from rich.console import Console
+def keep(run: LoadRun) -> Path:
+    """Write a load's requests and its summary as a run record; returns the file."""
+    from tongyun.store import Writer, home
 
-    console = Console(highlight=False)
-    console.print(_latencies(run))
-    console.print(_rates(run))
+    with Writer.create(home() / "runs") as record:
+        record.append_all("request", run.records)
+        record.append("load", run.as_json())
+        return record.path
+
+
+def show(run: LoadRun) -> None:
+    """Print a load's result on stdout."""
+    from tongyun import report
+
+    report.show(_latencies(run), _rates(run))
+    out = report.console()
     for kind, count in run.report.errors:
-        console.print(f"{count} × {kind}: {run.details.get(kind, '')}", markup=False)
+        out.print(f"{count} × {kind}: {run.details.get(kind, '')}", markup=False)
     for note in _notes(run):
-        console.print(note, markup=False)
+        out.print(note, markup=False)
 
 
 def _latencies(run: LoadRun) -> Table:
-    from rich.table import Table
+    from tongyun.report import column, source_tag, table
 
-    report = run.report
-    title = (
-        f"{run.endpoint.model}: {report.succeeded} of {report.requests} requests in {report.duration_s:.1f} s"
-    )
-    table = Table("ms", "mean", "p50", "p90", "p99", "max", "source", title=title, title_justify="left")
-    for name, values in (
-        ("TTFT", report.ttft_s),
-        ("TPOT", report.tpot_s),
-        ("end to end", report.latency_s),
-        ("sent late", run.lag_s),
-    ):
-        table.add_row(name, *_cells(values), run.source.value)
-    return table
+    done = run.report
+    title = f"{run.endpoint.model}: {done.succeeded} of {done.requests} requests in {done.duration_s:.1f} s"
+    rows = [
+        [name, *_cells(values), source_tag(run.source)]
+        for name, values in (
+            ("TTFT ms", done.ttft_s),
+            ("TPOT ms", done.tpot_s),
+            ("end to end ms", done.latency_s),
+            ("sent late ms", run.lag_s),
+        )
+    ]
+    columns = [column("", left=True), *map(column, ("mean", "p50", "p90", "p99", "max"))]
+    return table(title, [*columns, column("source", left=True)], rows)
 
 
 def _cells(values: Percentiles | None) -> list[str]:
+    from tongyun.report import NOTHING, number
+
     if values is None:
-        return ["–"] * 5
-    return [f"{each / MS:.2f}" for each in (values.mean, values.p50, values.p90, values.p99, values.most)]
+        return [NOTHING] * 5
+    return [number(each / MS) for each in (values.mean, values.p50, values.p90, values.p99, values.most)]
 
 
 def _rates(run: LoadRun) -> Table:
-    from rich.table import Table
+    from tongyun.report import column, number, source_tag, table
 
-    report = run.report
-    table = Table("a second", "value", "source")
-    rows = [
-        ("requests", report.requests_per_s),
-        ("output tokens", report.output_tokens_per_s),
-        ("prompt + output tokens", report.total_tokens_per_s),
+    done = run.report
+    rates = [
+        ("requests/s", done.requests_per_s),
+        ("output tokens/s", done.output_tokens_per_s),
+        ("prompt + output tokens/s", done.total_tokens_per_s),
     ]
-    if report.slo.ttft_s is not None or report.slo.tpot_s is not None:
-        rows.append(
-            (f"goodput, requests ({report.attainment:.1%} met the SLO)", report.goodput_requests_per_s)
-        )
-        rows.append(("goodput, output tokens", report.goodput_tokens_per_s))
-    for name, value in rows:
-        table.add_row(name, f"{value:.2f}", run.source.value)
-    return table
+    if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
+        rates.append((f"goodput requests/s ({done.attainment:.1%} met the SLO)", done.goodput_requests_per_s))
+        rates.append(("goodput output tokens/s", done.goodput_tokens_per_s))
+    rows = [[name, number(value), source_tag(run.source)] for name, value in rates]
+    return table("", [column("", left=True), column("value"), column("source", left=True)], rows)
 
 
 def _notes(run: LoadRun) -> Iterator[str]:

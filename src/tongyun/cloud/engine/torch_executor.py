@@ -20,9 +20,10 @@ from tongyun.cloud.sched.request import Batch, Piece
 from tongyun.errors import InputError, unknown
 from tongyun.model.kernels import choose_ops
 from tongyun.model.kernels.attention import Layout, lay_out
+from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
-from tongyun.model.sampling import Draw, History, SamplingOptions, sample
+from tongyun.model.sampling import Draw, History, sample
 from tongyun.model.weights import load_model
 
 GREEDY = SamplingOptions(temperature=0.0)

@@ -14,7 +14,7 @@ from tongyun.cloud.gateway.faults import Refused
 from tongyun.cloud.gateway.ports import Tokenizer, Vocabulary
 from tongyun.cloud.gateway.wire import Body, ChatBody, CompletionBody
 from tongyun.errors import RequestError, unknown
-from tongyun.model.sampling import SamplingOptions
+from tongyun.model.options import SamplingOptions
 
 # Tokenising runs at roughly a megabyte a second: below this it is cheaper than a thread hop.
 _LONG_CHARACTERS = 20_000

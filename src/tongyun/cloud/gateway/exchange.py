@@ -19,7 +19,7 @@ from tongyun.cloud.gateway.scores import ScoredToken, scored
 from tongyun.cloud.gateway.text import TextStream
 from tongyun.cloud.sched.request import Finish
 from tongyun.errors import RequestError
-from tongyun.model.sampling import SamplingOptions
+from tongyun.model.options import SamplingOptions
 
 Kind = Literal["chat.completion", "text_completion"]
 

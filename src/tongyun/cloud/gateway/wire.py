@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tongyun.cloud.gateway.faults import from_validation
 from tongyun.errors import RequestError
-from tongyun.model.sampling import SamplingOptions
+from tongyun.model.options import SamplingOptions
 
 # They name the caller, the bill or the cache, never the text.
 INERT = frozenset(
