@@ -43,7 +43,8 @@ class Operator:
     """One operator of one rank, executed `repeat` times in a step (once a layer, usually).
 
     All counts are for one execution on one rank. `m`, `n`, `k` are the matmul's rows,
-    columns and inner size (for a grouped matmul `m` is the rows over all groups).
+    columns and inner size (for a grouped matmul `m` is the rows over all groups; for
+    attention `m` is query rows over all heads, `n` heads, `k` head width, `groups` sequences).
     """
 
     name: str
@@ -68,6 +69,7 @@ class Operator:
     axis: str = ""
     """Collectives only: the parallel axis (tp, ep, dp, pp)."""
     ranks: int = 1
+    """Collectives only: consecutive ranks that take part; for a send, those of the whole replica."""
     payload_bytes: Number = 0
     """Collectives only: bytes each rank puts in (all-reduce, all-to-all, send) or holds
     once the collective is over (all-gather) or before it (reduce-scatter)."""

@@ -106,7 +106,8 @@ class Layers:
     def collective(self, name: str, kind: Kind, axis: str, payload: Number, repeat: int) -> list[Operator]:
         """A collective over `axis`, or nothing where the axis has one rank."""
         shard = self.part.shard
-        ranks = {"tp": shard.tp, "ep": shard.ep, "pp": shard.pp, "dp": shard.dp}[axis]
+        # A hand-over between stages may leave the node, which the replica's size decides.
+        ranks = {"tp": shard.tp, "ep": shard.ep, "pp": shard.ranks if shard.pp > 1 else 1}[axis]
         if ranks == 1 or repeat == 0:
             return []
         return [Operator(name=name, kind=kind, repeat=repeat, axis=axis, ranks=ranks, payload_bytes=payload)]
@@ -189,6 +190,7 @@ class Layers:
             kind=Kind.ATTENTION,
             repeat=layers,
             m=tokens * heads,
+            n=heads,
             k=width,
             groups=group.sequences,
             compute=self.precision.activations,
@@ -252,6 +254,7 @@ class Layers:
             kind=Kind.ATTENTION,
             repeat=layers,
             m=group.tokens * heads,
+            n=heads,
             k=qk,
             groups=group.sequences,
             compute=self.precision.activations,
@@ -270,6 +273,7 @@ class Layers:
             kind=Kind.ATTENTION,
             repeat=layers,
             m=group.tokens * heads,
+            n=heads,
             k=wide,
             groups=group.sequences,
             compute=self.precision.activations,
