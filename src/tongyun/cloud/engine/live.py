@@ -1,40 +1,145 @@
 """Run the engine in a thread of its own and report its tokens.
 
-The thread owns scheduler and executor; everybody else speaks to it through a queue.
-It knows no HTTP and no text. One call of `on_events` per step, made on the engine's
-thread, carries the events of all requests: an asyncio server hands the whole tuple
-over with a single `call_soon_threadsafe`.
+The thread owns the loop; everybody else speaks to it through a queue. It knows no HTTP
+and no text. One call of the sink per step, made on the engine's thread, carries the
+events of all requests: an asyncio server hands them over with one `call_soon_threadsafe`.
 """
 
 from __future__ import annotations
 
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from threading import Condition, Thread
 
+from tongyun.cloud.engine.loop import EngineLoop, StepError
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
-from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.request import Finish, Request
+from tongyun.errors import RequestError, ServiceError
 
 Sink = Callable[[Sequence[TokenEvent]], None]
 
+_log = logging.getLogger(__name__)
+
 
 class LiveEngine:
-    """A running engine. Every method may be called from any thread."""
+    """A running engine. Every method may be called from any thread; the sink may not `drain` or `close`."""
+
+    def __init__(self, loop: EngineLoop, sink: Sink) -> None:
+        self._loop = loop
+        self._sink = sink
+        self._changed = Condition()
+        # All below belong to whoever holds `_changed`. A string in the inbox is an abort.
+        self._inbox: deque[Request | str] = deque()
+        self._in_flight: set[str] = set()
+        self._draining = False
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._stats = loop.stats()
+        self._thread = Thread(target=self._run, name="tongyun-engine", daemon=True)
+        self._thread.start()
 
     def submit(self, request: Request) -> None:
-        """Queue a request; RequestError at once if it can never run, ServiceError when draining."""
-        raise NotImplementedError
+        """Queue a request; its arrival is now, on the engine's clock.
+
+        RequestError if it can never run or its id is in flight, ServiceError when the
+        engine takes nothing new.
+        """
+        self._loop.check(request)
+        stamped = replace(request, arrival_s=self._loop.clock.now())
+        with self._changed:
+            if self._failure is not None:
+                raise ServiceError(f"the engine has stopped: {self._failure}") from self._failure
+            if self._draining or self._closing:
+                raise ServiceError("the engine is shutting down")
+            if request.id in self._in_flight:
+                raise RequestError(f"request '{request.id}' is already in flight", param="id")
+            self._in_flight.add(request.id)
+            self._inbox.append(stamped)
+            self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks before the next step; unknown ids are ignored."""
-        raise NotImplementedError
+        with self._changed:
+            if request_id in self._in_flight:
+                self._inbox.append(request_id)
+                self._changed.notify_all()
 
     def stats(self) -> EngineStats:
-        """The state after the latest step."""
-        raise NotImplementedError
+        """The state after the latest step; requests still in the queue count as waiting."""
+        with self._changed:
+            queued = sum(isinstance(item, Request) for item in self._inbox)
+            return replace(self._stats, waiting=self._stats.waiting + queued)
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for those in flight; False if time ran out first."""
-        raise NotImplementedError
+        with self._changed:
+            self._draining = True
+            return self._changed.wait_for(lambda: not self._in_flight, timeout_s)
 
     def close(self) -> None:
-        """Abort what is left and end the thread."""
-        raise NotImplementedError
+        """Abort what is left and end the thread; a second call does nothing."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        # A bug in the loop or scheduler: nobody may wait for an engine that is gone.
+        except BaseException as error:
+            _log.exception("the engine stopped")
+            self._give_up(error)
+
+    def _turn(self) -> bool:
+        """Wait for work, take in what was queued, run one step; False when closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._inbox or self._closing or self._loop.has_work)
+            items, closing = list(self._inbox), self._closing
+            self._inbox.clear()
+            left = sorted(self._in_flight) if closing else []
+        events = self._take_in(items)
+        for request_id in left:
+            events += self._loop.abort(request_id)
+        if not closing:
+            try:
+                events += self._loop.step() or []
+            except StepError as error:
+                _log.error("%s", error, exc_info=error.__cause__)
+                events += error.events
+        self._report(events)
+        return not closing
+
+    def _take_in(self, items: list[Request | str]) -> list[TokenEvent]:
+        events: list[TokenEvent] = []
+        for item in items:
+            if isinstance(item, str):
+                events += self._loop.abort(item)
+            else:
+                self._loop.add(item)
+        return events
+
+    def _report(self, events: list[TokenEvent]) -> None:
+        with self._changed:
+            self._stats = self._loop.stats()
+        if not events:
+            return
+        try:
+            self._sink(events)
+        # A reader that went away (its event loop closed) must not stop the others.
+        except Exception:
+            _log.exception("the reader of engine events failed")
+        # After the sink, so that whoever drained has been told everything.
+        with self._changed:
+            self._in_flight -= {event.request_id for event in events if event.finish is not None}
+            self._changed.notify_all()
+
+    def _give_up(self, error: BaseException) -> None:
+        with self._changed:
+            self._failure = error
+            left = sorted(self._in_flight)
+        now_s, message = self._loop.clock.now(), f"the engine has stopped: {error}"
+        self._report([TokenEvent(one, None, now_s, Finish.ERROR, error=message) for one in left])

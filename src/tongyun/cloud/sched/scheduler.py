@@ -168,6 +168,8 @@ class Scheduler:
                 break
             budget -= self._propose_chunk(admitted, budget, pieces, chosen)
         if not pieces:
+            if self._sequences:
+                raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
             return None
         batch = Batch(pieces)
         self._proposed = batch, chosen

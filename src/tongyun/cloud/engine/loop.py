@@ -1,0 +1,145 @@
+"""Drive one scheduler and one executor, a step at a time, on any clock.
+
+A step is: propose a batch, execute it, let its duration pass, decide who stops, commit,
+report. On a wall clock with the real executor the duration has already passed; with
+priced steps the wait is what makes a twin. The loop decides when a request stops by
+itself; it knows no thread, no text and no tensor.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, StepResult, TokenEvent
+from tongyun.cloud.sched.request import Batch, Finish, Request
+from tongyun.cloud.sched.scheduler import Scheduler
+from tongyun.errors import ServiceError
+
+
+class StepError(ServiceError):
+    """An executor failed; the requests of its batch have ended, and `events` says so."""
+
+    def __init__(self, message: str, events: list[TokenEvent]) -> None:
+        super().__init__(message)
+        self.events = events
+
+
+class EngineLoop:
+    """One engine. Not thread-safe: whoever calls it owns scheduler and executor."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        clock: Clock,
+        *,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.clock = clock
+        self._scheduler = scheduler
+        self._executor = executor
+        self._eos = eos_token_ids
+        self._steps = 0
+        self._busy_s = 0.0
+        self._finished: Counter[Finish] = Counter()
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work
+
+    def check(self, request: Request) -> None:
+        """RequestError if `request` could never run; reads limits only, so any thread may ask."""
+        self._scheduler.check(request)
+
+    def add(self, request: Request) -> None:
+        """Queue a request; RequestError if it cannot be served."""
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End a request between two steps; no event if it is not in flight."""
+        if not self._scheduler.abort(request_id):
+            return []
+        self._finished[Finish.ABORT] += 1
+        return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
+
+    def step(self) -> list[TokenEvent] | None:
+        """Run one step and report it; None when there is nothing to run.
+
+        StepError if the executor failed: the loop itself can go on.
+        """
+        begin_s = self.clock.now()
+        batch = self._scheduler.next_batch(begin_s)
+        if batch is None:
+            return None
+        try:
+            result = self._executor.execute(batch)
+            stopped = self._stopped(batch, result.tokens)
+        # An executor may fail in any way (out of memory, a kernel, a bug): the batch must end.
+        except Exception as error:
+            raise self._fail(batch, error) from error
+        self.clock.wait_until(begin_s + result.duration_s)
+        now_s = self.clock.now()
+        ended = self._scheduler.commit(batch, result.tokens, stopped)
+        self._steps += 1
+        self._busy_s += now_s - begin_s
+        self._finished.update(ended.values())
+        return _events(batch, result, ended, now_s)
+
+    def stats(self) -> EngineStats:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        counters = scheduler.counters
+        return EngineStats(
+            running=scheduler.running,
+            waiting=scheduler.waiting,
+            kv_blocks_total=pool.total,
+            kv_blocks_used=pool.used,
+            kv_blocks_cached=pool.idle,
+            prompt_tokens=counters.prompt_tokens,
+            prefix_hit_tokens=counters.prefix_hit_tokens,
+            computed_tokens=counters.computed_tokens,
+            output_tokens=counters.output_tokens,
+            preemptions=counters.preemptions,
+            steps=self._steps,
+            busy_s=self._busy_s,
+            finished=dict(self._finished),
+        )
+
+    def _stopped(self, batch: Batch, tokens: dict[str, int]) -> dict[str, Finish]:
+        """Who produced a token that ends it; KeyError if a sampling piece has no token."""
+        stopped, eos = {}, self._eos
+        for piece in batch.pieces:
+            if piece.samples:
+                request = piece.request
+                token = tokens[request.id]
+                if (token in eos and not request.ignore_eos) or token in request.stop_token_ids:
+                    stopped[request.id] = Finish.STOP
+        return stopped
+
+    def _fail(self, batch: Batch, error: Exception) -> StepError:
+        message = f"the step failed: {type(error).__name__}: {error}"
+        events = []
+        for piece in batch.pieces:
+            self._scheduler.abort(piece.request.id)
+            self._finished[Finish.ERROR] += 1
+            events.append(TokenEvent(piece.request.id, None, self.clock.now(), Finish.ERROR, error=message))
+        self._scheduler.commit(batch, {}, {})
+        return StepError(message, events)
+
+
+def _events(batch: Batch, result: StepResult, ended: dict[str, Finish], now_s: float) -> list[TokenEvent]:
+    tokens, scores = result.tokens, result.scores or {}
+    events = []
+    for piece in batch.pieces:
+        if piece.samples:
+            request_id = piece.request.id
+            events.append(
+                TokenEvent(
+                    request_id,
+                    tokens[request_id],
+                    now_s,
+                    ended.get(request_id),
+                    scores.get(request_id),
+                    piece.cached_tokens,
+                )
+            )
+    return events
