@@ -153,7 +153,7 @@ class Qwen3(nn.Module):
         if config.family not in ("qwen3", "qwen3_moe") or config.attention_bias:
             raise InputError(f"{config.name}: the engine runs Qwen3 dense and MoE, not '{config.family}'")
         ops = ops or TorchOps()
-        self.config, self.activation_dtype = config, activation_dtype
+        self.config, self.ops, self.activation_dtype = config, ops, activation_dtype
         self.embedding = Embedding(config.vocab, config.hidden)
         self.layers = nn.ModuleList(Layer(config, i, ops) for i in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_eps, ops)

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tongyun.model.kernels import attention
+from tongyun.model.kernels.attention import Layout
+
 
 class TorchOps:
     """Each operation in PyTorch. Weights may be stored narrower than `x`; sums are in `x`'s type."""
@@ -63,3 +66,14 @@ class TorchOps:
                 outputs.append(self.linear(inner, down_EDI[expert]))
         weighted = torch.cat(outputs) * weight_TN.flatten()[order].unsqueeze(1).to(x_TD.dtype)
         return torch.zeros_like(x_TD).index_add(0, rows, weighted)
+
+    def paged_attention(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, layout: Layout
+    ) -> Tensor:
+        """Store keys and values of the step's tokens in their blocks, then attend causally over blocks."""
+        return attention.paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout)
+
+
+def choose_ops(kernels: str | None = None) -> TorchOps:
+    """The fastest set of operations that works here."""
+    return TorchOps()

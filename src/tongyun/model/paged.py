@@ -1,0 +1,60 @@
+"""The paged KV cache and attention over it.
+
+Holds keys and values of all layers in blocks of `block_tokens` tokens. Which request
+owns a block is decided elsewhere; the cache only reads and writes the blocks a
+`Layout` names.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tongyun.model.config import ModelConfig
+from tongyun.model.kernels import TorchOps
+from tongyun.model.kernels.attention import Layout
+
+
+def block_bytes(config: ModelConfig, block_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of one block over all layers: 2 × layers × K × d × tokens × element size."""
+    elements = 2 * config.layers * config.kv_heads * config.head_dim * block_tokens
+    return elements * dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values, each (layers, blocks, K, block tokens, head width)."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        blocks: int,
+        block_tokens: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+    ) -> None:
+        self.blocks, self.block_tokens = blocks, block_tokens
+        shape = (config.layers, blocks, config.kv_heads, block_tokens, config.head_dim)
+        # Zeros, not empty: a masked position still multiplies what is stored there, and 0 × NaN is NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+
+    @property
+    def bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, (blocks, K, block tokens, d) each."""
+        return self._layers[index]
+
+
+class PagedAttend:
+    """The `Attend` of one step: writes the step's keys and values, reads every piece's context."""
+
+    def __init__(self, cache: PagedCache, layout: Layout, ops: TorchOps) -> None:
+        self.cache, self.layout, self.ops = cache, layout, ops
+
+    def __call__(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        keys, values = self.cache.layer(layer)
+        return self.ops.paged_attention(q_THd, k_TKd, v_TKd, keys, values, self.layout)

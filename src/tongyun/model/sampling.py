@@ -1,0 +1,245 @@
+"""Choose the next token of each request from its row of logits.
+
+Decides the order of the filters and where randomness comes from. A row's token
+depends on its own logits, options, history and position only, never on the rows
+beside it: the uniform number of a draw is a hash of the request's seed and the
+position drawn for, so a request repeats exactly in any batch and after preemption.
+Knows no model, cache or clock.
+
+Order, each on what the one before left: repetition, presence and frequency penalty,
+temperature, min_p, top_k, top_p. Log-probabilities are those of the model, before
+all of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tongyun.errors import RequestError
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How one request draws its tokens; the defaults are OpenAI's. Temperature 0 is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Logits of tokens in prompt or output are divided by it if positive, else multiplied."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logits of tokens already produced."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time a token was produced."""
+    seed: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        _inside("temperature", self.temperature, 0.0, 100.0)
+        _inside("top_p", self.top_p, 0.0, 1.0, open_low=True)
+        _inside("min_p", self.min_p, 0.0, 1.0)
+        _inside("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_low=True)
+        _inside("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _inside("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _inside("top_logprobs", self.top_logprobs, 0, 20)
+        if self.top_k is not None and self.top_k < 1:
+            raise RequestError(f"top_k: {self.top_k} is not a whole number ≥ 1", param="top_k")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", param="top_logprobs")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _inside(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    if not math.isfinite(value) or not low <= value <= high or (open_low and value == low):
+        bracket = "(" if open_low else "["
+        raise RequestError(f"{name}: {value} is outside {bracket}{low:g}, {high:g}]", param=name)
+
+
+@dataclass(kw_only=True)
+class History:
+    """What the penalties and the seed of one request need to remember; grows with its output."""
+
+    options: SamplingOptions
+    seed: int
+    prompt: frozenset[int] = frozenset()
+    produced: Counter[int] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One row to sample: whose it is, and the position its token will take."""
+
+    history: History
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Tokens by row; by row too, for rows that asked, (log-probability, top alternatives)."""
+
+    tokens: list[int]
+    scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
+
+
+def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> Drawn:
+    """One token a row. `logits_NV` is float32 and may be overwritten."""
+    options = [draw.history.options for draw in draws]
+    scored = [i for i, o in enumerate(options) if o.logprobs]
+    raw_NV = logits_NV[scored].log_softmax(-1) if scored else None
+    penalised = [i for i, o in enumerate(options) if o.penalised]
+    if penalised:
+        _penalise(logits_NV, penalised, [draws[i].history for i in penalised])
+    random = [i for i, o in enumerate(options) if not o.greedy]
+    if not random:
+        tokens = logits_NV.argmax(-1).tolist()
+    else:
+        tokens_N = torch.empty(len(draws), dtype=torch.long, device=logits_NV.device)
+        greedy = [i for i, o in enumerate(options) if o.greedy]
+        if greedy:
+            tokens_N[greedy] = logits_NV[greedy].argmax(-1)
+        tokens_N[random] = _draw(logits_NV[random], [draws[i] for i in random])
+        tokens = tokens_N.tolist()
+    scores = {} if raw_NV is None else _scores(raw_NV, scored, tokens, options)
+    return Drawn(tokens=tokens, scores=scores)
+
+
+def _penalise(logits_NV: Tensor, rows: list[int], histories: list[History]) -> None:
+    """Apply the three penalties in place, all rows in one gather and one scatter."""
+    row, token, count, seen = [], [], [], []
+    for index, history in zip(rows, histories, strict=True):
+        ids = list(history.produced) + [t for t in history.prompt if t not in history.produced]
+        row.append(np.full(len(ids), index))
+        token.append(np.array(ids, dtype=np.int64))
+        counts = np.array([history.produced[t] for t in ids], dtype=np.float32)
+        o = history.options
+        count.append(counts * o.frequency_penalty + (counts > 0) * o.presence_penalty)
+        seen.append(np.full(len(ids), o.repetition_penalty, dtype=np.float32))
+    device = logits_NV.device
+    row_X, token_X = _tensor(np.concatenate(row), device), _tensor(np.concatenate(token), device)
+    subtract_X = _tensor(np.concatenate(count).astype(np.float32), device)
+    factor_X = _tensor(np.concatenate(seen), device)
+    value_X = logits_NV[row_X, token_X]
+    value_X = torch.where(value_X > 0, value_X / factor_X, value_X * factor_X) - subtract_X
+    logits_NV[row_X, token_X] = value_X
+
+
+def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _draw(logits_NV: Tensor, draws: list[Draw]) -> Tensor:
+    """Temperature, filters, and one draw a row by inverting the cumulative distribution."""
+    options, device = [draw.history.options for draw in draws], logits_NV.device
+    temperature_N = torch.tensor([o.temperature for o in options], device=device)
+    # A temperature this low is greedy in float32 anyway, and dividing by less overflows.
+    scaled_NV = logits_NV / temperature_N.clamp(min=1e-5).unsqueeze(1)
+    if any(o.min_p for o in options):
+        least_N = torch.tensor([math.log(o.min_p) if o.min_p else -math.inf for o in options], device=device)
+        floor_N = scaled_NV.amax(-1) + least_N
+        scaled_NV = scaled_NV.masked_fill(scaled_NV < floor_N.unsqueeze(1), -math.inf)
+    uniform_N = torch.from_numpy(uniform([d.history.seed for d in draws], [d.position for d in draws]))
+    uniform_N = uniform_N.to(device)
+    sorted_rows = [i for i, o in enumerate(options) if o.top_p < 1.0 or o.top_k is not None]
+    plain_rows = [i for i, o in enumerate(options) if o.top_p == 1.0 and o.top_k is None]
+    tokens_N = torch.empty(len(draws), dtype=torch.long, device=device)
+    if plain_rows:
+        probability_NV = scaled_NV[plain_rows].softmax(-1).double()
+        tokens_N[plain_rows] = _invert(probability_NV, uniform_N[plain_rows])
+    if sorted_rows:
+        chosen = [options[i] for i in sorted_rows]
+        tokens_N[sorted_rows] = _draw_sorted(scaled_NV[sorted_rows], chosen, uniform_N[sorted_rows])
+    return tokens_N
+
+
+def _draw_sorted(logits_NV: Tensor, options: list[SamplingOptions], uniform_N: Tensor) -> Tensor:
+    """Draw from the head of each sorted row, looking deeper only where top_p is not reached.
+
+    Sorting a whole vocabulary costs more than a decode step of a small model, and
+    top_p is nearly always reached within a few hundred tokens.
+    """
+    vocab, device = logits_NV.shape[1], logits_NV.device
+    whole_N = logits_NV.logsumexp(-1)
+    tokens_N = torch.empty(len(options), dtype=torch.long, device=device)
+    left = list(range(len(options)))
+    depth = max([256, *(o.top_k or 0 for o in options)])
+    while left:
+        depth = min(depth, vocab)
+        value_NC, id_NC = logits_NV[left].topk(depth, dim=-1)
+        k_N = torch.tensor([min(options[i].top_k or vocab, vocab) for i in left], device=device)
+        value_NC = value_NC.masked_fill(torch.arange(depth, device=device) >= k_N.unsqueeze(1), -math.inf)
+        total_N = torch.where(k_N <= depth, value_NC.logsumexp(-1), whole_N[left])
+        probability_NC = (value_NC - total_N.unsqueeze(1)).exp().double()
+        mass_NC = probability_NC.cumsum(-1)
+        p_N = torch.tensor([options[i].top_p for i in left], dtype=torch.float64, device=device)
+        reached_N = (mass_NC[:, -1] >= p_N) | (k_N <= depth) | (depth == vocab)
+        # The token that crosses top_p belongs to the set; the first always does.
+        kept_NC = probability_NC * (mass_NC - probability_NC < p_N.unsqueeze(1))
+        column_N = _invert(kept_NC, uniform_N[left])
+        token_N = id_NC.gather(1, column_N.unsqueeze(1)).squeeze(1)
+        done = [row for row, ok in zip(left, reached_N.tolist(), strict=True) if ok]
+        tokens_N[done] = token_N[reached_N]
+        left = [row for row in left if row not in done]
+        depth *= 16
+    return tokens_N
+
+
+def _invert(mass_NC: Tensor, uniform_N: Tensor) -> Tensor:
+    """The first column whose cumulative mass exceeds `u × total`; never one without mass."""
+    cumulative_NC = mass_NC.cumsum(-1)
+    target_N1 = uniform_N.unsqueeze(1) * cumulative_NC[:, -1:]
+    column_N = torch.searchsorted(cumulative_NC, target_N1, right=True).squeeze(1)
+    # u × total may round up to the total, which is past the last column with mass.
+    last_N = (mass_NC > 0).int().cumsum(-1).argmax(-1)
+    return torch.minimum(column_N, last_N)
+
+
+def uniform(seeds: Sequence[int], positions: Sequence[int]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each seed and position: SplitMix64's output function, twice.
+
+    Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
+    """
+    seed = np.array([s & _MASK64 for s in seeds], dtype=np.uint64)
+    position = np.array(positions, dtype=np.uint64)
+    step = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        mixed = _mix(_mix(seed + step) + (position + np.uint64(1)) * step)
+    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _scores(
+    raw_NV: Tensor, rows: list[int], tokens: list[int], options: list[SamplingOptions]
+) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+    chosen = torch.tensor([tokens[i] for i in rows], device=raw_NV.device)
+    own = raw_NV.gather(1, chosen.unsqueeze(1)).squeeze(1).tolist()
+    most = max(options[i].top_logprobs for i in rows)
+    value, index = raw_NV.topk(min(most, raw_NV.shape[1]), dim=-1)
+    tops = zip(index.tolist(), value.tolist(), strict=True)
+    return {
+        row: (score, tuple(zip(ids, values, strict=True))[: options[row].top_logprobs])
+        for row, score, (ids, values) in zip(rows, own, tops, strict=True)
+    }
