@@ -8,6 +8,7 @@ they may say.
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -23,10 +24,21 @@ S = TypeVar("S", bound=Spec)
 
 CATALOG = Path(__file__).parent / "catalog"
 KINDS = (*SCHEMAS, "models")
+LOCAL = "local"
+
+
+def home() -> Path:
+    """The user's folder: $TONGYUN_HOME, or .local/share/tongyun in the home directory."""
+    return Path(os.environ.get("TONGYUN_HOME") or Path.home() / ".local" / "share" / "tongyun").expanduser()
 
 
 def find_chip(name: str) -> ChipSpec:
-    """A chip by catalogue name, alias or path of a TOML file."""
+    """A chip by catalogue name, alias or path of a TOML file; `local` is this machine as calibrated."""
+    if name.lower() == LOCAL:
+        path = home() / "chips" / f"{LOCAL}.toml"
+        if not path.exists():
+            raise SpecError(path, "", "this machine is not calibrated yet: run `tongyun calibrate`")
+        return load(path, ChipSpec)
     return _find("chips", ChipSpec, name)
 
 

@@ -1,0 +1,148 @@
+"""Measure whole steps of the engine on synthetic tiny models.
+
+What a step takes beyond its operators (the scheduler, index tensors, Python between two
+operators, sampling, reporting) cannot be measured an operator at a time. Models that are
+almost nothing but overhead show it: a few layers and many, dense and sparse, one sequence
+and many. They resemble no model anybody serves.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.clock import WallClock
+from tongyun.cloud.engine.torch_executor import TorchExecutor
+from tongyun.cloud.sched.request import Batch, Request
+from tongyun.cloud.engine.protocol import Executor, StepResult
+from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
+from tongyun.model.config import Experts, ModelConfig
+from tongyun.model.graph import StepShape
+from tongyun.model.paged import PagedCache
+from tongyun.model.weights import random_model
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSample:
+    """Steps of one composition: new and cached tokens of each piece, and the median seconds of the step."""
+
+    config: ModelConfig
+    pieces: tuple[tuple[int, int], ...]
+    seconds: float
+
+    @property
+    def shape(self) -> StepShape:
+        return StepShape.ragged(self.pieces)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """Requests that start together: how many, and how long."""
+
+    batch: int
+    prompt: int
+    output: int
+
+
+ROUNDS = (
+    Round(batch=1, prompt=32, output=40),
+    Round(batch=8, prompt=32, output=40),
+    Round(batch=32, prompt=16, output=40),
+)
+PROMPTS = (8, 32, 128, 512)
+"""Prompts that are computed alone, one step each."""
+
+
+def synthetic(layers: int, *, hidden: int = 64, sparse: bool = False) -> ModelConfig:
+    """A Qwen3 shape of almost nothing: narrow, with a vocabulary of 512."""
+    return ModelConfig(
+        name=f"synthetic-{'sparse' if sparse else 'dense'}-{layers}x{hidden}",
+        family="qwen3_moe" if sparse else "qwen3",
+        layers=layers,
+        hidden=hidden,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        intermediate=2 * hidden,
+        vocab=512,
+        max_positions=2048,
+        rope_theta=10_000.0,
+        norm_eps=1e-6,
+        tied=True,
+        qk_norm=True,
+        experts=Experts(count=4, per_token=2, intermediate=hidden) if sparse else None,
+    )
+
+
+def steps(bench: Bench) -> Iterator[StepSample]:
+    """Median seconds of the engine's steps, by what they hold, over the synthetic models."""
+    for sparse in (False, True):
+        for layers in (2, 10) if not bench.quick else (1, 3):
+            yield from measure(bench, synthetic(layers, sparse=sparse))
+
+
+def measure(bench: Bench, config: ModelConfig) -> Iterator[StepSample]:
+    """Steps of one model over all rounds; the first steps of each round only warm up."""
+    model = random_model(config, ops=bench.ops, device=str(bench.device))
+    cache = PagedCache(config, blocks=512, dtype=bench.kv_dtype, device=str(bench.device))
+    executor = _Recorder(TorchExecutor(model, cache))
+    rounds = ROUNDS if not bench.quick else ROUNDS[:2]
+    for each in rounds:
+        yield from _decodes(config, executor, each)
+    for prompt in PROMPTS if not bench.quick else PROMPTS[:2]:
+        yield _prompts(config, executor, prompt, repeats=5 if bench.quick else 9)
+
+
+class _Recorder:
+    """An executor that remembers what each batch held."""
+
+    def __init__(self, inner: Executor) -> None:
+        self.inner = inner
+        self.pieces: tuple[tuple[int, int], ...] = ()
+
+    def execute(self, batch: Batch) -> StepResult:
+        self.pieces = tuple((piece.length, piece.start) for piece in batch.pieces)
+        return self.inner.execute(batch)
+
+
+def _engine(config: ModelConfig, executor: _Recorder) -> EngineLoop:
+    limits = SchedulerConfig(
+        blocks=512, block_tokens=BLOCK_TOKENS, max_context_tokens=2048, prefix_caching=False
+    )
+    return EngineLoop(Scheduler(limits), executor, WallClock())
+
+
+def _decodes(config: ModelConfig, executor: _Recorder, each: Round) -> Iterator[StepSample]:
+    loop = _engine(config, executor)
+    for index in range(each.batch):
+        prompt = [(7 * index + i) % config.vocab for i in range(each.prompt)]
+        loop.add(Request(id=f"r{index}", prompt=prompt, output_tokens=each.output, ignore_eos=True))
+    seconds: dict[tuple[tuple[int, int], ...], float] = {}
+    while loop.has_work:
+        took_s = _timed(loop)
+        seconds[executor.pieces] = took_s
+    decodes = [(pieces, s) for pieces, s in seconds.items() if all(new == 1 for new, _ in pieces)]
+    # Contexts grow by one a step, which is nothing here: the median step stands for all.
+    middle = decodes[len(decodes) // 2][0]
+    yield StepSample(config=config, pieces=middle, seconds=statistics.median(s for _, s in decodes))
+
+
+def _prompts(config: ModelConfig, executor: _Recorder, prompt: int, *, repeats: int) -> StepSample:
+    readings = []
+    for _ in range(repeats + 1):
+        loop = _engine(config, executor)
+        loop.add(Request(id="r", prompt=[i % config.vocab for i in range(prompt)], output_tokens=1))
+        readings.append(_timed(loop))
+    return StepSample(config=config, pieces=((prompt, 0),), seconds=statistics.median(readings[1:]))
+
+
+def _timed(loop: EngineLoop) -> float:
+    begun = time.perf_counter()
+    loop.step()
+    return time.perf_counter() - begun
