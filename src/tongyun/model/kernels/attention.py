@@ -88,7 +88,9 @@ def paged_attention(
     out_THd = torch.empty_like(q_THd)
     row = 0
     for piece, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
-        k_KCd, v_KCd = (_context(cache, layout, piece, start + length, q_THd.dtype) for cache in (keys, values))
+        k_KCd, v_KCd = (
+            _context(cache, layout, piece, start + length, q_THd.dtype) for cache in (keys, values)
+        )
         q_HTd = q_THd[row : row + length].transpose(0, 1)
         out_THd[row : row + length] = _attend(q_HTd, k_KCd, v_KCd, start).transpose(0, 1)
         row += length
