@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from enum import StrEnum
 
 from tongyun.units import GB, GIB, KB, KIB, MB, MIB, MS, TB, US, Source
@@ -34,6 +35,14 @@ class Dimension:
     most: float | None = None
     """The largest value that makes sense, in SI; None where there is none."""
     whole: bool = False
+
+    def si(self, number: float, unit: str) -> float:
+        """`number` of `unit` in SI, as if the product had been typed: 5 µs is exactly 5e-6."""
+        return float(Decimal(repr(number)) * Decimal(repr(self.units[unit])))
+
+    def within(self, si: float, unit: str) -> float:
+        """An SI number expressed in `unit`; the inverse of `si` but for the last digit."""
+        return float(Decimal(repr(si)) / Decimal(repr(self.units[unit])))
 
 
 BYTES = Dimension(
@@ -63,8 +72,8 @@ POWER = Dimension(name="watts", units={"w": 1.0, "kw": 1e3})
 FRACTION = Dimension(name="a fraction", units={"fraction": 1.0}, most=1.0)
 RATIO = Dimension(name="a ratio", units={"ratio": 1.0})
 COUNT = Dimension(name="a whole number", units={"count": 1.0}, whole=True)
-TOKENS = Dimension(name="tokens", units={"tokens": 1.0, "ktokens": 1e3})
-RATE = Dimension(name="events per second", units={"per_s": 1.0, "per_min": 1 / 60, "iops": 1.0})
+TOKENS = Dimension(name="tokens", units={"tokens": 1.0})
+RATE = Dimension(name="events per second", units={"per_s": 1.0, "iops": 1.0})
 PRICE = Dimension(name="US dollars per hour", units={"usd_per_hour": 1.0})
 
 

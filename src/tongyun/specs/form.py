@@ -133,9 +133,8 @@ class Fact:
     def read(self, raw: object, where: Where) -> Figure:
         fields = table(raw, where)
         unit = self._unit(fields, where)
-        factor = self.dimension.units[unit]
         value, low, high = (
-            number(fields[key], where / key) * factor if key in fields else None
+            self.dimension.si(number(fields[key], where / key), unit) if key in fields else None
             for key in (unit, "low", "high")
         )
         assert value is not None
@@ -193,17 +192,16 @@ class Fact:
 
 
 def _written(dimension: Dimension, values: dict[str, float]) -> tuple[str, dict[str, float]]:
-    """The unit that writes these values shortest and gives exactly them back when read."""
-    best: tuple[int, str, dict[str, float]] | None = None
-    for unit, factor in dimension.units.items():
-        scaled = {key: _short(value / factor) for key, value in values.items()}
-        if any(scaled[key] * factor != value for key, value in values.items()):
-            continue
-        length = sum(len(repr(v)) for v in scaled.values())
-        if best is None or length < best[0]:
-            best = (length, unit, scaled)
-    assert best is not None, "every dimension has a unit of factor 1"
-    return best[1], best[2]
+    """The unit that reads best among those that give exactly these values back."""
+    ranked = []
+    for index, unit in enumerate(dimension.units):
+        scaled = {key: _short(dimension.within(value, unit)) for key, value in values.items()}
+        if all(dimension.si(scaled[key], unit) == value for key, value in values.items()):
+            awkward = not 1 <= scaled[""] < 1000
+            long = any(len(repr(number)) > 8 for number in scaled.values())
+            ranked.append((awkward, long, index, unit, scaled))
+    *_, unit, scaled = min(ranked, key=lambda candidate: candidate[:3])
+    return unit, scaled
 
 
 def _short(value: float) -> float:

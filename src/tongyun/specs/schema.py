@@ -92,6 +92,7 @@ class LinkSpec:
     bandwidth: Figure = has(Fact(BANDWIDTH))
     achieved: Figure = has(Fact(FRACTION))
     latency: Figure = has(Fact(TIME, more_is_better=False))
+    """One ring step, or one message, too small for bandwidth to matter; software included."""
     domain: Figure = has(Fact(COUNT))
     """Chips that reach each other over this link."""
     ports: Figure | None = has(Fact(COUNT), default=None)
@@ -297,9 +298,9 @@ class StorageSpec:
     capacity: Figure = has(Fact(BYTES))
     read_bandwidth: Figure = has(Fact(BANDWIDTH))
     write_bandwidth: Figure = has(Fact(BANDWIDTH))
-    read_density: Figure = has(Fact(BANDWIDTH_DENSITY))
+    read_density: Figure | None = has(Fact(BANDWIDTH_DENSITY), default=None)
     """Read bandwidth each stored byte of capacity brings, up to `read_bandwidth`."""
-    write_density: Figure = has(Fact(BANDWIDTH_DENSITY))
+    write_density: Figure | None = has(Fact(BANDWIDTH_DENSITY), default=None)
     client_bandwidth: Figure = has(Fact(BANDWIDTH))
     read_latency: Figure = has(Fact(TIME, more_is_better=False))
     write_latency: Figure = has(Fact(TIME, more_is_better=False))
