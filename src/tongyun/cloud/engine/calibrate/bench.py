@@ -23,7 +23,7 @@ class Bench:
     ops: TorchOps
     weight_type: DType
     kv_type: DType
-    activation_dtype: torch.dtype
+    activation_type: DType
     stopwatch: Stopwatch
     quick: bool = False
 
@@ -41,7 +41,7 @@ class Bench:
         return self._random(shape, TORCH_TYPES[self.weight_type])
 
     def activation(self, *shape: int) -> Tensor:
-        return self._random(shape, self.activation_dtype)
+        return self._random(shape, TORCH_TYPES[self.activation_type])
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         generator = torch.Generator(device=self.device).manual_seed(0)

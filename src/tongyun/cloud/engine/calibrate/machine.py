@@ -22,13 +22,27 @@ Description = dict[str, str | int | float | bool]
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 KERNELS = Path(__file__).parents[3] / "model" / "kernels"
-DECISIVE = ("processor", "cores", "engine_threads", "torch", "kernels", "ops", "weights")
+DECISIVE = (
+    "device",
+    "processor",
+    "cores",
+    "engine_threads",
+    "torch",
+    "kernels",
+    "ops",
+    "weights",
+    "kv",
+    "activations",
+    "quick",
+)
 """A calibration is stale when one of these differs."""
 
 
-def describe(device: torch.device, *, threads: int, ops: str, weights: str) -> Description:
+def describe(device: torch.device, *, threads: int, ops: str) -> Description:
     """Processor, cores, memory, caches, versions; what could not be read is left out."""
     return {
+        "device": device.type,
+        "vendor": _vendor(device),
         "processor": _processor(device),
         "cores": psutil.cpu_count() or 1,
         "engine_threads": threads,
@@ -40,7 +54,6 @@ def describe(device: torch.device, *, threads: int, ops: str, weights: str) -> D
         "tongyun": __version__,
         "ops": ops,
         "kernels": kernels_digest(),
-        "weights": weights,
     }
 
 
@@ -70,8 +83,16 @@ def memory_bytes(device: torch.device) -> int:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _vendor(device: torch.device) -> str:
+    return "NVIDIA" if device.type == "cuda" else _cpuinfo("vendor_id") or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    found = re.search(rf"^{key}\s*:\s*(.+)$", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
+    return found[1].strip() if found else None
 
 
 def _cache_sizes() -> Description:

@@ -46,6 +46,18 @@ def linear(bench: Bench) -> Iterator[MatmulSample]:
             yield MatmulSample(dtype=bench.weight_type, m=m, n=n, k=k, seconds=seconds)
 
 
+def exact(bench: Bench) -> Iterator[MatmulSample]:
+    """Seconds of `ops.linear` where weights are stored as wide as activations are: a few points."""
+    if bench.activation_type is bench.weight_type:
+        return
+    n, k = (1024, 1024) if not bench.quick else (128, 128)
+    weight_OD = bench.activation(n, k)
+    for m in (1, 16, 256):
+        x_TD = bench.activation(m, k)
+        seconds = bench.seconds(lambda x=x_TD: bench.ops.linear(x, weight_OD))  # type: ignore[misc]
+        yield MatmulSample(dtype=bench.activation_type, m=m, n=n, k=k, seconds=seconds)
+
+
 def experts(bench: Bench) -> Iterator[GroupedMatmulSample]:
     """Seconds of `ops.experts`: up, activation and down of every group, each with as many rows.
 
