@@ -72,6 +72,11 @@ class LiveEngine:
             queued = sum(isinstance(item, Request) for item in self._inbox)
             return replace(self._stats, waiting=self._stats.waiting + queued)
 
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine before its time; None while it lives."""
+        return self._failure
+
     def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for those in flight; False if time ran out first."""
         with self._changed:

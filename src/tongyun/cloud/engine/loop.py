@@ -129,17 +129,8 @@ class EngineLoop:
 def _events(batch: Batch, result: StepResult, ended: dict[str, Finish], now_s: float) -> list[TokenEvent]:
     tokens, scores = result.tokens, result.scores or {}
     events = []
-    for piece in batch.pieces:
-        if piece.samples:
-            request_id = piece.request.id
-            events.append(
-                TokenEvent(
-                    request_id,
-                    tokens[request_id],
-                    now_s,
-                    ended.get(request_id),
-                    scores.get(request_id),
-                    piece.cached_tokens,
-                )
-            )
+    for request, _, _, samples, _, _, cached_tokens in batch.pieces:
+        if samples:
+            one = request.id
+            events.append(TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens))
     return events

@@ -187,25 +187,28 @@ class Scheduler:
         chosen, self._proposed = self._proposed[1], None
         caching, block_tokens = self.config.prefix_caching, self.config.block_tokens
         ended: dict[str, Finish] = {}
+        computed_tokens = output_tokens = 0
         for piece, seq in zip(batch.pieces, chosen, strict=True):
             if seq.state is State.ENDED:
                 continue
             seq.computed = computed = piece.start + piece.length
-            if caching and computed >= (seq.published + 1) * block_tokens:
+            computed_tokens += piece.length
+            if caching and computed >= seq.publish_at:
                 seq.publish(self.pool, block_tokens)
-            self.counters.computed_tokens += piece.length
             if not piece.samples:
                 continue
+            output_tokens += 1
             request_id = piece.request.id
             seq.history.append(tokens[request_id])
-            self.counters.output_tokens += 1
-            if request_id in stopped:
+            if stopped and request_id in stopped:
                 ended[request_id] = stopped[request_id]
             elif computed + 1 >= seq.limit:
                 ended[request_id] = Finish.LENGTH
             elif seq.state is State.PREFILLING:
                 seq.state = State.DECODING
                 insort(self._decoding, seq, key=_rank)
+        self.counters.computed_tokens += computed_tokens
+        self.counters.output_tokens += output_tokens
         for request_id in ended:
             self._end(self._sequences.pop(request_id))
         if ended:
@@ -281,6 +284,7 @@ class Scheduler:
         seq.room = len(seq.blocks) * block_tokens
         seq.computed = len(shared) * block_tokens
         seq.published = len(shared)
+        seq.publish_at = seq.computed + block_tokens
         seq.state = State.PREFILLING
         insort(self._prefilling, seq, key=_rank)
         if not seq.admitted:

@@ -37,6 +37,7 @@ class Sequence:
         "computed",
         "history",
         "limit",
+        "publish_at",
         "published",
         "rank",
         "refused_at",
@@ -56,6 +57,8 @@ class Sequence:
         self.room = 0
         self.admitted = False
         self.cached_tokens = 0
+        self.publish_at = 0
+        """Computed tokens at which the next block can be published; set on admission."""
         self.published = 0
         """How many leading blocks are published or were found published."""
         self.refused_at: tuple[int, int] | None = None
@@ -87,6 +90,7 @@ class Sequence:
 
     def publish(self, pool: BlockPool, block_tokens: int) -> None:
         """Let others share the blocks that have become full and computed."""
-        while (self.published + 1) * block_tokens <= self.computed:
+        while self.publish_at <= self.computed:
             pool.publish(self.blocks[self.published], *self.named(self.published, block_tokens))
             self.published += 1
+            self.publish_at += block_tokens

@@ -1,0 +1,186 @@
+"""`tongyun serve MODEL`: the real engine behind the OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tongyun.errors import InputError
+
+if TYPE_CHECKING:
+    from tongyun.cloud.engine.live import LiveEngine
+    from tongyun.cloud.gateway.app import Gateway
+    from tongyun.cloud.gateway.ports import Sink
+    from tongyun.cloud.sched.scheduler import SchedulerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """What decides how a model is served; the command line's flags by other names."""
+
+    model: str
+    names: tuple[str, ...] = ()
+    """What clients may call it; empty: the hub id or the directory's name."""
+    device: str = "cpu"
+    kernels: str | None = None
+    threads: int | None = None
+    kv_dtype: str | None = None
+    kv_bytes: int | None = None
+    context_tokens: int | None = None
+    """None: as much as the model was made for and the cache can hold."""
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+    prefix_caching: bool = True
+    api_key: str | None = None
+    body_bytes: int = 16 * 2**20
+
+
+def build_gateway(options: ServeOptions) -> Gateway:
+    """Load the model and put engine and gateway together; nothing runs yet."""
+    from tongyun.cloud.engine.torch_executor import ExecutorOptions, open_executor
+    from tongyun.cloud.gateway.app import Gateway
+    from tongyun.cloud.gateway.ask import Served
+    from tongyun.model.tokenizer import Tokenizer
+    from tongyun.model.vocabulary import Vocabulary
+    from tongyun.model.weights import find_model
+
+    directory = find_model(options.model)
+    tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
+    executor = open_executor(
+        directory,
+        ExecutorOptions(
+            device=options.device,
+            kernels=options.kernels,
+            threads=options.threads,
+            kv_dtype=options.kv_dtype,
+            kv_bytes=options.kv_bytes,
+        ),
+    )
+    cache, config = executor.cache, executor.model.config
+    context_tokens = _context(options, config.max_positions, cache.blocks * cache.block_tokens)
+    limits = _limits(options, cache.blocks, cache.block_tokens, context_tokens)
+
+    def start(sink: Sink) -> LiveEngine:
+        from tongyun.cloud.engine.clock import WallClock
+        from tongyun.cloud.engine.live import LiveEngine
+        from tongyun.cloud.engine.loop import EngineLoop
+        from tongyun.cloud.sched.scheduler import Scheduler
+
+        eos = frozenset(tokenizer.eos_ids)
+        return LiveEngine(EngineLoop(Scheduler(limits), executor, WallClock(), eos_token_ids=eos), sink)
+
+    served = Served(
+        names=options.names or (_name(options.model, directory),),
+        context_tokens=context_tokens,
+        vocab=config.vocab,
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        created=int(time.time()),
+    )
+    return Gateway(served=served, start_engine=start, api_key=options.api_key, body_bytes=options.body_bytes)
+
+
+def _name(model: str, directory: Path) -> str:
+    """A hub id is a name already; of a path only the last part is for clients to see."""
+    return directory.resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def _context(options: ServeOptions, positions: int, cached: int) -> int:
+    """Tokens of one request: the model's positions, or fewer where asked for or where the cache ends."""
+    asked = options.context_tokens
+    if asked is None:
+        return min(positions, cached)
+    if not 2 <= asked <= min(positions, cached):
+        raise InputError(
+            f"--context {asked}: accepted: 2 … {min(positions, cached)} "
+            f"(the model has {positions} positions, the KV cache holds {cached} tokens)"
+        )
+    return asked
+
+
+def _limits(options: ServeOptions, blocks: int, block_tokens: int, context_tokens: int) -> SchedulerConfig:
+    from tongyun.cloud.sched.scheduler import SchedulerConfig
+
+    return SchedulerConfig(
+        blocks=blocks,
+        block_tokens=block_tokens,
+        max_context_tokens=context_tokens,
+        max_sequences=options.max_sequences,
+        max_step_tokens=options.max_step_tokens,
+        prefix_caching=options.prefix_caching,
+    )
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model directory, or a hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one and prints it.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="TONGYUN_API_KEY", help="Key that /v1 asks for.", show_default=False)
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="Name clients use; may be repeated.")] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Most tokens of one request, prompt and answer.")
+    ] = None,
+    max_sequences: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens computed in one step.")] = 512,
+    prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
+    kv_gb: Annotated[float | None, typer.Option(help="Memory of the KV cache in GB.")] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="f32 or bf16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
+    drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
+    body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
+) -> None:
+    """Serve a model over an OpenAI-compatible HTTP endpoint until SIGTERM."""
+    options = ServeOptions(
+        model=model,
+        names=tuple(name or ()),
+        device=device,
+        kernels=kernels,
+        threads=threads,
+        kv_dtype=kv_dtype,
+        kv_bytes=None if kv_gb is None else _amount("--kv-gb", kv_gb, 1e9),
+        context_tokens=context,
+        max_sequences=max_sequences,
+        max_step_tokens=max_step_tokens,
+        prefix_caching=prefix_caching,
+        api_key=api_key,
+        body_bytes=_amount("--body-limit-mb", body_limit_mb, 1e6),
+    )
+    run_server(options, host=host, port=port, drain_s=drain_timeout)
+
+
+def run_server(options: ServeOptions, *, host: str, port: int, drain_s: float) -> None:
+    """Bind, load, announce the URL on stdout, and serve until a signal."""
+    from tongyun.cloud.gateway.app import build_app
+    from tongyun.cloud.gateway.server import bind, run, url_of
+
+    if options.api_key is not None and not options.api_key.strip():
+        # An unset variable in a script must not open the server to everybody.
+        raise InputError("--api-key is empty; leave it (and TONGYUN_API_KEY) out to serve without a key")
+    if drain_s < 0:
+        raise InputError(f"--drain-timeout {drain_s:g}: accepted: 0 or more seconds")
+    # The port comes first: loading a model for a minute to find it taken would be unkind.
+    with bind(host, port) as sock:
+        url = url_of(sock)
+        gateway = build_gateway(
+            options if options.api_key is None else replace(options, api_key=options.api_key.strip())
+        )
+        served = gateway.served
+
+        def announce() -> None:
+            typer.echo(f"{served.names[0]}: context {served.context_tokens} tokens, at {url}/v1")
+
+        run(build_app(gateway), sock, drain_s=drain_s, on_ready=announce)
+
+
+def _amount(flag: str, value: float, unit: float) -> int:
+    if not 0 < value < float("inf"):
+        raise InputError(f"{flag} {value:g}: accepted: more than 0")
+    return int(value * unit)

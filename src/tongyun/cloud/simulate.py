@@ -1,0 +1,144 @@
+"""Play requests through one engine on virtual time and record what each one felt.
+
+The scheduler, the loop and the records are those of the live engine; only the executor
+and the clock differ. Knows no workload and no price: both come in ready.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from tongyun.cloud.engine.clock import VirtualClock
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.protocol import EngineStats, Executor, TokenEvent
+from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.sched.request import Finish, Request
+from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
+from tongyun.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One record per request, in the order given, and the engine's counters at the end."""
+
+    records: tuple[RequestRecord, ...]
+    stats: EngineStats
+
+
+class _Progress:
+    """What has come back of one request so far."""
+
+    __slots__ = ("cached", "count", "first_s", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.first_s: float | None = None
+        self.count = 0
+        self.cached = 0
+
+
+class _Run:
+    """An engine, its requests in flight and the records of those that ended."""
+
+    def __init__(self, loop: EngineLoop) -> None:
+        self.loop = loop
+        self.records: dict[str, RequestRecord | None] = {}
+        self.in_flight: dict[str, _Progress] = {}
+
+    def send(self, request: Request) -> None:
+        """Give a request to the engine; one it refuses is recorded with the reason."""
+        if request.id in self.records:
+            raise ValueError(f"two requests are called '{request.id}'")
+        # Holds the place: records keep the order of sending.
+        self.records[request.id] = None
+        try:
+            self.loop.add(request)
+        except RequestError as error:
+            self.records[request.id] = _record(_Progress(request), request.arrival_s, None, str(error))
+        else:
+            self.in_flight[request.id] = _Progress(request)
+
+    def step(self) -> None:
+        for event in self.loop.step() or ():
+            progress = self.in_flight[event.request_id]
+            progress.count += 1
+            if progress.first_s is None:
+                progress.first_s = event.moment_s
+                progress.cached = event.cached_tokens
+            if event.finish is not None:
+                self._end(progress, event)
+
+    def _end(self, progress: _Progress, event: TokenEvent) -> None:
+        del self.in_flight[event.request_id]
+        self.records[event.request_id] = _record(progress, event.moment_s, event.finish, None)
+
+
+def simulate(
+    requests: Iterable[Request],
+    scheduler_config: SchedulerConfig,
+    executor: Executor,
+    *,
+    users: int | None = None,
+) -> Simulated:
+    """Every request from its arrival to its end, in virtual seconds.
+
+    Requests come in order of `arrival_s` (open loop) and are taken one by one, so they may
+    be generated. With `users`, a closed loop instead: that many are in flight at a time
+    and the next arrives when one ends. A request the engine refuses is recorded as failed;
+    an executor that fails ends the simulation.
+    """
+    run = _Run(EngineLoop(Scheduler(scheduler_config), executor, VirtualClock()))
+    if users is None:
+        _play_open(run, iter(requests))
+    else:
+        _play_closed(run, iter(requests), users)
+    return Simulated(
+        records=tuple(record for record in run.records.values() if record is not None),
+        stats=run.loop.stats(),
+    )
+
+
+def _play_open(run: _Run, requests: Iterator[Request]) -> None:
+    clock = run.loop.clock
+    coming = next(requests, None)
+    while coming is not None or run.in_flight:
+        if coming is not None and not run.in_flight:
+            clock.wait_until(coming.arrival_s)
+        now_s = clock.now()
+        while coming is not None and coming.arrival_s <= now_s:
+            run.send(coming)
+            sent, coming = coming, next(requests, None)
+            if coming is not None and coming.arrival_s < sent.arrival_s:
+                raise ValueError(f"request '{coming.id}' arrives before '{sent.id}', which came first")
+        run.step()
+
+
+def _play_closed(run: _Run, requests: Iterator[Request], users: int) -> None:
+    if users < 1:
+        raise ValueError(f"a closed loop needs at least one user, not {users}")
+    while True:
+        sent = 0
+        for request in islice(requests, users - len(run.in_flight)):
+            run.send(replace(request, arrival_s=run.loop.clock.now()))
+            sent += 1
+        if not run.in_flight and not sent:
+            return
+        run.step()
+
+
+def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:
+    request = progress.request
+    return RequestRecord(
+        id=request.id,
+        arrival_s=request.arrival_s,
+        ended_s=ended_s,
+        prompt_tokens=len(request.prompt),
+        output_tokens=progress.count,
+        first_token_s=progress.first_s,
+        last_token_s=None if progress.first_s is None else ended_s,
+        cached_tokens=progress.cached,
+        finish=finish,
+        error=error,
+    )

@@ -1,0 +1,127 @@
+"""Read recorded workloads.
+
+Two published formats: the Azure LLM inference CSV (moment, prompt and generated tokens)
+and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks). A line that
+is not what it should be is refused by file and number; nothing is skipped or repaired.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from itertools import islice
+from pathlib import Path
+
+from tongyun.cloud.workload import HASH_BLOCK_TOKENS, Arrival
+from tongyun.errors import InputError, TraceError, unknown
+
+_AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
+
+
+def read_trace(path: Path, *, limit: int | None = None) -> list[Arrival]:
+    """Arrivals of a trace in order of time, the first at 0; `.csv` is Azure's format, `.jsonl` Mooncake's.
+
+    `limit` keeps the first so many lines.
+    """
+    readers: dict[str, Callable[[Path, Iterable[str]], Iterator[Arrival]]] = {
+        ".csv": _azure,
+        ".jsonl": _mooncake,
+    }
+    if path.suffix not in readers:
+        raise InputError(f"{path}: {unknown('trace format', path.suffix, readers)}")
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            arrivals = list(islice(readers[path.suffix](path, file), limit))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+    if not arrivals:
+        raise TraceError(path, 1, "the trace holds no requests")
+    # Recorders write what ended, not what came, so neighbours may be out of order.
+    arrivals.sort(key=lambda arrival: arrival.time_s)
+    start_s = arrivals[0].time_s
+    return [arrival._replace(time_s=arrival.time_s - start_s) for arrival in arrivals]
+
+
+def _azure(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
+    rows = csv.reader(lines, strict=True)
+    try:
+        header = next(rows, [])
+        if tuple(header) != _AZURE_COLUMNS:
+            raise TraceError(path, 1, f"columns are {header}; accepted: {', '.join(_AZURE_COLUMNS)}")
+        for row in rows:
+            if row:
+                yield _azure_row(path, rows.line_num, row)
+    except csv.Error as error:
+        raise TraceError(path, rows.line_num, str(error)) from error
+
+
+def _azure_row(path: Path, line: int, row: list[str]) -> Arrival:
+    if len(row) != len(_AZURE_COLUMNS):
+        raise TraceError(path, line, f"{len(row)} fields, not {len(_AZURE_COLUMNS)}")
+    try:
+        # Naive moments differ by the same amount in any zone; only differences are used.
+        moment = datetime.fromisoformat(row[0]).replace(tzinfo=None)
+    except ValueError as error:
+        raise TraceError(path, line, f"TIMESTAMP: '{row[0]}' is no date and time") from error
+    prompt, output = (
+        _positive(path, line, key, _whole(path, line, key, text))
+        for key, text in zip(_AZURE_COLUMNS[1:], row[1:], strict=True)
+    )
+    return Arrival((moment - _EPOCH).total_seconds(), prompt, output)
+
+
+def _whole(path: Path, line: int, key: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise TraceError(path, line, f"{key}: '{text}' is no whole number")
+    return int(text)
+
+
+_EPOCH = datetime(1970, 1, 1)
+
+
+def _mooncake(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
+    for line, text in enumerate(lines, start=1):
+        if text.strip():
+            yield _mooncake_line(path, line, text)
+
+
+def _mooncake_line(path: Path, line: int, text: str) -> Arrival:
+    try:
+        entry = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TraceError(path, line, f"not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(entry, dict):
+        raise TraceError(path, line, "not a JSON object")
+    for key in _MOONCAKE_KEYS:
+        if key not in entry:
+            raise TraceError(path, line, f"{key} is missing; accepted: {', '.join(_MOONCAKE_KEYS)}")
+    milliseconds = entry["timestamp"]
+    if not _is_number(milliseconds) or not 0 <= milliseconds < float("inf"):
+        raise TraceError(path, line, f"timestamp: {milliseconds!r} is no number of milliseconds")
+    prompt = _positive(path, line, "input_length", entry["input_length"])
+    output = _positive(path, line, "output_length", entry["output_length"])
+    hash_ids = entry["hash_ids"]
+    if not isinstance(hash_ids, list) or not all(_is_whole(one) and one >= 0 for one in hash_ids):
+        raise TraceError(path, line, "hash_ids: must be a list of whole numbers")
+    if (len(hash_ids) - 1) * HASH_BLOCK_TOKENS >= prompt:
+        raise TraceError(path, line, f"hash_ids: {len(hash_ids)} blocks are more than {prompt} tokens fill")
+    return Arrival(milliseconds / 1e3, prompt, output, hash_ids=tuple(hash_ids))
+
+
+def _positive(path: Path, line: int, key: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise TraceError(path, line, f"{key}: {value!r} is no positive whole number")
+    return value
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

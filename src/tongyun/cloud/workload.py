@@ -1,0 +1,288 @@
+"""When requests come, how long they are, and how much of their prompts they share.
+
+A `Workload` is a description, an `Arrival` one request drawn from it (or read from a
+trace), and `requests` gives arrivals made-up tokens. The same workload always yields the
+same arrivals. Knows no endpoint, no engine and no text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.cloud.sched.request import Request
+from tongyun.errors import InputError
+
+HASH_BLOCK_TOKENS = 512
+"""Prompt tokens that one of `Arrival.hash_ids` stands for, as in the Mooncake traces."""
+
+
+class Process(StrEnum):
+    """How requests follow each other."""
+
+    POISSON = "poisson"
+    GAMMA = "gamma"
+    CONSTANT = "constant"
+    BURST = "burst"
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """`rate_per_s` requests a second on average, or `users` that each wait for their answer."""
+
+    process: Process
+    rate_per_s: float | None = None
+    variation: float = 1.0
+    """Gamma only: standard deviation over mean of the gaps; 1 is Poisson."""
+    burst: int = 1
+    """Burst only: requests that come at the same moment."""
+    users: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.process is Process.CLOSED:
+            _require(self.users is not None and self.users >= 1, "arrival.users", "at least 1", self.users)
+            _require(self.rate_per_s is None, "arrival.rate_per_s", "none in a closed loop", self.rate_per_s)
+            return
+        rate = self.rate_per_s
+        _require(rate is not None and 0 < rate < math.inf, "arrival.rate_per_s", "a positive number", rate)
+        _require(self.users is None, "arrival.users", "none outside a closed loop", self.users)
+        positive = 0 < self.variation < math.inf
+        _require(positive, "arrival.variation", "a positive number", self.variation)
+        _require(self.burst >= 1, "arrival.burst", "at least 1", self.burst)
+
+    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.float64]:
+        """`count` moments in seconds from 0, ascending; all 0 in a closed loop."""
+        rate = self.rate_per_s
+        if rate is None:
+            return np.zeros(count)
+        match self.process:
+            case Process.CONSTANT:
+                return np.arange(count, dtype=np.float64) / rate
+            case Process.BURST:
+                return np.floor(np.arange(count, dtype=np.float64) / self.burst) * (self.burst / rate)
+            case Process.GAMMA:
+                shape = self.variation**-2
+                return np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
+            case _:
+                return np.cumsum(rng.exponential(1 / rate, count))
+
+
+class Distribution(StrEnum):
+    """How lengths are spread."""
+
+    FIXED = "fixed"
+    UNIFORM = "uniform"
+    LOGNORMAL = "lognormal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """Token counts: `mean` (fixed, lognormal) or every whole number from `low` to `high` (uniform).
+
+    A lognormal draw is rounded and then cut to the bounds, which moves its mean.
+    """
+
+    distribution: Distribution
+    mean: float | None = None
+    variation: float = 0.0
+    """Lognormal only: standard deviation over mean."""
+    low: int = 1
+    high: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.low >= 1, "length.low", "at least 1", self.low)
+        high = self.high
+        _require(high is None or high >= self.low, "length.high", f"at least low ({self.low})", high)
+        if self.distribution is Distribution.UNIFORM:
+            _require(high is not None, "length.high", "a bound, for a uniform distribution", high)
+        else:
+            mean = self.mean
+            _require(mean is not None and 1 <= mean < math.inf, "length.mean", "at least 1", mean)
+        finite = 0 <= self.variation < math.inf
+        _require(finite, "length.variation", "zero or more", self.variation)
+
+    @classmethod
+    def fixed(cls, tokens: int) -> Lengths:
+        """The same length every time."""
+        return cls(distribution=Distribution.FIXED, mean=tokens)
+
+    def draw(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
+        """`count` lengths."""
+        if self.distribution is Distribution.UNIFORM and self.high is not None:
+            return rng.integers(self.low, self.high, count, dtype=np.int64, endpoint=True)
+        mean = self.mean or 0.0
+        if self.distribution is Distribution.FIXED:
+            drawn = np.full(count, mean)
+        else:
+            # A lognormal of mean m and variation v: σ² = ln(1 + v²), μ = ln m - σ²/2.
+            variance = math.log1p(self.variation**2)
+            drawn = rng.lognormal(math.log(mean) - variance / 2, math.sqrt(variance), count)
+        whole: NDArray[np.int64] = np.clip(np.rint(drawn), self.low, self.high).astype(np.int64)
+        return whole
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedPrefix:
+    """`share` of the requests begin with one of `groups` prefixes of `tokens`, each equally likely.
+
+    The prefix is part of the prompt, not added to it: a prompt no longer than the prefix
+    is its beginning.
+    """
+
+    tokens: int
+    groups: int = 1
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.tokens >= 1, "prefix.tokens", "at least 1", self.tokens)
+        _require(self.groups >= 1, "prefix.groups", "at least 1", self.groups)
+        _require(0 <= self.share <= 1, "prefix.share", "from 0 to 1", self.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A load to plan for or to send: exactly one of `requests` and `duration_s` ends it."""
+
+    name: str = ""
+    arrivals: Arrivals
+    prompt: Lengths
+    output: Lengths
+    prefix: SharedPrefix | None = None
+    requests: int | None = None
+    duration_s: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one = (self.requests is None) != (self.duration_s is None)
+        _require(one, "requests", "exactly one of requests and duration_s", self.requests)
+        _require(self.requests is None or self.requests >= 1, "requests", "at least 1", self.requests)
+        if self.duration_s is not None:
+            positive = 0 < self.duration_s < math.inf
+            _require(positive, "duration_s", "a positive number", self.duration_s)
+            open_loop = self.arrivals.process is not Process.CLOSED
+            _require(open_loop, "duration_s", "none in a closed loop; give requests", self.duration_s)
+        _require(self.seed >= 0, "seed", "zero or more", self.seed)
+
+
+class Arrival(NamedTuple):
+    """One request before it has tokens. `time_s` counts from the start of the workload.
+
+    Two arrivals of one `prefix_group` share their first `prefix_tokens`; two whose
+    `hash_ids` begin alike share that many blocks of `HASH_BLOCK_TOKENS`.
+    """
+
+    time_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix_group: int | None = None
+    prefix_tokens: int = 0
+    hash_ids: tuple[int, ...] = ()
+
+
+def sample(workload: Workload) -> list[Arrival]:
+    """Draw the workload. Moments, lengths and prefixes come from streams of their own, so that
+    changing the rate leaves the lengths as they were."""
+    # Seeds of the four streams; `spawn` would do, but this says which is which.
+    moments_rng, prompt_rng, output_rng, prefix_rng = (
+        np.random.default_rng([workload.seed, stream]) for stream in range(4)
+    )
+    times = _moments(workload, moments_rng)
+    count = len(times)
+    prompts = workload.prompt.draw(count, prompt_rng).tolist()
+    outputs = workload.output.draw(count, output_rng).tolist()
+    if workload.prefix is None:
+        return list(map(Arrival, times.tolist(), prompts, outputs))
+    prefix = workload.prefix
+    groups = prefix_rng.integers(prefix.groups, size=count).tolist()
+    shares = (prefix_rng.random(count) < prefix.share).tolist()
+    return [
+        Arrival(time_s, prompt, output, group, min(prefix.tokens, prompt))
+        if shared
+        else Arrival(time_s, prompt, output)
+        for time_s, prompt, output, group, shared in zip(
+            times.tolist(), prompts, outputs, groups, shares, strict=True
+        )
+    ]
+
+
+def requests(
+    arrivals: Iterable[Arrival], *, vocabulary: int, seed: int = 0, name: str = "r"
+) -> Iterator[Request]:
+    """Arrivals as requests with made-up tokens below `vocabulary`, one at a time.
+
+    Tokens that arrivals share are equal, all others are unrelated. The requests ignore the
+    end-of-text token: each produces exactly its `output_tokens`.
+    """
+    for index, arrival in enumerate(arrivals):
+        yield Request(
+            id=f"{name}{index}",
+            prompt=tuple(_prompt(arrival, index, seed, vocabulary).tolist()),
+            output_tokens=arrival.output_tokens,
+            arrival_s=arrival.time_s,
+            ignore_eos=True,
+        )
+
+
+def stretched(arrivals: Iterable[Arrival], factor: float) -> list[Arrival]:
+    """The same arrivals over `factor` times the time: 2 halves the rate."""
+    if not 0 < factor < math.inf:
+        raise InputError(f"a trace is stretched by a positive number, not {factor}")
+    return [arrival._replace(time_s=arrival.time_s * factor) for arrival in arrivals]
+
+
+def _moments(workload: Workload, rng: np.random.Generator) -> NDArray[np.float64]:
+    if workload.requests is not None:
+        return workload.arrivals.draw(workload.requests, rng)
+    duration_s, rate = workload.duration_s or 0.0, workload.arrivals.rate_per_s or 0.0
+    # Longer than the duration with near certainty; doubled on the rare occasion that it is not.
+    count = math.ceil(duration_s * rate * 1.5 + 20 * workload.arrivals.burst)
+    state = rng.bit_generator.state
+    while True:
+        rng.bit_generator.state = state
+        times = workload.arrivals.draw(count, rng)
+        if times[-1] >= duration_s:
+            return times[times < duration_s]
+        count *= 2
+
+
+def _prompt(arrival: Arrival, index: int, seed: int, vocabulary: int) -> NDArray[np.uint64]:
+    length = arrival.prompt_tokens
+    tokens = _noise(0, index, length, seed)
+    if arrival.prefix_group is not None:
+        shared = min(arrival.prefix_tokens, length)
+        tokens[:shared] = _noise(1, arrival.prefix_group, shared, seed)
+    if arrival.hash_ids:
+        blocks = [_noise(2, one, HASH_BLOCK_TOKENS, seed) for one in arrival.hash_ids]
+        shared = min(len(blocks) * HASH_BLOCK_TOKENS, length)
+        tokens[:shared] = np.concatenate(blocks)[:shared]
+    return tokens % np.uint64(vocabulary)
+
+
+def _noise(kind: int, index: int, count: int, seed: int) -> NDArray[np.uint64]:
+    """`count` random words that depend on the arguments alone: the SplitMix64 sequence of a
+    seed made from them (Steele, Lea and Flood, 2014)."""
+    # Arrays, because a scalar that wraps around is a warning.
+    start = _mix(np.array([seed * 3 + kind], dtype=np.uint64) * _GOLDEN)
+    start = _mix(start + np.array([index + 1], dtype=np.uint64) * _GOLDEN)
+    return _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def _require(holds: bool, key: str, accepted: str, given: object) -> None:
+    if not holds:
+        raise InputError(f"workload: {key}: must be {accepted}, not {given}")
