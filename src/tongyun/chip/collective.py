@@ -2,7 +2,8 @@
 
 A group of ranks is laid out node by node: `inside` ranks share a scale-up domain,
 `nodes` domains are joined by scale-out. Bandwidth terms are the least bytes each rank
-must send; latency terms count the steps of the algorithm. Contention between groups
+must send; latency terms count the steps of a ring, which is also how the latencies of
+the catalogue were derived. Contention between groups
 and overlap with computing are not known here.
 
 Symbols: P payload bytes, n ranks, b achieved bytes per second, l latency.
@@ -18,9 +19,6 @@ from tongyun.errors import Infeasible
 from tongyun.model.graph import Kind, Operator
 from tongyun.specs import Chip, Link
 from tongyun.units import Number
-
-ONE_HOP = ("switch", "full_mesh", "clos", "rail_clos")
-"""Topologies where every rank reaches every other in one step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +52,18 @@ def link_bytes_per_s(link: Link, ranks: int) -> float:
     return link.bytes_per_s * link.achieved * min(1.0, share)
 
 
-def _steps(link: Link, ranks: int) -> int:
-    """Latencies of one pass: one where all are one hop apart, a ring's n−1 elsewhere."""
-    return 1 if link.topology in ONE_HOP else ranks - 1
-
-
 def gather_s(payload_bytes: Number, ranks: int, link: Link) -> Number:
-    """All-gather of `payload_bytes` in all, or the reduce-scatter of as much: P·(n−1)/n / b + l."""
+    """All-gather of `payload_bytes` in all, or the reduce-scatter of as much, as a ring.
+
+    n−1 steps, each moving P/n over the link: t = (n−1) · (l + P / (n·b)). One rank: zero.
+    """
     if ranks == 1:
         return 0.0 * payload_bytes
-    moved = payload_bytes * (ranks - 1) / ranks
-    return moved / link_bytes_per_s(link, ranks) + _steps(link, ranks) * link.latency_s
+    return (ranks - 1) * (link.latency_s + payload_bytes / (ranks * link_bytes_per_s(link, ranks)))
 
 
 def all_reduce_s(payload_bytes: Number, ranks: int, link: Link) -> Number:
-    """Reduce-scatter and all-gather: 2·P·(n−1)/n / b and twice the latency; one rank: zero."""
+    """A reduce-scatter and an all-gather: t = 2(n−1) · (l + P / (n·b)). One rank: zero."""
     return 2 * gather_s(payload_bytes, ranks, link)
 
 
@@ -101,16 +96,18 @@ def _gather(payload: Number, group: Group, chip: Chip) -> Number:
 
 
 def _all_to_all(payload: Number, group: Group, chip: Chip) -> Number:
-    """Each destination gets P/n; what leaves the node crosses scale-out, one after the other."""
+    """Each destination gets P/n in a turn of its own; what leaves the node crosses scale-out, afterwards."""
     ranks = group.inside * group.nodes
     total: Number = 0.0
     if group.inside > 1:
-        near, up = payload * (group.inside - 1) / ranks, _up(chip)
-        total = total + near / link_bytes_per_s(up, group.inside) + _steps(up, group.inside) * up.latency_s
+        total = total + _turns(payload / ranks, group.inside, _up(chip))
     if group.nodes > 1:
-        far, out = payload * (group.nodes - 1) / group.nodes, _out(chip)
-        total = total + far / link_bytes_per_s(out, group.nodes) + _steps(out, group.nodes) * out.latency_s
+        total = total + _turns(payload / group.nodes, group.nodes, _out(chip))
     return total
+
+
+def _turns(piece_bytes: Number, peers: int, link: Link) -> Number:
+    return (peers - 1) * (link.latency_s + piece_bytes / link_bytes_per_s(link, peers))
 
 
 def _send(payload: Number, group: Group, chip: Chip) -> Number:

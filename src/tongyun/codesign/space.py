@@ -1,0 +1,124 @@
+"""What a plan may vary: the question asked, and the cuts, batches and chunks to try.
+
+Lists candidates and says why a cut is not one; prices nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.errors import InputError
+from tongyun.model.config import Experts, ModelConfig
+from tongyun.model.graph import Precision
+from tongyun.model.shard import Shard, broken_rule
+from tongyun.specs import Chip, ChipSpec, PriceSpec
+
+CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
+"""Token budgets of a step: decoding sequences and prefill chunk together."""
+BATCHES = np.unique(np.round(np.geomspace(1, 4096, 73))).astype(np.float64)
+"""Decoding sequences of an attention group to try: every whole number at first, then steps of 12 %."""
+STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Pipeline depths to try; deeper ones only add hand-overs to every token."""
+MOST_TP = 64
+MOST_GROUPS = 64
+"""Attention groups of one replica beyond which the all-to-all is all there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A model, a load of equal requests, chips to put it on, and limits on latency."""
+
+    model: ModelConfig
+    chip: ChipSpec
+    chips: int
+    isl: int
+    """Input tokens of a request."""
+    osl: int
+    """Output tokens of a request, the first of them from its prefill."""
+    precision: Precision
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    price: PriceSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.chips < 1:
+            raise InputError(f"chips must be at least 1, got {self.chips}")
+        if self.isl < 1:
+            raise InputError(f"isl must be at least 1 token, got {self.isl}")
+        if self.osl < 2:
+            raise InputError(f"osl must be at least 2 tokens (TPOT is the time between two), got {self.osl}")
+        longest = self.model.max_positions
+        if self.isl + self.osl > longest:
+            raise InputError(
+                f"isl {self.isl} + osl {self.osl} = {self.isl + self.osl} tokens, but "
+                f"{self.model.name} has {longest} positions"
+            )
+        for name, limit in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
+            if limit is not None and not 0 < limit < float("inf"):
+                raise InputError(f"{name} must be a positive time, got {limit} s")
+
+
+def default_dtype(config: ModelConfig, chip: ChipSpec) -> str:
+    """The recipe a model is served in unless told otherwise: as released, or f32 on a chip without bf16."""
+    if "bf16" not in chip.matmul.peak:
+        return "f32"
+    return {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}.get(config.family, "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Cuts to try, and how many were refused by a rule or for want of a link."""
+
+    legal: tuple[Shard, ...]
+    refused: int
+
+
+def cuts(config: ModelConfig, chip: Chip, chips: int) -> Cuts:
+    """Every cut over at most `chips` ranks that the rules and the chip's links allow, smallest first."""
+    legal, refused = [], 0
+    for shard in _shapes(config, chips):
+        if broken_rule(config, shard) is None and _linked(chip, shard.ranks):
+            legal.append(shard)
+        else:
+            refused += 1
+    return Cuts(legal=tuple(sorted(legal, key=lambda shard: (shard.ranks, shard))), refused=refused)
+
+
+def _shapes(config: ModelConfig, chips: int) -> Iterator[Shard]:
+    """All factorisations worth a look; the rules decide which of them are legal."""
+    for tp, pp in product(range(1, min(MOST_TP, chips) + 1), STAGES):
+        if tp * pp <= chips:
+            yield Shard(tp=tp, pp=pp)
+            yield from _expert_shapes(config.experts, tp, pp, chips)
+
+
+def _expert_shapes(experts: Experts | None, tp: int, pp: int, chips: int) -> Iterator[Shard]:
+    """Experts over tp alone, or over attention groups as well."""
+    if experts is None:
+        return
+    for ep in _divisors(experts.count, tp)[1:]:
+        yield Shard(tp=tp, pp=pp, ep=ep)
+    for dp in _divisors(experts.count, min(MOST_GROUPS, chips // (tp * pp)))[1:]:
+        yield Shard(tp=tp, pp=pp, ep=tp * dp, dp=dp)
+
+
+def _linked(chip: Chip, ranks: int) -> bool:
+    """Whether `ranks` chips reach each other at all."""
+    if ranks == 1:
+        return True
+    inside = 1 if chip.scale_up is None else chip.scale_up.domain
+    return ranks <= inside or (chip.scale_out is not None and chip.scale_up is not None)
+
+
+def _divisors(number: int, most: int) -> list[int]:
+    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+
+
+def grid() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Batches along the first axis, step budgets along the second."""
+    return BATCHES[:, None], np.asarray(CHUNKS, dtype=np.float64)[None, :]

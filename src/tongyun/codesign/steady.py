@@ -1,0 +1,173 @@
+"""The steady state of continuous batching with chunked prefill, for a whole grid of loads.
+
+Equal requests of `isl` input and `osl` output tokens. Each attention group keeps D
+sequences decoding; a step is one token for each of them and up to C − D tokens of
+prefill, C being the step's budget. With n chunks a prompt, c = isl / n:
+
+    p     = D · isl / (osl − 1)        prefill tokens a step has to take on average
+    q     = max(c, p)                  prefill tokens of a step that has any
+    f     = p / q                      share of steps that have any
+    t     = (1 − f) · t_decode(D) + f · t_mixed(D, q)
+    TPOT  = pp · t                     a token passes every stage; pp batches take turns
+    rate  = dp · D · osl / ((osl − 1) · t)         output tokens per second of a replica
+    ρ     = p / (C − D)                use of the prefill budget; ρ ≥ 1 cannot last
+    TTFT  = S · (1 + ρ / 2(1 − ρ)) + TPOT / 2,  S = n · pp · t_mixed
+
+S is the prefill of a prompt beside D decoding sequences, its factor the mean wait of
+an M/D/1 queue behind other prompts (Poisson arrivals), and TPOT / 2 what is left of
+the running step. All requests are alike, so tails are not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.codesign.space import Question
+from tongyun.cost import step_cost
+from tongyun.model.graph import Sequences, StepShape
+from tongyun.model.shard import Shard, Slice, slice_of
+from tongyun.model.steps import kv_bytes, weight_bytes
+from tongyun.specs import Chip
+from tongyun.units import Cost, DType, Number, Source
+
+Array = NDArray[np.float64]
+
+USABLE_MEMORY = 0.92
+"""Share of a chip's memory that weights, KV and activations may take (assumed; the rest is the
+runtime's and fragmentation's)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steady:
+    """What a replica on one cut does, each field over the grid of batches and budgets."""
+
+    ttft_s: Array
+    tpot_s: Array
+    tokens_per_s: Array
+    """Output tokens per second of one replica."""
+    joules_per_token: Array
+    """Of the replica's chips, per output token."""
+    prefill_use: Array
+    """ρ: below 1, or prefill falls behind."""
+    sources: frozenset[Source]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Load:
+    """The two kinds of step at a grid of loads, and how often each comes."""
+
+    decode: StepShape
+    mixed: StepShape
+    share: Array
+    """f: share of steps that carry prefill."""
+    chunks: Array
+    """n: steps a prompt takes."""
+    use: Array
+    """ρ."""
+    prompts: Array
+    """Prompts in a mixed step."""
+
+
+def _load(question: Question, batch: Array, budget: Array) -> _Load:
+    isl, steps = question.isl, question.osl - 1
+    room = np.maximum(budget - batch, 0.0)
+    due = batch * isl / steps
+    use = np.where(room > 0, due / np.maximum(room, 1.0), np.inf)
+    # Where no room is left the load cannot last and is cut by `use`; one chunk keeps it finite.
+    chunks = np.ceil(isl / np.clip(room, 1.0, isl))
+    chunk = isl / chunks
+    prompts = np.maximum(1.0, due / chunk)
+    context = isl + question.osl / 2
+    decoding = Sequences(new=1, context=context, count=batch)
+    # Attention is linear in context, so that the mean over a prompt's chunks is exact.
+    prefill = Sequences(new=chunk, context=chunk * (chunks - 1) / 2, count=prompts)
+    return _Load(
+        decode=StepShape(decode=decoding, sampled=batch),
+        mixed=StepShape(decode=decoding, prefill=prefill, sampled=batch + prompts / chunks),
+        share=due / (prompts * chunk),
+        chunks=chunks,
+        use=use,
+        prompts=prompts,
+    )
+
+
+def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
+    """Latencies, rate and energy of a replica; `batch` and `budget` broadcast to the grid."""
+    load = _load(question, batch, budget)
+    stages = _distinct_stages(question, shard)
+    costs = [_stage_cost(question, chip, shard, stage, load) for stage, _ in stages.values()]
+    step_s = _largest([cost.seconds for _, cost in costs])
+    mixed_s = _largest([mixed.seconds for mixed, _ in costs])
+    joules = sum(count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True))
+    steps = question.osl - 1
+    tpot_s = shard.pp * step_s
+    with np.errstate(divide="ignore", invalid="ignore"):
+        wait = np.where(load.use < 1, load.use / (2 * (1 - load.use)), np.inf)
+        ttft_s = load.chunks * shard.pp * mixed_s * (1 + wait) + tpot_s / 2
+    return Steady(
+        ttft_s=ttft_s,
+        tpot_s=tpot_s,
+        tokens_per_s=shard.dp * batch * question.osl / (steps * step_s),
+        joules_per_token=joules * steps / (shard.dp * batch * question.osl),
+        prefill_use=load.use,
+        sources=frozenset().union(*(cost.sources for _, cost in costs)),
+    )
+
+
+def _largest(arrays: Sequence[Number]) -> Array:
+    """The slowest or fullest stage, point by point."""
+    return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
+
+
+def _distinct_stages(question: Question, shard: Shard) -> dict[Slice, tuple[int, int]]:
+    """Each different stage once, as its first index and how often it comes."""
+    found: dict[Slice, tuple[int, int]] = {}
+    for stage in range(shard.pp):
+        part = slice_of(question.model, shard, stage)
+        first, count = found.get(part, (stage, 0))
+        found[part] = (first, count + 1)
+    return found
+
+
+def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: _Load) -> tuple[Cost, Cost]:
+    """Cost of a mixed step, and of the mean step."""
+    decode, mixed = (
+        step_cost(question.model, shape, chip, shard, question.precision, stage=stage)
+        for shape in (load.decode, load.mixed)
+    )
+    mean = Cost(
+        seconds=(1 - load.share) * decode.seconds + load.share * mixed.seconds,
+        joules=(1 - load.share) * decode.joules + load.share * mixed.joules,
+        sources=decode.sources | mixed.sources,
+    )
+    return mixed, mean
+
+
+def memory_bytes(question: Question, shard: Shard, batch: Array, budget: Array) -> Array:
+    """Weights, KV of every sequence at full length, and activations, on the fullest rank."""
+    model, precision = question.model, question.precision
+    sequences = batch + _load(question, batch, budget).prompts
+    length = question.isl + question.osl
+    needs = []
+    for part, (stage, _) in _distinct_stages(question, shard).items():
+        weights = weight_bytes(model, shard, precision, stage=stage)
+        kept = shard.pp * sequences * float(kv_bytes(model, length, precision, part))
+        needs.append(weights + kept + _activation_bytes(question, part, budget, sequences))
+    return _largest(needs)
+
+
+def _activation_bytes(question: Question, part: Slice, budget: Array, sequences: Array) -> Array:
+    """Widest moment of a step: residual, normalised input and a layer's inner tensors, or the logits."""
+    model, act = question.model, question.precision.activations.bytes
+    heads = (part.heads + 2 * part.kv_heads) * model.head_dim
+    inner = max(heads, 3 * part.dense_width)
+    rows = budget * act * (3 * model.hidden + inner)
+    if model.experts is not None and part.sparse_layers:
+        routed = part.shard.dp * model.experts.per_token / part.shard.ep
+        rows = rows + budget * act * routed * (2 * model.hidden + 3 * part.expert_width)
+    logits = sequences * model.vocab * (act + DType.F32.bytes) if part.last else 0.0
+    return rows + logits
