@@ -17,6 +17,7 @@ from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, precision_of
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.torch_executor import default_threads
 from tongyun.model.kernels import choose_ops
 from tongyun.specs import ChipSpec
 from tongyun.units import DType
@@ -61,7 +62,17 @@ class Setting:
         }
 
 
-def calibrate(setting: Setting, tell: Tell) -> ChipSpec:
+def setting(*, device: str | None, threads: int | None, kernels: str | None, quick: bool) -> Setting:
+    """How the engine would run here by default, with what was asked for instead."""
+    return Setting(
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        threads=threads or default_threads(),
+        kernels=kernels,
+        quick=quick,
+    )
+
+
+def measure(setting: Setting, tell: Tell) -> ChipSpec:
     """Measure this machine; `tell` is called with the name of each stage of `STAGES` as it begins."""
     bench = setting.bench()
     with _threads(setting.threads):

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tongyun import __version__
+from tongyun.cloud.engine.calibrate.machine import differences
 from tongyun.model.graph import Precision
 from tongyun.specs import Calibration, ChipSpec, Figure, load
 from tongyun.specs.find import LOCAL, home
@@ -119,6 +120,14 @@ def kept() -> ChipSpec | None:
     """The kept calibration, or None where there is none."""
     path = local_path()
     return load(path, ChipSpec) if path.exists() else None
+
+
+def stale(machine: Mapping[str, Scalar]) -> list[str]:
+    """Why the kept calibration does not hold for `machine`; empty when it does."""
+    spec = kept()
+    if spec is None or spec.calibration is None:
+        return ["this machine was not measured before"]
+    return differences(spec.calibration.machine, machine)
 
 
 def precision_of(machine: Mapping[str, Scalar]) -> Precision:
