@@ -31,6 +31,7 @@ class Dimension:
     """What a figure measures, and the factor from each unit key to SI."""
 
     name: str
+    si_unit: str
     units: Mapping[str, float]
     most: float | None = None
     """The largest value that makes sense, in SI; None where there is none."""
@@ -47,6 +48,7 @@ class Dimension:
 
 BYTES = Dimension(
     name="bytes",
+si_unit="B",
     units={
         "bytes": 1.0, "kb": KB, "mb": MB, "gb": GB, "tb": TB, "pb": 1e15,
         "kib": KIB, "mib": MIB, "gib": GIB, "tib": float(2**40), "pib": float(2**50),
@@ -54,6 +56,7 @@ BYTES = Dimension(
 )  # fmt: skip
 BANDWIDTH = Dimension(
     name="bytes per second",
+si_unit="B/s",
     units={
         "bytes_per_s": 1.0, "mb_per_s": MB, "gb_per_s": GB, "tb_per_s": TB,
         "gib_per_s": GIB, "gbit_per_s": GB / 8, "tbit_per_s": TB / 8,
@@ -61,20 +64,25 @@ BANDWIDTH = Dimension(
 )  # fmt: skip
 BANDWIDTH_DENSITY = Dimension(
     name="bytes per second per byte stored",
+    si_unit="B/s/B",
     units={"bytes_per_s_per_byte": 1.0, "mb_per_s_per_tib": MB / 2**40},
 )
 COMPUTE = Dimension(
     name="operations per second",
+    si_unit="FLOP/s",
     units={"flops_per_s": 1.0, "gflops": 1e9, "tflops": 1e12, "pflops": 1e15, "tops": 1e12},
 )
-TIME = Dimension(name="seconds", units={"s": 1.0, "ms": MS, "us": US, "ns": 1e-9})
-POWER = Dimension(name="watts", units={"w": 1.0, "kw": 1e3})
-FRACTION = Dimension(name="a fraction", units={"fraction": 1.0}, most=1.0)
-RATIO = Dimension(name="a ratio", units={"ratio": 1.0})
-COUNT = Dimension(name="a whole number", units={"count": 1.0}, whole=True)
-TOKENS = Dimension(name="tokens", units={"tokens": 1.0})
-RATE = Dimension(name="events per second", units={"per_s": 1.0, "iops": 1.0})
-PRICE = Dimension(name="US dollars per hour", units={"usd_per_hour": 1.0})
+TIME = Dimension(name="seconds", si_unit="s", units={"s": 1.0, "ms": MS, "us": US, "ns": 1e-9})
+POWER = Dimension(name="watts", si_unit="W", units={"w": 1.0, "kw": 1e3})
+FRACTION = Dimension(name="a fraction", si_unit="", units={"fraction": 1.0}, most=1.0)
+RATIO = Dimension(name="a ratio", si_unit="", units={"ratio": 1.0})
+COUNT = Dimension(name="a whole number", si_unit="", units={"count": 1.0}, whole=True)
+TOKENS = Dimension(name="tokens", si_unit="tokens", units={"tokens": 1.0})
+RATE = Dimension(name="events per second", si_unit="1/s", units={"per_s": 1.0, "iops": 1.0})
+PRICE = Dimension(name="US dollars per hour", si_unit="$/h", units={"usd_per_hour": 1.0})
+DIMENSIONS = (
+    BYTES, BANDWIDTH, BANDWIDTH_DENSITY, COMPUTE, TIME, POWER, FRACTION, RATIO, COUNT, TOKENS, RATE, PRICE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,3 +123,17 @@ class Figure:
         if corner is Corner.NOMINAL:
             return self.value
         return self.high if (corner is Corner.FAST) == more_is_better else self.low
+
+
+LABELS: Mapping[str, str] = {
+    "bytes": "B", "kb": "kB", "mb": "MB", "gb": "GB", "tb": "TB", "pb": "PB",
+    "kib": "KiB", "mib": "MiB", "gib": "GiB", "tib": "TiB", "pib": "PiB",
+    "bytes_per_s": "B/s", "mb_per_s": "MB/s", "gb_per_s": "GB/s", "tb_per_s": "TB/s",
+    "gib_per_s": "GiB/s", "gbit_per_s": "Gb/s", "tbit_per_s": "Tb/s",
+    "bytes_per_s_per_byte": "B/s/B", "mb_per_s_per_tib": "MB/s/TiB",
+    "flops_per_s": "FLOP/s", "gflops": "GFLOPS", "tflops": "TFLOPS", "pflops": "PFLOPS", "tops": "TOPS",
+    "s": "s", "ms": "ms", "us": "µs", "ns": "ns", "w": "W", "kw": "kW",
+    "fraction": "", "ratio": "", "count": "", "tokens": "tokens", "per_s": "/s", "iops": "/s",
+    "usd_per_hour": "$/h",
+}  # fmt: skip
+"""How a unit key is written for people."""

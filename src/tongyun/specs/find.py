@@ -32,6 +32,14 @@ def home() -> Path:
     return Path(os.environ.get("TONGYUN_HOME") or Path.home() / ".local" / "share" / "tongyun").expanduser()
 
 
+def find(kind: str, name: str) -> Any:
+    """A spec of any kind; a model is its full name and raw config."""
+    if kind == "models":
+        raw, full = find_model(name)
+        return full, raw
+    return _find(kind, SCHEMAS[kind], name)
+
+
 def find_chip(name: str) -> ChipSpec:
     """A chip by catalogue name, alias or path of a TOML file; `local` is this machine as calibrated."""
     if name.lower() == LOCAL:
@@ -43,14 +51,17 @@ def find_chip(name: str) -> ChipSpec:
 
 
 def find_fabric(name: str) -> FabricSpec:
+    """A fabric by catalogue name, alias or path of a TOML file."""
     return _find("fabrics", FabricSpec, name)
 
 
 def find_storage(name: str) -> StorageSpec:
+    """A file system by catalogue name, alias or path of a TOML file."""
     return _find("storage", StorageSpec, name)
 
 
 def find_workload(name: str) -> WorkloadSpec:
+    """A workload by catalogue name, alias or path of a TOML file."""
     return _find("workloads", WorkloadSpec, name)
 
 

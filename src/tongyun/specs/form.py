@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
@@ -185,14 +185,14 @@ class Fact:
             raise where.wrong(f"expected a whole number, got {figure.value:g}")
 
     def plain(self, value: Figure) -> dict[str, Scalar]:
-        bounds = {"low": value.low, "high": value.high} if value.has_range else {}
-        unit, numbers = _written(self.dimension, {"": value.value, **bounds})
-        fields: dict[str, Scalar] = {unit: numbers.pop("")}
-        return {**fields, **numbers, "kind": value.source.value, "source": value.reference}
+        unit, numbers = written(value, self.dimension)
+        return {**numbers, "kind": value.source.value, "source": value.reference}
 
 
-def _written(dimension: Dimension, values: dict[str, float]) -> tuple[str, dict[str, float]]:
-    """The unit that reads best among those that give exactly these values back."""
+def written(figure: Figure, dimension: Dimension) -> tuple[str, dict[str, float]]:
+    """The unit in which a figure reads best and gives exactly itself back, and its numbers in it."""
+    bounds = {"low": figure.low, "high": figure.high} if figure.has_range else {}
+    values = {"": figure.value, **bounds}
     ranked = []
     for index, unit in enumerate(dimension.units):
         scaled = {key: _short(dimension.within(value, unit)) for key, value in values.items()}
@@ -201,7 +201,7 @@ def _written(dimension: Dimension, values: dict[str, float]) -> tuple[str, dict[
             long = any(len(repr(number)) > 8 for number in scaled.values())
             ranked.append((awkward, long, index, unit, scaled))
     *_, unit, scaled = min(ranked, key=lambda candidate: candidate[:3])
-    return unit, scaled
+    return unit, {unit: scaled.pop(""), **scaled}
 
 
 def _short(value: float) -> float:
@@ -326,6 +326,36 @@ def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise (where / f.name).wrong("missing")
     return schema(**values)
+
+
+def facts(value: Any, key: str = "") -> Iterator[tuple[str, Figure, Dimension]]:
+    """Every figure under a spec with its dotted key and dimension, in the order of the schema."""
+    for f in dataclasses.fields(value):
+        item, form = getattr(value, f.name), f.metadata["form"]
+        name = f"{key}.{f.name}" if key else f.name
+        if item is None:
+            continue
+        if isinstance(form, Fact):
+            yield name, item, form.dimension
+        elif isinstance(form, ByDType):
+            for dtype, figure in item.items():
+                yield f"{name}.{dtype}", figure, form.fact.dimension
+        elif isinstance(form, Section):
+            yield from facts(item, name)
+
+
+def texts(value: Any) -> dict[str, Any]:
+    """What a spec says in words and whole numbers, by dotted key; figures and samples are left out."""
+    said: dict[str, Any] = {}
+    for f in dataclasses.fields(value):
+        item, form = getattr(value, f.name), f.metadata["form"]
+        if item is None:
+            continue
+        if isinstance(form, Text | Texts | Whole | Scalars):
+            said[f.name] = form.plain(item)
+        elif isinstance(form, Section):
+            said.update({f"{f.name}.{key}": inner for key, inner in texts(item).items()})
+    return said
 
 
 def plain_fields(value: Any) -> dict[str, Any]:

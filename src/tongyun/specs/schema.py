@@ -9,8 +9,7 @@ Decides which keys exist and which way each range favours us; computes nothing e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 from tongyun.specs.figure import (
     BANDWIDTH,
@@ -28,7 +27,19 @@ from tongyun.specs.figure import (
     Corner,
     Figure,
 )
-from tongyun.specs.form import ByDType, Fact, Samples, Scalar, Scalars, Section, Text, Texts, Whole, has
+from tongyun.specs.form import (
+    ByDType,
+    Fact,
+    Samples,
+    Scalar,
+    Scalars,
+    Section,
+    Text,
+    Texts,
+    Whole,
+    facts,
+    has,
+)
 from tongyun.specs.samples import (
     AttentionSample,
     CollectiveSample,
@@ -129,8 +140,8 @@ class ChipSpec:
     calibration: Calibration | None = has(Section(Calibration), default=None)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Every figure with its dotted key, in file order."""
-        return walk(self)
+        """Every figure with its dotted key, in the order of the schema."""
+        return ((key, figure) for key, figure, _ in facts(self))
 
     @property
     def has_range(self) -> bool:
@@ -195,18 +206,6 @@ class Chip:
             for figure, source in self.provenance.items()
             if any(figure == key or figure.startswith(key + ".") for key in keys)
         )
-
-
-def walk(value: Any, key: str = "") -> Iterator[tuple[str, Figure]]:
-    """Every figure under a spec with its dotted key, in file order."""
-    if isinstance(value, Figure):
-        yield key, value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from walk(item, f"{key}.{name}")
-    elif hasattr(value, "__dataclass_fields__"):
-        for f in fields(value):
-            yield from walk(getattr(value, f.name), f"{key}.{f.name}" if key else f.name)
 
 
 def _resolve(spec: ChipSpec, corner: Corner) -> Chip:
