@@ -7,6 +7,7 @@ nothing about how an engine schedules; that is `steady`'s assumption.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -134,13 +135,13 @@ class _Search:
 
     @cached_property
     def points(self) -> _Points:
-        batch, budget = np.broadcast_arrays(*grid())
+        shape = np.broadcast_shapes(*(axis.shape for axis in grid()))
         columns: dict[str, list[Array]] = {field: [] for field in _POINT_FIELDS}
         for shard in self.cuts.legal:
             for field, value in self._grid_of(shard, *grid()).items():
-                columns[field].append(np.broadcast_to(value, batch.shape).ravel())
+                columns[field].append(np.broadcast_to(value, shape).ravel())
         flat = {field: np.concatenate(parts) for field, parts in columns.items()}
-        return _Points(cut=np.repeat(np.arange(len(self.cuts.legal)), batch.size), **flat)
+        return _Points(cut=np.repeat(np.arange(len(self.cuts.legal)), math.prod(shape)), **flat)
 
     def _grid_of(self, shard: Shard, batch: Array, budget: Array) -> dict[str, Array]:
         """Every point of one cut. A cut that fits memory nowhere is not priced."""
