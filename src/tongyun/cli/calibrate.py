@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def calibrate(
     force: Annotated[bool, typer.Option(help="Measure again although a valid calibration is kept.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; a GPU is taken where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; a GPU is taken where there is one.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads the engine will use.")] = None,
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
     quick: Annotated[bool, typer.Option(help="A few points in seconds; too rough to plan with.")] = False,

@@ -8,7 +8,6 @@ they may say.
 from __future__ import annotations
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -19,17 +18,13 @@ from typing import Any, TypeVar, cast
 from tongyun.errors import SpecError, unknown
 from tongyun.specs.form import Where, read_fields
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec, WorkloadSpec
+from tongyun.store import home
 
 S = TypeVar("S", bound=Spec)
 
 CATALOG = Path(__file__).parent / "catalog"
 KINDS = (*SCHEMAS, "models")
 LOCAL = "local"
-
-
-def home() -> Path:
-    """The user's folder: $TONGYUN_HOME, or .local/share/tongyun in the home directory."""
-    return Path(os.environ.get("TONGYUN_HOME") or Path.home() / ".local" / "share" / "tongyun").expanduser()
 
 
 def find(kind: str, name: str) -> Any:

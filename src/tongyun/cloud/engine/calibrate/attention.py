@@ -60,5 +60,3 @@ def _seconds(bench: Bench, heads: Heads, batch: int, queries: int, context: int)
 def _cache(bench: Bench, blocks: int, heads: Heads) -> Tensor:
     shape = (blocks, heads.keys, BLOCK_TOKENS, heads.width)
     return torch.zeros(shape, dtype=bench.kv_dtype, device=bench.device)
-
-

@@ -57,4 +57,3 @@ def nonnegative(matrix: Array, target: Array) -> Array:
             break
         active.pop(int(part.argmin()))
     return solution
-

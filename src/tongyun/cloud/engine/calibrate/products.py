@@ -66,7 +66,10 @@ def experts(bench: Bench) -> Iterator[GroupedMatmulSample]:
     sizes = EXPERT_SIZES if not bench.quick else EXPERT_SIZES[:1]
     for hidden, width in sizes:
         for groups in EXPERT_GROUPS:
-            gate_up_EOD, down_EDI = bench.weight(groups, 2 * width, hidden), bench.weight(groups, hidden, width)
+            gate_up_EOD, down_EDI = (
+                bench.weight(groups, 2 * width, hidden),
+                bench.weight(groups, hidden, width),
+            )
             for rows in EXPERT_ROWS if not bench.quick else EXPERT_ROWS[::3]:
                 if 6.0 * groups * rows * hidden * width > MOST_FLOPS:
                     break
@@ -78,7 +81,12 @@ def experts(bench: Bench) -> Iterator[GroupedMatmulSample]:
                     )
                 )
                 yield GroupedMatmulSample(
-                    dtype=bench.weight_type, m=2 * tokens, n=2 * width, k=hidden, groups=groups, seconds=seconds
+                    dtype=bench.weight_type,
+                    m=2 * tokens,
+                    n=2 * width,
+                    k=hidden,
+                    groups=groups,
+                    seconds=seconds,
                 )
 
 

@@ -15,7 +15,7 @@ from tongyun import __version__
 from tongyun.cloud.engine.calibrate.machine import differences
 from tongyun.model.graph import Precision
 from tongyun.specs import Calibration, ChipSpec, Figure, load
-from tongyun.specs.find import LOCAL, home
+from tongyun.specs.find import LOCAL
 from tongyun.specs.samples import (
     AttentionSample,
     GroupedMatmulSample,
@@ -24,6 +24,7 @@ from tongyun.specs.samples import (
     OverheadSample,
 )
 from tongyun.specs.schema import MatmulSpec, MemorySpec, OverheadSpec, PowerSpec
+from tongyun.store import home
 from tongyun.units import DType, Source
 
 Scalar = str | int | float | bool
@@ -66,7 +67,9 @@ def chip_spec(readings: Readings) -> ChipSpec:
         status="local",
         chips_per_node=_measured(1.0, "one machine"),
         matmul=MatmulSpec(
-            peak={dtype: _measured(rate, "best of the matmul samples") for dtype, rate in readings.peak.items()},
+            peak={
+                dtype: _measured(rate, "best of the matmul samples") for dtype, rate in readings.peak.items()
+            },
             achieved={dtype: _measured(1.0, "the peak is what was reached") for dtype in readings.peak},
             attention=_measured(1.0, "the attention samples stand for it"),
         ),
@@ -76,7 +79,9 @@ def chip_spec(readings: Readings) -> ChipSpec:
             achieved=_measured(1.0, "the bandwidth is what was reached"),
         ),
         overhead=OverheadSpec(
-            kernel_launch=_measured(readings.each("operator"), "rest of synthetic models' steps, an operator"),
+            kernel_launch=_measured(
+                readings.each("operator"), "rest of synthetic models' steps, an operator"
+            ),
             step_host=_measured(readings.each("step"), "rest of synthetic models' steps, a step"),
         ),
         power=_power(int(machine["cores"]), gpu),

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tongyun.cloud.engine.calibrate.bench import Bench
-from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.clock import WallClock
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.protocol import Executor, StepResult
 from tongyun.cloud.engine.torch_executor import TorchExecutor
 from tongyun.cloud.sched.request import Batch, Request
-from tongyun.cloud.engine.protocol import Executor, StepResult
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import StepShape
