@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -129,17 +130,42 @@ def table(
         header_style="bold",
         pad_edge=False,
     )
-    for item in columns:
+    for item, width in zip(columns, _widths(columns, rows, console().width), strict=True):
         drawn.add_column(
             item.name,
             justify="left" if item.left else "right",
-            # a number's range may go to a second line; a name may not
+            width=width,
             no_wrap=item.left and not item.wrap,
             overflow="fold",
         )
     for row in rows:
         drawn.add_row(*row)
     return drawn
+
+
+def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], available: int) -> list[int]:
+    """Width of each column: as its longest cell, or narrower so that all of them fit.
+
+    Long texts give way first, then numbers, whose range goes to a second line whole.
+    """
+    cells = [[item.name, *(_bare(row[i]) for row in rows)] for i, item in enumerate(columns)]
+    widths = [max(map(len, column_cells)) for column_cells in cells]
+    excess = sum(widths) + 3 * len(columns) + 2 - available
+    least = [
+        20 if item.wrap else max(len(word) for cell in column_cells for word in cell.split() or [""])
+        for item, column_cells in zip(columns, cells, strict=True)
+    ]
+    giving = [i for i, item in enumerate(columns) if item.wrap or not item.left]
+    for i in sorted(giving, key=lambda i: (not columns[i].wrap, least[i] - widths[i])):
+        given = max(0, min(excess, widths[i] - least[i]))
+        widths[i] -= given
+        excess -= given
+    return widths
+
+
+def _bare(cell: str) -> str:
+    """A cell's text without its markup."""
+    return re.sub(r"(?<!\\)\[/?[a-z ]*\]", "", cell)
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -185,8 +185,7 @@ class Fact:
             raise where.wrong(f"expected a whole number, got {figure.value:g}")
 
     def plain(self, value: Figure) -> dict[str, Scalar]:
-        unit, numbers = written(value, self.dimension)
-        return {**numbers, "kind": value.source.value, "source": value.reference}
+        return {**written(value, self.dimension)[1], "kind": value.source.value, "source": value.reference}
 
 
 def written(figure: Figure, dimension: Dimension) -> tuple[str, dict[str, float]]:
