@@ -1,0 +1,111 @@
+import json
+
+import pytest
+
+from tongyun.cloud.trace import read_trace
+from tongyun.cloud.workload import Arrival
+from tongyun.errors import InputError, TraceError
+
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+LINE = {"timestamp": 1500, "input_length": 600, "output_length": 7, "hash_ids": [4, 5]}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(name: str, text: str):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return make
+
+
+def test_azure(write):
+    path = write(
+        "t.csv",
+        f"{HEADER}2023-11-16 18:15:50.9951690,396,109\n"
+        "2023-11-16 18:15:46.6805900,374,44\n\n"
+        "2023-11-17 18:15:46.6805900,3,1\n",
+    )
+    assert read_trace(path) == [
+        Arrival(0.0, 374, 44),
+        Arrival(pytest.approx(4.314579), 396, 109),
+        Arrival(86400.0, 3, 1),
+    ]
+    assert read_trace(path, limit=1) == [Arrival(0.0, 396, 109)]
+
+
+def test_mooncake(write):
+    second = json.dumps({**LINE, "timestamp": 4000, "hash_ids": []})
+    path = write("t.jsonl", f"{json.dumps(LINE)}\n{second}\n")
+    assert read_trace(path) == [Arrival(0.0, 600, 7, hash_ids=(4, 5)), Arrival(2.5, 600, 7)]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("2023-11-16 18:15:46,374", "2 fields, not 3"),
+        ("yesterday,374,44", "TIMESTAMP: 'yesterday'"),
+        ("2023-11-16 18:15:46,-5,44", "ContextTokens: '-5'"),
+        ("2023-11-16 18:15:46,374,4.5", "GeneratedTokens: '4.5'"),
+        ("2023-11-16 18:15:46,374,0", "GeneratedTokens: 0"),
+        ('2023-11-16 18:15:46,"374,0', "unexpected end of data"),
+    ],
+)
+def test_azure_lines_are_refused_by_number(write, row, message):
+    path = write("t.csv", f"{HEADER}2023-11-16 18:15:46,374,44\n{row}\n")
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}:3: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ({"timestamp": None}, "timestamp"),
+        ({"timestamp": float("nan")}, "timestamp"),
+        ({"timestamp": True}, "timestamp"),
+        ({"input_length": "600"}, "input_length"),
+        ({"output_length": 0}, "output_length"),
+        ({"hash_ids": 3}, "hash_ids"),
+        ({"hash_ids": [1.5]}, "hash_ids"),
+        ({"hash_ids": [1, 2, 3]}, "3 blocks are more than 600"),
+    ],
+)
+def test_mooncake_lines_are_refused_by_number(write, change, message):
+    bad = change if isinstance(change, str) else json.dumps({**LINE, **change})
+    path = write("t.jsonl", f"{json.dumps(LINE)}\n{bad}\n")
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
+
+
+def test_a_missing_key_is_named(write):
+    path = write("t.jsonl", json.dumps({key: LINE[key] for key in LINE if key != "hash_ids"}))
+    with pytest.raises(TraceError, match="hash_ids is missing"):
+        read_trace(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", HEADER, "no requests"),
+        ("t.csv", "", "columns are"),
+        ("t.csv", "a,b,c\n1,2,3\n", "accepted: TIMESTAMP"),
+        ("t.jsonl", "", "no requests"),
+        ("t.json", "{}", "did you mean .jsonl"),
+    ],
+)
+def test_other_files_are_refused(write, name, text, message):
+    with pytest.raises(InputError, match=message):
+        read_trace(write(name, text))
+
+
+def test_a_missing_file_and_a_binary_one_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        read_trace(tmp_path / "none.csv")
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="UTF-8"):
+        read_trace(tmp_path / "t.csv")
