@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tongyun.cloud.engine.calibrate import attention, machine, memory, products, steps
+from tongyun.cloud.engine.calibrate import attention, machine, memory, products, serving, steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, precision_of
@@ -22,7 +22,7 @@ from tongyun.model.kernels import choose_ops
 from tongyun.specs import ChipSpec
 from tongyun.units import DType
 
-STAGES = ("linear layers", "experts", "attention", "memory", "whole steps")
+STAGES = ("linear layers", "experts", "attention", "memory", "whole steps", "serving")
 
 Tell = Callable[[str], None]
 
@@ -86,11 +86,13 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
         reading = tuple(memory.bandwidth(bench))
         tell(STAGES[4])
         whole = tuple(steps.steps(bench))
+        tell(STAGES[5])
+        around = tuple(serving.serving(bench))
     bare = Readings(
         machine=setting.machine(), matmul=matmul, grouped_matmul=grouped, memory=reading, attention=attending
     )
     rests = overheads(whole, chip_spec(bare).at(), precision_of(bare.machine))
-    return chip_spec(replace(bare, overhead=rests))
+    return chip_spec(replace(bare, overhead=rests + around))
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tongyun.cloud.engine.calibrate.bench import Bench
@@ -26,6 +26,7 @@ from tongyun.model.paged import PagedCache
 from tongyun.model.weights import random_model
 
 BLOCK_TOKENS = 16
+BLOCKS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,16 +88,22 @@ def steps(bench: Bench) -> Iterator[StepSample]:
             yield from measure(bench, synthetic(layers, sparse=sparse))
 
 
-def measure(bench: Bench, config: ModelConfig) -> Iterator[StepSample]:
-    """Steps of one model over all rounds; the first steps of each round only warm up."""
+def measure(
+    bench: Bench, config: ModelConfig, *, rounds: Sequence[Round] = ROUNDS, prompts: Sequence[int] = PROMPTS
+) -> Iterator[StepSample]:
+    """Steps of one model: a sample of full batches decoding for each round, one of each prompt."""
+    recorder = _Recorder(executor(bench, config))
+    for each in rounds if not bench.quick else rounds[:2]:
+        yield _decodes(config, recorder, each)
+    for prompt in prompts if not bench.quick else prompts[:2]:
+        yield _prompts(config, recorder, prompt, repeats=5 if bench.quick else 9)
+
+
+def executor(bench: Bench, config: ModelConfig) -> TorchExecutor:
+    """The real executor on random weights, with a cache of moderate size."""
     model = random_model(config, ops=bench.ops, device=str(bench.device))
-    cache = PagedCache(config, blocks=512, dtype=bench.kv_dtype, device=str(bench.device))
-    executor = _Recorder(TorchExecutor(model, cache))
-    rounds = ROUNDS if not bench.quick else ROUNDS[:2]
-    for each in rounds:
-        yield from _decodes(config, executor, each)
-    for prompt in PROMPTS if not bench.quick else PROMPTS[:2]:
-        yield _prompts(config, executor, prompt, repeats=5 if bench.quick else 9)
+    cache = PagedCache(config, blocks=BLOCKS, dtype=bench.kv_dtype, device=str(bench.device))
+    return TorchExecutor(model, cache)
 
 
 class _Recorder:
@@ -111,32 +118,37 @@ class _Recorder:
         return self.inner.execute(batch)
 
 
-def _engine(config: ModelConfig, executor: _Recorder) -> EngineLoop:
+def engine(config: ModelConfig, executor: Executor) -> EngineLoop:
+    """An engine loop on wall time with an empty scheduler; prompts are never shared."""
     limits = SchedulerConfig(
-        blocks=512, block_tokens=BLOCK_TOKENS, max_context_tokens=2048, prefix_caching=False
+        blocks=BLOCKS,
+        block_tokens=BLOCK_TOKENS,
+        max_context_tokens=config.max_positions,
+        max_step_tokens=2048,
+        prefix_caching=False,
     )
     return EngineLoop(Scheduler(limits), executor, WallClock())
 
 
-def _decodes(config: ModelConfig, executor: _Recorder, each: Round) -> Iterator[StepSample]:
-    loop = _engine(config, executor)
+def _decodes(config: ModelConfig, recorder: _Recorder, each: Round) -> StepSample:
+    loop = engine(config, recorder)
     for index in range(each.batch):
         prompt = [(7 * index + i) % config.vocab for i in range(each.prompt)]
         loop.add(Request(id=f"r{index}", prompt=prompt, output_tokens=each.output, ignore_eos=True))
     seconds: dict[tuple[tuple[int, int], ...], float] = {}
     while loop.has_work:
         took_s = _timed(loop)
-        seconds[executor.pieces] = took_s
+        seconds[recorder.pieces] = took_s
     decodes = [(pieces, s) for pieces, s in seconds.items() if all(new == 1 for new, _ in pieces)]
     # Contexts grow by one a step, which is nothing here: the median step stands for all.
     middle = decodes[len(decodes) // 2][0]
-    yield StepSample(config=config, pieces=middle, seconds=statistics.median(s for _, s in decodes))
+    return StepSample(config=config, pieces=middle, seconds=statistics.median(s for _, s in decodes))
 
 
-def _prompts(config: ModelConfig, executor: _Recorder, prompt: int, *, repeats: int) -> StepSample:
+def _prompts(config: ModelConfig, recorder: _Recorder, prompt: int, *, repeats: int) -> StepSample:
     readings = []
     for _ in range(repeats + 1):
-        loop = _engine(config, executor)
+        loop = engine(config, recorder)
         loop.add(Request(id="r", prompt=[i % config.vocab for i in range(prompt)], output_tokens=1))
         readings.append(_timed(loop))
     return StepSample(config=config, pieces=((prompt, 0),), seconds=statistics.median(readings[1:]))
