@@ -128,7 +128,8 @@ def table(
         caption_justify="left",
         caption_style="dim",
         header_style="bold",
-        pad_edge=False,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for item, width in zip(columns, _widths(columns, rows, console().width), strict=True):
         drawn.add_column(
@@ -150,7 +151,7 @@ def _widths(columns: Sequence[Column], rows: Sequence[Sequence[str]], available:
     """
     cells = [[item.name, *(_bare(row[i]) for row in rows)] for i, item in enumerate(columns)]
     widths = [max(map(len, column_cells)) for column_cells in cells]
-    excess = sum(widths) + 3 * len(columns) + 2 - available
+    excess = sum(widths) + 2 * len(columns) - available
     least = [
         20 if item.wrap else max(len(word) for cell in column_cells for word in cell.split() or [""])
         for item, column_cells in zip(columns, cells, strict=True)

@@ -136,7 +136,7 @@ def _human(figure: Figure | None, unit: str) -> str:
         return NOTHING
     dimension = next(d for d in DIMENSIONS if unit in d.units)
     value, low, high = (dimension.within(v, unit) for v in (figure.value, figure.low, figure.high))
-    span = f" ({number(low, 4)}–{number(high, 4)})" if figure.has_range else ""
+    span = f" ({number(low)}–{number(high)})" if figure.has_range else ""
     return number(value, 4) + span
 
 

@@ -127,8 +127,9 @@ def loads(text: str, schema: type[S], *, file: object = "text") -> S:
     try:
         raw = tomllib.loads(text)
     except ValueError as error:
-        line = re.search(r"line (\d+)", str(error))
-        raise SpecError(file, f"line {line[1]}" if line else "", f"not TOML: {error}") from None
+        found = re.search(r"line (\d+)", str(error))
+        line = found[1] if found else len(text.rstrip().splitlines())  # else: "at end of document"
+        raise SpecError(file, f"line {line}", f"not TOML: {error}") from None
     except RecursionError:
         raise SpecError(file, "", "nested too deeply") from None
     return read_fields(schema, raw, Where(file))
