@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from tongyun.chip.calibrated import engine_precision
 from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.latency import LatencyReport, RequestRecord, Slo, summarise
-from tongyun.cloud.sched.request import Batch, Request
+from tongyun.cloud.sched.request import Batch
 from tongyun.cloud.sched.scheduler import SchedulerConfig
 from tongyun.cloud.simulate import simulate
+from tongyun.cloud.workload import Arrival, requests
 from tongyun.cost import step_cost
 from tongyun.errors import InputError
 from tongyun.model.config import ModelConfig
@@ -24,6 +26,8 @@ from tongyun.model.graph import Precision, Sequences, StepShape
 from tongyun.specs import Chip
 from tongyun.units import Cost
 
+CAPACITY_ROUNDS = 8
+"""Requests for each place in the batch, when capacity is looked for."""
 CONTEXT_GRAIN = 8
 """Decoding contexts are priced to the nearest so many tokens, so that a price is used often."""
 
@@ -33,19 +37,24 @@ class Serving:
     """What server and client add around the engine, measured on this machine."""
 
     request_s: float = 0.0
-    """From the due moment at the client to the engine's queue."""
-    reply_s: float = 0.0
-    """From the end of a step to the client's record of its token."""
+    """From the due moment at the client to the engine's queue, and back with the first token."""
+    prompt_token_s: float = 0.0
+    """What each prompt token adds to that."""
     token_s: float = 0.0
     """The engine waits this long for the gateway for each token it streams."""
+
+    def way_s(self, prompt_tokens: int) -> float:
+        """All that a request's first token spends outside the engine."""
+        return self.request_s + self.prompt_token_s * prompt_tokens
 
     @classmethod
     def of(cls, chip: Chip) -> Serving:
         """Figures of the calibration; zero where it has none (a server was never measured)."""
-        found = {} if chip.calibration is None else {s.what: s.seconds / s.count for s in chip.calibration.overhead}
+        samples = () if chip.calibration is None else chip.calibration.overhead
+        found = {s.what: s.seconds / s.count for s in samples}
         return cls(
             request_s=found.get("request", 0.0),
-            reply_s=found.get("reply", 0.0),
+            prompt_token_s=found.get("prompt_token", 0.0),
             token_s=found.get("streamed_token", 0.0),
         )
 
@@ -88,8 +97,8 @@ class PricedStep:
 class _Served:
     """A simulated executor whose steps also wait for the gateway to send the tokens of the one before."""
 
-    def __init__(self, inner: SimulatedExecutor, token_s: float) -> None:
-        self._inner, self._token_s = inner, token_s
+    def __init__(self, inner: SimulatedExecutor, serving: Serving) -> None:
+        self._inner, self._token_s = inner, serving.token_s
         self._sent = 0
 
     def execute(self, batch: Batch) -> StepResult:
@@ -98,40 +107,59 @@ class _Served:
         return replace(result, duration_s=result.duration_s + waited_s)
 
 
-def predict(
-    requests: Sequence[Request],
-    limits: SchedulerConfig,
-    price: PricedStep,
-    *,
-    serving: Serving | None = None,
-    slo: Slo | None = None,
-) -> Prediction:
-    """Play `requests` against the engine on virtual time and sum up what their senders felt."""
-    if not requests:
-        raise InputError("the load is empty: nothing to predict")
-    serving = serving or Serving.of(price.chip)
-    executor = _Served(SimulatedExecutor(price, vocabulary=price.config.vocab), serving.token_s)
-    queued = [replace(r, arrival_s=r.arrival_s + serving.request_s) for r in requests]
-    played = simulate(queued, limits, executor)
-    records = tuple(_felt(record, serving) for record in played.records)
-    return Prediction(
-        records=records,
-        report=summarise(records, slo),
-        steps=played.stats.steps,
-        busy_s=played.stats.busy_s,
-    )
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """One model served on one calibrated machine, under the limits its engine will have."""
+
+    config: ModelConfig
+    chip: Chip
+    limits: SchedulerConfig
+
+    def predict(
+        self, arrivals: Sequence[Arrival], *, seed: int = 0, slo: Slo | None = None, users: int | None = None
+    ) -> Prediction:
+        """Play `arrivals`, with the tokens the load generator makes of them, on virtual time.
+
+        With `users` the moments do not count: so many requests are always in flight.
+        """
+        if not arrivals:
+            raise InputError("the load is empty: nothing to predict")
+        serving, config = Serving.of(self.chip), self.config
+        executor = _Served(SimulatedExecutor(self._price(), vocabulary=config.vocab), serving)
+        load = requests(arrivals, vocabulary=config.vocab, seed=seed)
+        queued = [replace(r, arrival_s=r.arrival_s + serving.way_s(len(r.prompt))) for r in load]
+        # A longer prompt may take longer to come in than the gap to a shorter one behind it.
+        queued.sort(key=lambda request: request.arrival_s)
+        played = simulate(queued, self.limits, executor, users=users)
+        records = tuple(_felt(record, serving) for record in played.records)
+        return Prediction(
+            records=records,
+            report=summarise(records, slo),
+            steps=played.stats.steps,
+            busy_s=played.stats.busy_s,
+        )
+
+    def capacity_per_s(self, isl: int, osl: int) -> float:
+        """Requests of `isl` and `osl` tokens a second that the engine ends when it is never idle.
+
+        Counted between the first and the last quarter of the ends, so that neither filling
+        nor draining is in it.
+        """
+        users = self.limits.max_sequences
+        played = self.predict([Arrival(0.0, isl, osl)] * (CAPACITY_ROUNDS * users), users=users)
+        ends = sorted(record.ended_s for record in played.records if record.ok)
+        if len(ends) < CAPACITY_ROUNDS:
+            raise InputError(f"requests of {isl} + {osl} tokens do not fit this deployment")
+        first, last = len(ends) // 4, 3 * len(ends) // 4
+        return (last - first) / (ends[last] - ends[first])
+
+    def _price(self) -> PricedStep:
+        calibration = self.chip.calibration
+        if calibration is None:
+            raise InputError(f"{self.chip.name}: not calibrated; a served load is predicted on `local` only")
+        return PricedStep(self.config, self.chip, engine_precision(calibration))
 
 
 def _felt(record: RequestRecord, serving: Serving) -> RequestRecord:
-    """A record at the engine as the client sees it: due earlier, told later."""
-
-    def later(moment_s: float | None) -> float | None:
-        return None if moment_s is None else moment_s + serving.reply_s
-
-    return replace(
-        record,
-        arrival_s=record.arrival_s - serving.request_s,
-        ended_s=record.ended_s + serving.reply_s,
-        first_token_s=later(record.first_token_s),
-        last_token_s=later(record.last_token_s),
-    )
+    """A record at the engine as its sender counts: from the moment it was due."""
+    return replace(record, arrival_s=record.arrival_s - serving.way_s(record.prompt_tokens))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from tongyun.chip.calibrated import engine_precision
 from tongyun.cloud.engine.calibrate import attention, machine, memory, products, serving, steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.calibrate.overheads import overheads
-from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, precision_of
+from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.cloud.engine.torch_executor import default_threads
 from tongyun.model.kernels import choose_ops
@@ -91,7 +92,9 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
     bare = Readings(
         machine=setting.machine(), matmul=matmul, grouped_matmul=grouped, memory=reading, attention=attending
     )
-    rests = overheads(whole, chip_spec(bare).at(), precision_of(bare.machine))
+    chip = chip_spec(bare).at()
+    assert chip.calibration is not None
+    rests = overheads(whole, chip, engine_precision(chip.calibration))
     return chip_spec(replace(bare, overhead=rests + around))
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tongyun import __version__
 from tongyun.cloud.engine.calibrate.machine import differences
-from tongyun.model.graph import Precision
 from tongyun.specs import Calibration, ChipSpec, Figure, load
 from tongyun.specs.find import LOCAL
 from tongyun.specs.samples import (
@@ -133,17 +132,3 @@ def stale(machine: Mapping[str, Scalar]) -> list[str]:
     if spec is None or spec.calibration is None:
         return ["this machine was not measured before"]
     return differences(spec.calibration.machine, machine)
-
-
-def precision_of(machine: Mapping[str, Scalar]) -> Precision:
-    """The types in which the calibrated engine keeps weights and KV; products are named by their weights."""
-    weights, kv = DType(str(machine["weights"])), DType(str(machine["kv"]))
-    return Precision(
-        weights=weights,
-        experts=weights,
-        exact=weights,
-        compute=weights,
-        expert_compute=weights,
-        activations=DType(str(machine["activations"])),
-        kv=kv,
-    )
