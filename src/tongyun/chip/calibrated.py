@@ -25,7 +25,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.specs import Chip
+from tongyun.model.graph import Precision
+from tongyun.specs import Calibration, Chip
 from tongyun.specs.samples import AttentionSample
 from tongyun.units import DType, Number
 
@@ -102,6 +103,21 @@ class Measured:
         if one is None or many is None:
             return one if many is None else many
         return np.where(np.asarray(queries) > 1, many, one)
+
+
+def engine_precision(calibration: Calibration) -> Precision:
+    """The types in which the calibrated engine keeps weights and KV; products are named by their weights."""
+    machine = calibration.machine
+    weights = DType(str(machine["weights"]))
+    return Precision(
+        weights=weights,
+        experts=weights,
+        exact=weights,
+        compute=weights,
+        expert_compute=weights,
+        activations=DType(str(machine["activations"])),
+        kv=DType(str(machine["kv"])),
+    )
 
 
 @lru_cache(maxsize=64)

@@ -87,7 +87,8 @@ class Outcome:
 
 def up(
     model: Annotated[
-        str | None, typer.Option(help="A Qwen3 directory, or a hub id; default: the model that comes with it.")
+        str | None,
+        typer.Option(help="A Qwen3 directory, or a hub id; default: the model that comes with it."),
     ] = None,
     random: Annotated[bool, typer.Option(help="Random weights for a catalogue model.")] = False,
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request.")] = 128,
@@ -101,7 +102,9 @@ def up(
     threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
     force: Annotated[bool, typer.Option(help="Measure the machine again first.")] = False,
-    quick: Annotated[bool, typer.Option(help="A rough calibration in seconds; do not trust its figures.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="A rough calibration in seconds; do not trust its figures.")
+    ] = False,
     once: Annotated[bool, typer.Option("--once", "--exit", help="Stop after the table.")] = False,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units. Implies --once.")] = False,
 ) -> None:

@@ -144,9 +144,7 @@ def _bare_s(bench: Bench) -> float:
 def _load(url: str, quick: bool) -> list[tuple[RequestRecord, ...]]:
     """Three loads, one after the other: short prompts alone, long prompts alone, and a burst."""
     singles = 6 if quick else SINGLES
-    loads = [
-        [Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)
-    ]
+    loads = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
     loads.append([Arrival(0.0, BURST_PROMPT, OUTPUT)] * BATCH)
     options = LoadOptions(warmup_requests=2)
     return [measure(Target(url=url), load, options).records for load in loads]
