@@ -15,7 +15,8 @@ SOURCE = Path(__file__).parents[2] / "src" / "tongyun"
 FLOORS = [
     {"errors"},
     {"units"},
-    {"report", "store"},
+    {"report"},
+    {"store"},
     {"specs"},
     {"model"},
     {"chip"},

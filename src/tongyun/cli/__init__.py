@@ -13,6 +13,11 @@ import sys
 import typer
 from rich.console import Console
 
+from tongyun.cli.bench import bench
+from tongyun.cli.plan import plan
+from tongyun.cli.serve import serve
+from tongyun.cli.specs import app as specs
+from tongyun.cli.train import train
 from tongyun.errors import TongyunError
 
 INTERRUPTED = 130
@@ -20,13 +25,19 @@ INTERRUPTED = 130
 
 def build() -> typer.Typer:
     """The application with every command registered."""
-    return typer.Typer(
+    app = typer.Typer(
         name="tongyun",
         help="Design the chip, plan and run the cloud, serve the model, and say what a million tokens costs.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    app.command()(plan)
+    app.command()(serve)
+    app.add_typer(bench, name="bench")
+    app.command()(train)
+    app.add_typer(specs, name="specs")
+    return app
 
 
 def main() -> None:
