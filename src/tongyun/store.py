@@ -30,6 +30,7 @@ from tongyun.errors import InputError
 from tongyun.report import plain, to_json
 
 PACKAGES = ("torch", "numpy", "transformers")
+_PAGE = 1000
 _SCHEMA = """
 CREATE TABLE header (key TEXT PRIMARY KEY, body TEXT NOT NULL) STRICT;
 CREATE TABLE row (seq INTEGER PRIMARY KEY, at_s REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL) STRICT;
@@ -152,8 +153,8 @@ class Writer:
     def close(self) -> None:
         """Fold the journal into the file, so that the record is one file again."""
         with self._lock:
-            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            with suppress(sqlite3.OperationalError):  # a reader is in it: the journal stays until next time
+            self._db.execute("PRAGMA busy_timeout = 200")
+            with suppress(sqlite3.OperationalError):  # a reader is in it: the journal stays beside the file
                 self._db.execute("PRAGMA journal_mode = DELETE")
             self._db.close()
 
@@ -193,14 +194,16 @@ class Run:
         return sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
 
     def rows(self, kind: str | None = None, *, after: int = 0) -> Iterator[Row]:
-        """Rows in the order written, those of one kind if given, those after `seq` `after`."""
-        query = "SELECT seq, at_s, kind, body FROM row WHERE seq > ?"
-        values: list[object] = [after]
-        if kind is not None:
-            query, values = query + " AND kind = ?", [after, kind]
+        """Rows in the order written, those of one kind if given, those after `seq` `after`.
+
+        Read a page at a time, so that a slow reader never holds the file against its writer.
+        """
+        query = "SELECT seq, at_s, kind, body FROM row WHERE seq > ? AND kind = coalesce(?, kind)"
         with closing(self._connect()) as db:
-            for seq, at_s, name, body in db.execute(query + " ORDER BY seq", values):
-                yield Row(seq=seq, at_s=at_s, kind=name, body=json.loads(body))
+            while page := db.execute(f"{query} ORDER BY seq LIMIT {_PAGE}", (after, kind)).fetchall():
+                for seq, at_s, name, body in page:
+                    yield Row(seq=seq, at_s=at_s, kind=name, body=json.loads(body))
+                after = page[-1][0]
 
     def kinds(self) -> dict[str, int]:
         """How many rows there are of each kind."""

@@ -1,6 +1,7 @@
 """The catalogue: every file is valid, and the figures people will check are those of their sources."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from tongyun.errors import SpecError
 from tongyun.specs import dumps, every, find, find_chip, find_fabric, find_price, find_storage, loads, names
 from tongyun.specs.figure import Corner
 from tongyun.specs.form import facts
-from tongyun.specs.schema import SCHEMAS, ChipSpec
+from tongyun.specs.schema import SCHEMAS
 from tongyun.units import DType, Source
 
 ALL = [(kind, name) for kind in SCHEMAS for name in names(kind)]
@@ -182,13 +183,15 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_the_whole_catalogue_loads_fast() -> None:
-    find._load.cache_clear()
-    began = time.process_time()
-    count = sum(1 for kind in SCHEMAS for _ in every(kind))
-    spent = time.process_time() - began
-    assert count == len(ALL)
-    assert spent < 0.3
-    find._load.cache_clear()
-    began = time.process_time()
-    assert isinstance(find_chip("h200"), ChipSpec)
-    assert time.process_time() - began < 0.02  # 3 ms here; the slack is for busy machines
+    def spent(work: Callable[[], object]) -> float:
+        find._load.cache_clear()
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    def whole() -> list[object]:
+        return [spec for kind in SCHEMAS for spec in every(kind)]
+
+    assert len(whole()) == len(ALL)
+    assert min(spent(whole) for _ in range(3)) < 0.3
+    assert min(spent(lambda: find_chip("h200")) for _ in range(5)) < 0.005

@@ -170,8 +170,8 @@ def _experts(r: _Reader, family: str) -> Experts | None:
         if r.count("decoder_sparse_step") > 1 or r.raw.get("mlp_only_layers"):
             raise SpecError(r.file, "mlp_only_layers", "dense layers between sparse ones are not supported")
         return Experts(
-            # transformers 5 writes the second name when it saves a config
-            count=r.count("num_experts") or r.need("num_local_experts"),
+            # transformers 5 saves `num_experts` under the other name
+            count=r.count("num_local_experts") or r.need("num_experts"),
             per_token=r.need("num_experts_per_tok"),
             intermediate=r.need("moe_intermediate_size"),
             normalise_top_k=r.flag("norm_topk_prob"),
