@@ -49,6 +49,13 @@ class Curve:
         xs = sorted(at)
         return cls(log_x=np.log(xs), log_y=np.log([float(np.median(at[x])) for x in xs]))
 
+    @classmethod
+    def rates(cls, points: Iterable[tuple[float, float]]) -> Curve:
+        """Work per second over work, through (x, y): noise may not make more work take less time."""
+        raw = cls.through(points)
+        longest = np.maximum.accumulate(raw.log_x - raw.log_y)
+        return cls(log_x=raw.log_x, log_y=raw.log_x - longest)
+
     def __call__(self, x: Number) -> Array:
         positive = np.maximum(np.asarray(x, dtype=np.float64), 1e-12)
         return np.asarray(np.exp(np.interp(np.log(positive), self.log_x, self.log_y)))
@@ -68,7 +75,7 @@ class Surface:
         for size, x, y in points:
             at[size].append((x, y))
         sizes = sorted(at)
-        return cls(sizes=tuple(sizes), curves=tuple(Curve.through(at[size]) for size in sizes))
+        return cls(sizes=tuple(sizes), curves=tuple(Curve.rates(at[size]) for size in sizes))
 
     def __call__(self, size: float, x: Number) -> Array:
         logs = np.log(self.sizes)
@@ -126,6 +133,7 @@ def measured(chip: Chip) -> Measured | None:
     samples = chip.calibration
     if samples is None:
         return None
+    memory = [(s.footprint_bytes, s.bytes_per_s) for s in samples.memory]
     overhead = [s.seconds / s.count for s in samples.overhead if s.what == "sequence"]
     return Measured(
         matmul=_surfaces(
@@ -135,9 +143,9 @@ def measured(chip: Chip) -> Measured | None:
             (s.dtype, s.n * s.k, s.m / s.groups, 2.0 * s.m * s.n * s.k / s.seconds)
             for s in samples.grouped_matmul
         ),
-        memory=_curve([(s.footprint_bytes, s.bytes_per_s) for s in samples.memory]),
-        decode=_curve([(s.context + 1, _rate(s)) for s in samples.attention if s.queries == 1]),
-        prefill=_curve([(s.queries, _rate(s)) for s in samples.attention if s.queries > 1]),
+        memory=Curve.through(memory) if memory else None,
+        decode=_rates([(s.context + 1, _rate(s)) for s in samples.attention if s.queries == 1]),
+        prefill=_rates([(s.queries, _rate(s)) for s in samples.attention if s.queries > 1]),
         sequence_s=float(np.median(overhead)) if overhead else 0.0,
     )
 
@@ -149,8 +157,8 @@ def _surfaces(rows: Iterable[tuple[DType, float, float, float]]) -> dict[DType, 
     return {dtype: Surface.through(points) for dtype, points in at.items()}
 
 
-def _curve(points: Sequence[tuple[float, float]]) -> Curve | None:
-    return Curve.through(points) if points else None
+def _rates(points: Sequence[tuple[float, float]]) -> Curve | None:
+    return Curve.rates(points) if points else None
 
 
 def _rate(sample: AttentionSample) -> float:

@@ -112,7 +112,7 @@ def _linked(chip: Chip, ranks: int) -> bool:
     if ranks == 1:
         return True
     inside = 1 if chip.scale_up is None else chip.scale_up.domain
-    return ranks <= inside or (chip.scale_out is not None and chip.scale_up is not None)
+    return ranks <= inside or chip.scale_out is not None
 
 
 def _divisors(number: int, most: int) -> list[int]:
