@@ -122,7 +122,7 @@ class Writer:
         path = folder / f"{header.id}.sqlite"
         temporary = folder / f".{header.id}.new"
         with closing(sqlite3.connect(temporary, isolation_level=None)) as db:
-            db.executescript(_SCHEMA)
+            db.executescript(f"BEGIN; {_SCHEMA}")
             db.executemany(
                 "INSERT INTO header VALUES (?, ?)",
                 [(key, to_json(value, indent=None)) for key, value in plain(header).items()],
@@ -130,6 +130,7 @@ class Writer:
             for name in ("header", "row"):
                 for verb in ("UPDATE", "DELETE"):
                     db.execute(_APPEND_ONLY.format(t=name, verb=verb))
+            db.execute("COMMIT")
         temporary.replace(path)
         return cls(path, header)
 
@@ -198,9 +199,12 @@ class Run:
 
         Read a page at a time, so that a slow reader never holds the file against its writer.
         """
-        query = "SELECT seq, at_s, kind, body FROM row WHERE seq > ? AND kind = coalesce(?, kind)"
+        of_kind = "" if kind is None else "AND kind = :kind"
+        query = (
+            f"SELECT seq, at_s, kind, body FROM row WHERE seq > :after {of_kind} ORDER BY seq LIMIT {_PAGE}"
+        )
         with closing(self._connect()) as db:
-            while page := db.execute(f"{query} ORDER BY seq LIMIT {_PAGE}", (after, kind)).fetchall():
+            while page := db.execute(query, {"after": after, "kind": kind}).fetchall():
                 for seq, at_s, name, body in page:
                     yield Row(seq=seq, at_s=at_s, kind=name, body=json.loads(body))
                 after = page[-1][0]

@@ -39,7 +39,10 @@ def _gateway(
         return engines[0]
 
     gateway = Gateway(
-        served=served(context_tokens=context_tokens), start_engine=start, api_key=api_key, body_bytes=body_bytes
+        served=served(context_tokens=context_tokens),
+        start_engine=start,
+        api_key=api_key,
+        body_bytes=body_bytes,
     )
     with serving(build_app(gateway), bind("127.0.0.1", 0)) as url:
         yield Running(url, engines[0])

@@ -65,7 +65,10 @@ def test_completions(gateway: Any, change: Any, status: int, code: str, param: s
     before = len(gateway.engine.submitted)
     answer = httpx.post(f"{gateway.url}/v1/completions", json=BASE | change)
     message = check(answer, status, code, param)
-    assert param.split(".")[0] in message or code in ("context_length_exceeded", "model_not_found")
+    assert param.split(".", maxsplit=1)[0] in message or code in (
+        "context_length_exceeded",
+        "model_not_found",
+    )
     assert len(gateway.engine.submitted) == before
 
 
@@ -125,7 +128,12 @@ def test_bodies_that_are_no_json(gateway: Any) -> None:
     url = f"{gateway.url}/v1/completions"
     check(httpx.post(url, content=b"{"), 400, "invalid_json")
     check(httpx.post(url, content=b""), 400, "invalid_json")
-    check(httpx.post(url, content=b'{"model": "fake", "prompt": "a", "temperature": NaN}'), 400, "invalid_value", "temperature")
+    check(
+        httpx.post(url, content=b'{"model": "fake", "prompt": "a", "temperature": NaN}'),
+        400,
+        "invalid_value",
+        "temperature",
+    )
     assert httpx.post(url, content=b"[]").status_code == 400
     # A form's content type is what curl sends with -d.
     good = httpx.post(

@@ -30,7 +30,11 @@ def test_completion(client: openai.OpenAI) -> None:
     assert answer.choices[0].text == "hello hell"
     assert answer.choices[0].finish_reason == "length"
     assert answer.usage is not None
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (6, 10, 16)
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
+        6,
+        10,
+        16,
+    )
 
 
 def test_default_length_is_sixteen(client: openai.OpenAI) -> None:
@@ -60,7 +64,10 @@ def test_n_and_several_prompts(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("prompt", ["ab", [97, 98]])
 def test_echo(client: openai.OpenAI, prompt: Any) -> None:
-    assert client.completions.create(model="fake", prompt=prompt, max_tokens=3, echo=True).choices[0].text == "ababa"
+    assert (
+        client.completions.create(model="fake", prompt=prompt, max_tokens=3, echo=True).choices[0].text
+        == "ababa"
+    )
     stream = client.completions.create(model="fake", prompt=prompt, max_tokens=3, echo=True, stream=True)
     assert "".join(chunk.choices[0].text for chunk in stream) == "ababa"
 
@@ -90,7 +97,9 @@ def test_chat(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content == CHAT_PROMPT
     assert answer.usage.prompt_tokens == len(CHAT_PROMPT) + 2
-    parts = [{"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]}]
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "hi "}, {"type": "text", "text": "there"}]}
+    ]
     assert client.chat.completions.create(model="fake", messages=parts, max_tokens=14).choices[0].message == (
         answer.choices[0].message
     )
@@ -160,8 +169,14 @@ def test_stop_token_ids_and_ignore_eos(client: openai.OpenAI) -> None:
     assert (plain.choices[0].text, plain.choices[0].finish_reason) == ("ab", "stop")
     on = client.completions.create(model="fake", prompt=prompt, max_tokens=6, extra_body={"ignore_eos": True})
     assert (on.choices[0].text, on.choices[0].finish_reason) == ("abcab", "length")
-    stop = client.completions.create(model="fake", prompt=prompt, max_tokens=6, extra_body={"stop_token_ids": [98]})
-    assert (stop.choices[0].text, stop.choices[0].finish_reason, stop.usage.completion_tokens) == ("a", "stop", 2)
+    stop = client.completions.create(
+        model="fake", prompt=prompt, max_tokens=6, extra_body={"stop_token_ids": [98]}
+    )
+    assert (stop.choices[0].text, stop.choices[0].finish_reason, stop.usage.completion_tokens) == (
+        "a",
+        "stop",
+        2,
+    )
 
 
 def test_cached_prompt_tokens_are_reported(client: openai.OpenAI) -> None:
@@ -173,7 +188,9 @@ def test_cached_prompt_tokens_are_reported(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
-    scores = client.completions.create(model="fake", prompt="aé", max_tokens=4, logprobs=2).choices[0].logprobs
+    scores = (
+        client.completions.create(model="fake", prompt="aé", max_tokens=4, logprobs=2).choices[0].logprobs
+    )
     assert scores.tokens == ["a", "bytes:\\xc3", "bytes:\\xa9", "a"]
     assert scores.token_logprobs == [-0.5] * 4
     assert scores.top_logprobs[0] == {"a": -0.5, "b": -1.5}
@@ -182,7 +199,13 @@ def test_logprobs_of_a_completion(client: openai.OpenAI) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_a_chat(client: openai.OpenAI, stream: bool) -> None:
-    ask: dict[str, Any] = {"model": "fake", "messages": USER, "max_tokens": 3, "logprobs": True, "top_logprobs": 1}
+    ask: dict[str, Any] = {
+        "model": "fake",
+        "messages": USER,
+        "max_tokens": 3,
+        "logprobs": True,
+        "top_logprobs": 1,
+    }
     if stream:
         chunks = client.chat.completions.create(**ask, stream=True)
         content = [s for c in chunks if c.choices[0].logprobs for s in c.choices[0].logprobs.content]

@@ -90,6 +90,47 @@ def test_peaks_against_the_published_table(name: str) -> None:
     assert (chip.scale_up.bytes_per_s, chip.scale_up.domain) == (pytest.approx(link * G), domain)
 
 
+# int8, fp4 (None: not published for this chip), TDP where published.
+MORE = {
+    "a100": (624, None, 400),
+    "a800": (624, None, 400),
+    "h20": (296, None, 400),
+    "h100": (1979, None, 700),
+    "h800": (1979, None, 700),
+    "h200": (1979, None, 700),
+    "b200": (4500, 9000, 1000),
+    "b300": (154, 12600, 1100),
+    "gb200": (5000, 10000, 1200),
+    "gb300": (165, 15000, 1400),
+    "tpu-v5e": (394, None, None),
+    "tpu-v5p": (918, None, None),
+    "tpu-v6e": (1836, None, None),
+    "tpu7x": (None, None, None),
+    "trainium2": (None, None, None),
+    "trainium3": (None, 2517, None),
+    "mi300x": (2600, None, 750),
+    "mi325x": (2600, None, 1000),
+    "mi355x": (5000, 10100, None),
+    "ascend-910c": (1503, None, None),
+    "ascend-950dt": (None, 1783, None),
+    "rubin": (2500, 35000, None),
+    "zhenwu-810e": (237.4, None, 400),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_low_precision_and_power_against_the_published_table(name: str) -> None:
+    spec = find_chip(name)
+    for dtype, rate in zip((DType.INT8, DType.FP4), MORE[name], strict=False):
+        assert (dtype in spec.matmul.peak) == (rate is not None)
+        if rate is not None:
+            assert spec.matmul.peak[dtype].value == pytest.approx(rate * T)
+    tdp = MORE[name][2]
+    assert (spec.power.tdp.source is Source.ASSUMED) == (tdp is None)
+    if tdp is not None:
+        assert spec.power.tdp.value == tdp
+
+
 def test_the_810e_is_what_is_public_about_it_and_says_what_is_not() -> None:
     spec = find_chip("810e")
     assert spec.name == "zhenwu-810e" and spec.chips_per_node.value == 16

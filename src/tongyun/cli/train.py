@@ -29,17 +29,16 @@ def train(
     An interrupted run goes on with --resume and ends with the same weights. Steps are
     repeatable bit for bit on one machine with the same number of threads.
     """
-    import torch
-
-    from tongyun.cloud.training.finish import finish
-    from tongyun.cloud.training.loop import Run
+    from tongyun.cloud.training.finish import finish, write_text
+    from tongyun.cloud.training.loop import Run, use_threads
     from tongyun.cloud.training.prepare import prepare
     from tongyun.cloud.training.recipe import Recipe
+    from tongyun.cloud.training.results import markdown
     from tongyun.report import console, show, to_json
 
     plan = Recipe.load(recipe)
     directory = output or Path("run") / "train" / plan.name
-    torch.set_num_threads(threads)
+    use_threads(threads)
     status = console(stderr=True)
     with status.status("reading the corpus and learning the tokenizer"):
         prepared = prepare(plan)
@@ -49,6 +48,7 @@ def train(
     _steps(run)
     with status.status("saving and evaluating"):
         outcome = finish(run, prepared, save or directory / "model", directory)
+        write_text(directory / "results.md", markdown(outcome))
     if as_json:
         print(to_json(outcome))
     else:

@@ -116,10 +116,12 @@ class Client:
             raise ServiceError(f"cannot connect to {where}: {error.strerror or error}") from None
         return connection
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Close what is kept; the transports end on the loop's next turn."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+        await asyncio.sleep(0)
 
 
 class _Connection(asyncio.Protocol):

@@ -118,7 +118,7 @@ async def _measure(
         load = requests(arrivals, vocabulary=endpoint.vocabulary, seed=options.seed)
         return sender.sum_up(await sender.send_all(load))
     finally:
-        client.close()
+        await client.close()
 
 
 def _check_context(endpoint: Endpoint, arrivals: Sequence[Arrival]) -> None:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tongyun.errors import InputError, SpecError
+from tongyun.model.bundled import bundled_models
 from tongyun.model.config import ModelConfig
 from tongyun.model.kernels import TorchOps
 from tongyun.model.qwen3 import Qwen3
@@ -201,12 +202,15 @@ def _join(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
 
 
 def find_model(model: str) -> Path:
-    """The directory of a model: as given, or downloaded from the hub where there is a network."""
-    directory = Path(model).expanduser()
+    """The directory of a model: as given, one that comes with Tongyun, or downloaded from the hub."""
+    directory, bundled = Path(model).expanduser(), bundled_models()
     if directory.is_dir():
         return directory
+    if model in bundled:
+        return bundled[model]
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise InputError(f"{model}: no such directory (and not a hub id of the form owner/name)")
+        inside = f"comes with Tongyun: {', '.join(bundled) or 'none'}"
+        raise InputError(f"{model}: no such directory (and not a hub id of the form owner/name; {inside})")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

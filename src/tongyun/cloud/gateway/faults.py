@@ -57,7 +57,8 @@ def _path(loc: tuple[int | str, ...]) -> str:
     """`messages.0.content`: up to where pydantic begins to name the branch of a union it tried."""
     parts: list[str] = []
     for part in loc:
-        if isinstance(part, str) and (part in ("str", "int") or part[:1].isupper() or not part.isidentifier()):
+        branch = isinstance(part, str) and not (part.isidentifier() and part.islower())
+        if branch or part in ("str", "int"):
             break
         parts.append(str(part))
     return ".".join(parts)

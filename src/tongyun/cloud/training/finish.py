@@ -60,10 +60,15 @@ def finish(run: Run, prepared: Prepared, model_directory: Path, report_directory
     report_directory.mkdir(parents=True, exist_ok=True)
     write_curve(run.curve, report_directory / "curve.csv")
     draw_curve(run.curve, report_directory / "loss.png", recipe.name)
-    partial = report_directory / ".record.json.partial"
-    partial.write_text(to_json(outcome) + "\n")
-    partial.replace(report_directory / "record.json")
+    write_text(report_directory / "record.json", to_json(outcome) + "\n")
     return outcome
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that a reader never sees half a file."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
 
 
 def _measure(run: Run, prepared: Prepared, model_directory: Path) -> Outcome:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,6 +69,11 @@ class Tokens:
 
     train: NDArray[np.uint16]
     quick: NDArray[np.uint16]
+
+
+def use_threads(count: int) -> None:
+    """CPU threads of this process. Sums are cut by threads, so their number decides the last bits."""
+    torch.set_num_threads(count)
 
 
 def stage_at(step: int, recipe: Recipe) -> tuple[Stage, int]:
@@ -168,7 +174,11 @@ class Run:
 
     def restore(self) -> None:
         """Go on from the checkpoint; one that another recipe or other data made is refused."""
-        state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{self.checkpoint}: cannot be read: {first}") from None
         if state["digest"] != self.digest:
             raise InputError(
                 f"{self.checkpoint}: made by another recipe, corpus or tokenizer; "

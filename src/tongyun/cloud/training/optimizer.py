@@ -41,7 +41,7 @@ class Matrices:
     rows: tuple[int, ...]
 
     def pieces(self, whole: Tensor) -> tuple[Tensor, ...]:
-        return torch.split(whole.view(-1, *whole.shape[-2:]), self.rows, dim=-2)
+        return torch.split(whole.view(-1, *whole.shape[-2:]), list(self.rows), dim=-2)
 
 
 def matrices(model: Qwen3) -> list[Matrices]:

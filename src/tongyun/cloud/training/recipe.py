@@ -8,6 +8,7 @@ its own file and holds no tensors.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -189,6 +190,8 @@ def _value(kind: Any, raw: Any, file: Path, key: str) -> Any:
         raw = float(raw)
     if not isinstance(raw, kind) or (isinstance(raw, bool) and kind is not bool):
         raise SpecError(file, key, f"expected {_KINDS[kind]}, got {raw!r}")
+    if isinstance(raw, float) and not math.isfinite(raw):
+        raise SpecError(file, key, f"expected a finite number, got {raw!r}")
     return raw
 
 
@@ -209,28 +212,55 @@ def _sequence(items: tuple[Any, ...], raw: Any, file: Path, key: str) -> tuple[A
 
 def _check(recipe: Recipe) -> None:
     """Values that fit their type but not each other."""
-
-    def need(good: bool, key: str, problem: str) -> None:
-        if not good:
-            raise SpecError(recipe.file, key, problem)
-
-    shape, training, evaluation = recipe.model, recipe.training, recipe.evaluation
-    need(recipe.data.source in SOURCES, "data.source", unknown("source", recipe.data.source, SOURCES))
+    need = _Needs(recipe.file)
+    need(recipe.seed >= 0, "seed", "expected 0 or more")
+    _check_data(recipe, need)
+    _check_shape(recipe.model, need)
+    _check_training(recipe, need)
+    for key in ("matrix_lr", "other_lr", "clip"):
+        need(getattr(recipe.optimizer, key) > 0, f"optimizer.{key}", "expected a number above 0")
+    betas = (recipe.optimizer.matrix_momentum, *recipe.optimizer.other_betas)
+    need(all(0 <= beta < 1 for beta in betas), "optimizer", "momentum and betas go from 0 to below 1")
+    evaluation = recipe.evaluation
     need(
-        recipe.data.source == "stdlib" or bool(recipe.data.path), "data.path", "needed for source 'directory'"
+        0 < evaluation.context <= recipe.model.max_positions, "evaluation.context", "from 1 to max_positions"
     )
-    need(bool(recipe.data.held_out), "data.held_out", "name at least one file, or nothing can be evaluated")
-    need(recipe.tokenizer.vocab >= 300, "tokenizer.vocab", "at least 300: 256 bytes and the special tokens")
-    need(recipe.tokenizer.vocab <= 65_536, "tokenizer.vocab", "at most 65536: tokens are stored in 16 bits")
+    need(0 < evaluation.stride <= evaluation.context, "evaluation.stride", "from 1 to context")
+    for key in ("quick_tokens", "prompt_tokens"):
+        need(getattr(evaluation, key) > 0, f"evaluation.{key}", "expected a number above 0")
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Refuses a key of one file unless a condition holds."""
+
+    file: Path
+
+    def __call__(self, good: bool, key: str, problem: str) -> None:
+        if not good:
+            raise SpecError(self.file, key, problem)
+
+
+def _check_data(recipe: Recipe, need: _Needs) -> None:
+    data, vocab = recipe.data, recipe.tokenizer.vocab
+    need(data.source in SOURCES, "data.source", unknown("source", data.source, SOURCES))
+    need(data.source == "stdlib" or bool(data.path), "data.path", "needed for source 'directory'")
+    need(bool(data.held_out), "data.held_out", "name at least one file, or nothing can be evaluated")
+    need(vocab >= 300, "tokenizer.vocab", "at least 300: 256 bytes and the special tokens")
+    need(vocab <= 65_536, "tokenizer.vocab", "at most 65536: tokens are stored in 16 bits")
+
+
+def _check_shape(shape: Shape, need: _Needs) -> None:
     for field in dataclasses.fields(shape):
         need(getattr(shape, field.name) > 0, f"model.{field.name}", "expected a number above 0")
     need(shape.heads % shape.kv_heads == 0, "model.kv_heads", f"must divide heads ({shape.heads})")
     need(shape.head_dim % 2 == 0, "model.head_dim", "must be even for rotary positions")
-    need(
-        shape.experts_per_token <= shape.experts,
-        "model.experts_per_token",
-        f"at most experts ({shape.experts})",
-    )
+    few = f"at most experts ({shape.experts})"
+    need(shape.experts_per_token <= shape.experts, "model.experts_per_token", few)
+
+
+def _check_training(recipe: Recipe, need: _Needs) -> None:
+    training = recipe.training
     for key in ("tokens", "batch_tokens", "micro_tokens", "evaluate_every", "checkpoint_every"):
         need(getattr(training, key) > 0, f"training.{key}", "expected a number above 0")
     need(
@@ -238,23 +268,18 @@ def _check(recipe: Recipe) -> None:
         "training.micro_tokens",
         "must divide batch_tokens",
     )
-    need(
-        bool(training.stages) and training.stages[0].start == 0,
-        "training.stages",
-        "the first must be from 0.0",
-    )
     starts = [stage.start for stage in training.stages]
+    need(bool(starts) and starts[0] == 0, "training.stages", "the first must be from 0.0")
     need(
         starts == sorted(set(starts)) and starts[-1] < 1,
         "training.stages",
         "`from` must rise and stay below 1",
     )
     for i, stage in enumerate(training.stages):
-        fits = 0 < stage.sequence <= shape.max_positions and training.micro_tokens % stage.sequence == 0
+        fits = (
+            0 < stage.sequence <= recipe.model.max_positions and training.micro_tokens % stage.sequence == 0
+        )
         need(fits, f"training.stages[{i}].sequence", "must divide micro_tokens and be at most max_positions")
     for key in ("warmup", "decay"):
         need(0 <= getattr(training, key) <= 1, f"training.{key}", "a part of the run, from 0 to 1")
-    need(0 < evaluation.context <= shape.max_positions, "evaluation.context", "from 1 to max_positions")
-    need(0 < evaluation.stride <= evaluation.context, "evaluation.stride", "from 1 to context")
-    for key in ("quick_tokens", "prompt_tokens"):
-        need(getattr(evaluation, key) > 0, f"evaluation.{key}", "expected a number above 0")
+    need(training.balance >= 0, "training.balance", "expected 0 or more")
