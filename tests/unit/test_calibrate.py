@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from tongyun.chip.calibrated import nonnegative
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate import machine, products
 from tongyun.cloud.engine.calibrate.measure import STAGES, Setting, measure
-from tongyun.cloud.engine.calibrate.overheads import nonnegative
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.specs import ChipSpec, find_chip, load, save

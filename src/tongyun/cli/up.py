@@ -158,9 +158,11 @@ def find(model: str | None, *, random: bool) -> tuple[Path, ModelConfig]:
             raise InputError("--random needs --model, the catalogue name of a shape to fill")
         return _random(model)
     if model is None:
-        from tongyun.model.bundled import directory as bundled
+        from tongyun.model.bundled import DEFAULT, bundled_models
 
-        path = bundled()
+        if DEFAULT not in bundled_models():
+            raise InputError(f"the model {DEFAULT} is not part of this copy; give --model")
+        path = bundled_models()[DEFAULT]
         return path, ModelConfig.load(path)
     from tongyun.model.weights import find_model
 

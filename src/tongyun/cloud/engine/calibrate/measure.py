@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tongyun.chip.calibrated import engine_precision
-from tongyun.cloud.engine.calibrate import attention, machine, memory, products, serving, steps
+from tongyun.cloud.engine.calibrate import attention, machine, memory, products, sampling, serving, steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
@@ -83,6 +83,7 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
         grouped = tuple(products.experts(bench))
         tell(STAGES[2])
         attending = tuple(attention.attention(bench))
+        drawn = tuple(sampling.drawing(bench))
         tell(STAGES[3])
         reading = tuple(memory.bandwidth(bench))
         tell(STAGES[4])
@@ -95,7 +96,7 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
     chip = chip_spec(bare).at()
     assert chip.calibration is not None
     rests = overheads(whole, chip, engine_precision(chip.calibration))
-    return chip_spec(replace(bare, overhead=rests + around))
+    return chip_spec(replace(bare, overhead=rests + drawn + around))
 
 
 @contextmanager

@@ -83,9 +83,9 @@ def synthetic(layers: int, *, hidden: int = 64, sparse: bool = False) -> ModelCo
 
 def steps(bench: Bench) -> Iterator[StepSample]:
     """Median seconds of the engine's steps, by what they hold, over the synthetic models."""
-    for sparse in (False, True):
-        for layers in (2, 10) if not bench.quick else (1, 3):
-            yield from measure(bench, synthetic(layers, sparse=sparse))
+    shapes = [(layers, 64, sparse) for sparse in (False, True) for layers in (2, 10)] + [(4, 256, False)]
+    for layers, hidden, sparse in shapes if not bench.quick else [(1, 64, False), (3, 64, True)]:
+        yield from measure(bench, synthetic(layers, hidden=hidden, sparse=sparse))
 
 
 def measure(
