@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +100,8 @@ def test_what_does_not_change_a_measurement_does_not_make_it_stale() -> None:
 
 def test_a_valid_calibration_is_measured_once_and_again_when_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(
-        "tongyun.cli.calibrate._measure", lambda *_: measured.append(1) or chip_spec(readings())
-    )
+    command = import_module("tongyun.cli.calibrate")
+    monkeypatch.setattr(command, "_measure", lambda *_: measured.append(1) or chip_spec(readings()))
     for force in (False, False, True):
         spec, path = calibrated(QUICK, force=force, quiet=True)
     assert len(measured) == 2

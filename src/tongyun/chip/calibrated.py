@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -233,7 +234,7 @@ def _call_s(samples: list[GroupedMatmulSample]) -> float:
     """What a call costs apart from its groups: (g₂·t₁ − g₁·t₂)/(g₂ − g₁) of the smallest, at one row each."""
     size = min(s.n * s.k for s in samples)
     ones = sorted((s for s in samples if s.n * s.k == size), key=lambda s: (s.m / s.groups, s.groups))
-    pairs = [(a, b) for a, b in zip(ones, ones[1:], strict=False) if a.m * b.groups == b.m * a.groups]
+    pairs = [(a, b) for a, b in pairwise(ones) if a.m * b.groups == b.m * a.groups]
     fixed = [
         (b.groups * a.seconds - a.groups * b.seconds) / (b.groups - a.groups)
         for a, b in pairs

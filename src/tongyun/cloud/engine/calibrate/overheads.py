@@ -34,7 +34,7 @@ def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -
             op.repeat * float(work_s(op, chip, footprint)) for op in operators if op.kind in PRODUCTS
         )
         weight = 1 / sample.seconds
-        rests.append((sample.seconds - products) * weight)
+        rests.append((sample.seconds - known_s) * weight)
         rows.append([count * weight for count in _counts(operators, float(sample.shape.sequences))])
     found = zip(TERMS, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
     return tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in found if s > 0)
