@@ -7,6 +7,7 @@ knows no scheduler and no objective.
 from __future__ import annotations
 
 from tongyun.chip.calibrated import measured
+from tongyun.chip.collective import Group
 from tongyun.chip.roofline import PRODUCTS, rate_dtype, steps_s
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import COLLECTIVES, Operator, Precision, StepShape
@@ -57,7 +58,9 @@ def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]
             dtype = rate_dtype(chip, op.compute)
             keys |= {f"matmul.peak.{dtype}", f"matmul.achieved.{dtype}"}
         elif op.kind in COLLECTIVES:
-            keys |= {"scale_up", "scale_out"}
+            group = Group.of(op.ranks, chip)
+            keys |= {"scale_up"} if group.inside > 1 else set()
+            keys |= {"scale_out"} if group.nodes > 1 else set()
     return frozenset({Source.ANALYTIC}) | chip.sources_of(*sorted(keys))
 
 

@@ -36,6 +36,7 @@ def seen(new: int, context: int, window: int | None) -> list[int]:
 
 
 @given(pieces, windows)
+@settings(deadline=None)
 def test_pairs_of_a_ragged_batch_are_counted_one_by_one(
     batch: list[tuple[int, int]], window: int | None
 ) -> None:
@@ -47,6 +48,7 @@ def test_pairs_of_a_ragged_batch_are_counted_one_by_one(
 
 
 @given(pieces, windows)
+@settings(deadline=None)
 def test_keys_are_those_some_token_sees(batch: list[tuple[int, int]], window: int | None) -> None:
     for new, context in batch:
         oldest = min(i + context + 1 - keys for i, keys in enumerate(seen(new, context, window)))
@@ -55,7 +57,7 @@ def test_keys_are_those_some_token_sees(batch: list[tuple[int, int]], window: in
 
 @pytest.mark.parametrize("name", MODELS)
 @given(tokens=st.integers(2, 5000), data=st.data())
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_chunks_take_the_products_of_the_whole_prompt(name: str, tokens: int, data: st.DataObject) -> None:
     config = CONFIGS[name]
     cut = data.draw(st.integers(1, tokens - 1))
@@ -73,7 +75,7 @@ def test_chunks_take_the_products_of_the_whole_prompt(name: str, tokens: int, da
 
 @pytest.mark.parametrize("name", MODELS)
 @given(pieces)
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_a_ragged_batch_is_the_sum_of_its_sequences(name: str, batch: list[tuple[int, int]]) -> None:
     """FLOPs add up; weights are read once, but for experts, of which more tokens touch more."""
     config = CONFIGS[name]
@@ -126,7 +128,7 @@ def over_ranks(config: ModelConfig, shard: Shard, shape: StepShape, field: str) 
 
 @pytest.mark.parametrize("name", MODELS)
 @given(shard=shards)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_cut_conserves_flops(name: str, shard: Shard) -> None:
     config = CONFIGS[name]
     if broken_rule(config, shard) is not None:
@@ -147,7 +149,7 @@ def test_a_cut_conserves_flops(name: str, shard: Shard) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 @given(shard=shards)
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_a_cut_conserves_weights(name: str, shard: Shard) -> None:
     config, one = CONFIGS[name], StepShape.prefilling(1)
     if broken_rule(config, shard) is not None:
@@ -182,7 +184,7 @@ def kv_copies(config: ModelConfig, shard: Shard) -> float:
 
 @pytest.mark.parametrize("name", MODELS)
 @given(shard=shards)
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_stages_hold_all_layers_and_all_kv(name: str, shard: Shard) -> None:
     config = CONFIGS[name]
     if broken_rule(config, shard) is not None:
@@ -214,6 +216,7 @@ def test_collectives_of_a_cut_name_their_axis() -> None:
 
 
 @given(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]))
+@settings(deadline=None)
 def test_a_token_reaches_at_most_its_experts_ranks(ranks: int) -> None:
     experts = CONFIGS["Qwen/Qwen3-30B-A3B"].experts
     assert experts is not None

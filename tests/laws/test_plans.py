@@ -46,6 +46,7 @@ coordinates = st.lists(
 
 
 @given(coordinates)
+@settings(deadline=None)
 def test_pareto_is_what_a_double_loop_finds(points: list[tuple[int, int, bool]]) -> None:
     x, y, among = (np.array(column) for column in zip(*points, strict=True))
     front = pareto_front(x.astype(float), y.astype(float), among)

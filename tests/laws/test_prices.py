@@ -80,7 +80,7 @@ def seconds(config: ModelConfig, shape: StepShape, chip: Chip, cut: Shard, preci
 
 
 @given(configs, shapes, chips, cuts, precisions, st.floats(1.0, 10.0))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @pytest.mark.parametrize("what", ["bandwidth", "flops", "overhead", "links"])
 def test_a_better_chip_is_never_slower(
     what: str,
@@ -99,7 +99,7 @@ def test_a_better_chip_is_never_slower(
 
 
 @given(configs, chips, cuts, precisions, st.integers(1, 400), st.integers(0, 9000), st.integers(1, 100))
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_more_work_never_takes_less(
     config: ModelConfig, chip: Chip, cut: Shard, precision: Precision, batch: int, context: int, more: int
 ) -> None:
@@ -116,7 +116,7 @@ def test_more_work_never_takes_less(
 
 
 @given(configs, shapes, chips, precisions)
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 def test_nothing_is_faster_than_its_roofline(
     config: ModelConfig, shape: StepShape, chip: Chip, precision: Precision
 ) -> None:
@@ -133,6 +133,7 @@ def test_nothing_is_faster_than_its_roofline(
 
 
 @given(st.floats(1, 1e9), st.integers(1, 64))
+@settings(deadline=None)
 def test_collectives_move_at_least_what_must_cross(payload: float, ranks: int) -> None:
     link = CHIPS["h20"].scale_up
     assert link is not None
@@ -171,6 +172,7 @@ times = st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-6, 1e2)), min_size
 
 
 @given(times, st.floats(0.5, 1e5), st.floats(1.0, 10.0))
+@settings(deadline=None)
 def test_measured_times_never_make_more_work_quicker(
     points: list[tuple[int, float]], rows: float, factor: float
 ) -> None:
@@ -182,6 +184,7 @@ def test_measured_times_never_make_more_work_quicker(
 
 
 @given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=3, max_size=9))
+@settings(deadline=None)
 def test_no_part_of_a_fit_is_negative(rows: list[list[float]]) -> None:
     fitted = Linear.fit([tuple(row) for row in rows], [1 + sum(row) for row in rows])
     assert min(fitted.coefficients) >= 0

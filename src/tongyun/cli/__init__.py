@@ -12,6 +12,7 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tongyun.cli.bench import bench
 from tongyun.cli.calibrate import calibrate
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         build()()
     except TongyunError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[red]error:[/]", str(error), markup=True)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

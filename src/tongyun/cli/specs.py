@@ -259,7 +259,7 @@ def _prices() -> tuple[list[Column], Any, str]:
 
 def _workloads() -> tuple[list[Column], Any, str]:
     from tongyun.report import NOTHING, column
-    from tongyun.specs.schema import WorkloadSpec
+    from tongyun.specs.workload import WorkloadSpec
 
     def row(spec: WorkloadSpec) -> list[str]:
         arrival = spec.arrival

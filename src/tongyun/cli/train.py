@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tongyun.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -20,14 +22,16 @@ def train(
         Path | None, typer.Option(help="Checkpoint, curve and record [default: run/train/NAME].")
     ] = None,
     save: Annotated[Path | None, typer.Option(help="The finished model [default: OUTPUT/model].")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from OUTPUT's checkpoint if there is one.")] = False,
+    resume: Annotated[
+        bool | None, typer.Option("--resume/--restart", help="Go on from OUTPUT's checkpoint, or discard it.")
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
 ) -> None:
     """Train a model from a recipe, and say how many bits per byte it needs for held-out text.
 
-    An interrupted run goes on with --resume and ends with the same weights. Steps are
-    repeatable bit for bit on one machine with the same number of threads.
+    An interrupted run goes on with --resume from its last checkpoint and ends with the
+    same weights: steps are repeatable bit for bit on one machine and number of threads.
     """
     from tongyun.cloud.training.finish import finish, write_text
     from tongyun.cloud.training.loop import Run, use_threads
@@ -43,7 +47,11 @@ def train(
     with status.status("reading the corpus and learning the tokenizer"):
         prepared = prepare(plan)
         run = Run(plan, prepared.tokens, directory, prepared.digest)
-    if resume and run.checkpoint.exists():
+    if run.checkpoint.exists() and resume is None:
+        raise InputError(
+            f"{run.checkpoint}: a run is kept there; say --resume, --restart or another --output"
+        )
+    if run.checkpoint.exists() and resume:
         run.restore()
     _steps(run)
     with status.status("saving and evaluating"):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError
+from tongyun.specs.workload import LengthSpec, PrefixSpec, WorkloadSpec
 
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of `Arrival.hash_ids` stands for, as in the Mooncake traces."""
@@ -169,6 +170,41 @@ class Workload:
             open_loop = self.arrivals.process is not Process.CLOSED
             _require(open_loop, "duration_s", "none in a closed loop; give requests", self.duration_s)
         _require(self.seed >= 0, "seed", "zero or more", self.seed)
+
+    @classmethod
+    def from_spec(cls, spec: WorkloadSpec) -> Workload:
+        """The load a catalogue file describes, at the nominal value of each figure."""
+        arrival, prefix = spec.arrival, spec.prefix
+        return cls(
+            name=spec.name,
+            arrivals=Arrivals(
+                process=Process(arrival.process),
+                rate_per_s=None if arrival.rate is None else arrival.rate.value,
+                variation=1.0 if arrival.variation is None else arrival.variation.value,
+                burst=1 if arrival.burst is None else int(arrival.burst.value),
+                users=None if arrival.users is None else int(arrival.users.value),
+            ),
+            prompt=_lengths(spec.input),
+            output=_lengths(spec.output),
+            prefix=None if prefix is None else _shared(prefix),
+            requests=spec.requests,
+            seed=spec.seed,
+        )
+
+
+def _shared(spec: PrefixSpec) -> SharedPrefix:
+    return SharedPrefix(tokens=int(spec.length.value), groups=int(spec.groups.value), share=spec.share.value)
+
+
+def _lengths(spec: LengthSpec) -> Lengths:
+    if spec.distribution == Distribution.UNIFORM:
+        return Lengths(distribution=Distribution.UNIFORM, low=int(spec.mean.low), high=int(spec.mean.high))
+    return Lengths(
+        distribution=Distribution(spec.distribution),
+        mean=spec.mean.value,
+        variation=0.0 if spec.variation is None else spec.variation.value,
+        high=None if spec.longest is None else int(spec.longest.value),
+    )
 
 
 class Arrival(NamedTuple):

@@ -270,8 +270,8 @@ class _Search:
 
     def _latency_limit(self, fits: NDArray[np.bool_]) -> str:
         p, q, broken = self.points, self.question, self._broken
-        ttft = p.ttft_s / (q.ttft_s or np.inf)
-        tpot = p.tpot_s / (q.tpot_s or np.inf)
+        ttft = p.ttft_s / q.ttft_s if q.ttft_s else np.zeros_like(p.ttft_s)
+        tpot = p.tpot_s / q.tpot_s if q.tpot_s else np.zeros_like(p.tpot_s)
         if (broken["ttft"] | ~fits).all():
             near = _least(ttft, fits)
             return self._missed("ttft", near, p.ttft_s[near], q.ttft_s)

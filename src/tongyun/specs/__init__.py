@@ -21,8 +21,8 @@ from tongyun.specs.schema import (
     Link,
     PriceSpec,
     StorageSpec,
-    WorkloadSpec,
 )
+from tongyun.specs.workload import WorkloadSpec
 from tongyun.specs.write import dumps, save
 
 __all__ = [

@@ -17,7 +17,8 @@ from typing import Any, TypeVar, cast
 
 from tongyun.errors import SpecError, unknown
 from tongyun.specs.form import Where, read_fields
-from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec, WorkloadSpec
+from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
+from tongyun.specs.workload import WorkloadSpec
 from tongyun.store import home
 
 S = TypeVar("S", bound=Spec)

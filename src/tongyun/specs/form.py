@@ -312,7 +312,10 @@ def has(form: Form, **more: Any) -> Any:
 
 
 def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
-    """Fill a schema dataclass; refuses unknown keys and missing fields without a default."""
+    """Fill a schema dataclass; refuses unknown keys and missing fields without a default.
+
+    A schema whose fields depend on each other has a `problem()` that says what is wrong.
+    """
     fields = dataclasses.fields(cast(Any, schema))
     accepted = [f.name for f in fields]
     for key in raw:
@@ -324,7 +327,11 @@ def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
             values[f.name] = f.metadata["form"].read(raw[f.name], where / f.name)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise (where / f.name).wrong("missing")
-    return schema(**values)
+    filled = schema(**values)
+    problem = getattr(filled, "problem", None)
+    if problem is not None and (found := problem()) is not None:
+        raise where.wrong(found)
+    return filled
 
 
 def facts(value: Any, key: str = "") -> Iterator[tuple[str, Figure, Dimension]]:

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009 - `has` returns dataclasses.field, which is not evaluated per instance
-"""What a spec file may say: chips, fabrics, storage, prices, workloads.
+"""What a spec file may say about chips, fabrics, storage and prices.
 
 Every number is a `Figure` with its range and source. `ChipSpec.at(corner)` resolves
 the ranges into a `Chip` of plain numbers, which is what prices are computed from.
@@ -23,7 +23,6 @@ from tongyun.specs.figure import (
     RATE,
     RATIO,
     TIME,
-    TOKENS,
     Corner,
     Figure,
 )
@@ -36,7 +35,6 @@ from tongyun.specs.form import (
     Section,
     Text,
     Texts,
-    Whole,
     facts,
     has,
 )
@@ -49,6 +47,7 @@ from tongyun.specs.samples import (
     MemorySample,
     OverheadSample,
 )
+from tongyun.specs.workload import WorkloadSpec
 from tongyun.units import DType, Source
 
 TOPOLOGIES = ("switch", "full_mesh", "torus2d", "torus3d", "ports", "clos", "rail_clos")
@@ -77,6 +76,10 @@ class MatmulSpec:
     achieved: Mapping[DType, Figure] = has(ByDType(Fact(FRACTION)))
     attention: Figure = has(Fact(FRACTION))
     """Fraction of the bf16 peak that attention over a long prompt reaches."""
+
+    def problem(self) -> str | None:
+        odd = set(self.peak) ^ set(self.achieved)
+        return f"peak and achieved need the same data types; only one has {min(odd)}" if odd else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,9 @@ class LinkSpec:
 class PowerSpec:
     tdp: Figure = has(Fact(POWER, more_is_better=False))
     idle: Figure = has(Fact(POWER, more_is_better=False))
+
+    def problem(self) -> str | None:
+        return "idle is above tdp" if self.idle.value > self.tdp.value else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,7 +259,7 @@ def _link(spec: LinkSpec | None, corner: Corner) -> Link | None:
     )
 
 
-# What chips are connected to, kept on, paid with and asked for.
+# What chips are connected to, kept on and paid with.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,53 +324,6 @@ class PriceSpec:
     ownership: derived from total cost of ownership; assumed: nobody published one."""
     note: str | None = has(Text(), default=None)
     chip_hour: Figure = has(Fact(PRICE, more_is_better=False))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArrivalSpec:
-    """When requests come: `poisson`, `gamma` (burstier as `variation` grows), `constant`, or `closed`."""
-
-    process: str = has(Text(("poisson", "gamma", "constant", "closed")))
-    rate: Figure | None = has(Fact(RATE), default=None)
-    """Requests per second; a closed loop has `users` instead."""
-    variation: Figure | None = has(Fact(RATIO), default=None)
-    """Coefficient of variation of the time between arrivals; 1 is Poisson."""
-    users: Figure | None = has(Fact(COUNT), default=None)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LengthSpec:
-    """How many tokens: `fixed` at the mean, `uniform` within the mean's range, or `lognormal`."""
-
-    distribution: str = has(Text(("fixed", "uniform", "lognormal")))
-    mean: Figure = has(Fact(TOKENS))
-    variation: Figure | None = has(Fact(RATIO), default=None)
-    """Standard deviation over mean, for `lognormal`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrefixSpec:
-    """Prompts that begin alike: `share` of requests start with one of `groups` prefixes of `length`."""
-
-    share: Figure = has(Fact(FRACTION))
-    groups: Figure = has(Fact(COUNT))
-    length: Figure = has(Fact(TOKENS))
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkloadSpec:
-    """Arrivals, lengths and shared prefixes, from which a trace is drawn."""
-
-    name: str = has(Text())
-    title: str = has(Text())
-    aliases: tuple[str, ...] = has(Texts(), default=())
-    note: str | None = has(Text(), default=None)
-    requests: int = has(Whole())
-    seed: int = has(Whole())
-    arrival: ArrivalSpec = has(Section(ArrivalSpec))
-    input: LengthSpec = has(Section(LengthSpec))
-    output: LengthSpec = has(Section(LengthSpec))
-    prefix: PrefixSpec | None = has(Section(PrefixSpec), default=None)
 
 
 Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from tongyun.cli.train import train
-from tongyun.errors import SpecError
+from tongyun.errors import InputError, SpecError
 
 APP = typer.Typer()
 APP.command()(train)
@@ -48,11 +48,14 @@ def test_a_recipe_becomes_a_model_with_its_record(write: Callable[[], Path], tmp
 
 def test_finishing_again_gives_the_same_model(write: Callable[[], Path], tmp_path: Path) -> None:
     arguments = [str(write()), "--output", str(tmp_path / "out"), "--resume"]
+    unsaid = arguments[:-1]
     first = CliRunner().invoke(APP, arguments, catch_exceptions=False)
     assert "small" in first.stdout
     weights = (tmp_path / "out" / "model" / "model.safetensors").read_bytes()
     again = CliRunner().invoke(APP, arguments, catch_exceptions=False)
     assert again.stdout == first.stdout
+    with pytest.raises(InputError, match="a run is kept there; say --resume"):
+        CliRunner().invoke(APP, unsaid, catch_exceptions=False)
     assert (tmp_path / "out" / "model" / "model.safetensors").read_bytes() == weights
 
 

@@ -303,7 +303,7 @@ class Scheduler:
         (self._decoding if seq.state is State.DECODING else self._prefilling).pop()
         self.pool.release(seq.blocks)
         # A new list: pieces and tests may still look at the old one.
-        seq.blocks, seq.room, seq.computed, seq.published = [], 0, 0, 0
+        seq.blocks, seq.computed = [], 0
         self.counters.preemptions += 1
         self._enqueue(seq)
 

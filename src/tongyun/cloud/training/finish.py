@@ -46,6 +46,8 @@ class Outcome:
     """The same for each held-out file."""
     compressors: Mapping[str, float]
     completions: Mapping[str, str]
+    temperature: float
+    """Of the completions."""
     corpus_digest: str
     versions: Mapping[str, str]
     threads: int
@@ -90,7 +92,8 @@ def _measure(run: Run, prepared: Prepared, model_directory: Path) -> Outcome:
         bits_per_byte=total(scores.values()).bits_per_byte,
         bits_per_byte_of={name: s.bits_per_byte for name, s in scores.items()},
         compressors=compressed_bits_per_byte(corpus.held_out),
-        completions={prompt: complete(model, bpe, prompt, asked.prompt_tokens) for prompt in asked.prompts},
+        completions=_completions(run, model, bpe),
+        temperature=asked.temperature,
         corpus_digest=corpus.digest,
         versions=versions(),
         threads=torch.get_num_threads(),
@@ -101,20 +104,41 @@ def _bytes(documents: Iterable[Document]) -> int:
     return sum(document.size_bytes for document in documents)
 
 
+def _completions(run: Run, model: Qwen3, bpe: Bpe) -> dict[str, str]:
+    """A continuation of each prompt of the recipe; its seed makes them repeatable."""
+    asked = run.recipe.evaluation
+    generator = torch.Generator().manual_seed(run.recipe.seed)
+    return {
+        prompt: complete(model, bpe, prompt, asked.prompt_tokens, asked.temperature, generator)
+        for prompt in asked.prompts
+    }
+
+
 @torch.no_grad()
-def complete(model: Qwen3, bpe: Bpe, prompt: str, tokens: int) -> str:
-    """The likeliest continuation of `prompt`, token by token, up to `tokens` or the end of text.
+def complete(
+    model: Qwen3,
+    bpe: Bpe,
+    prompt: str,
+    tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> str:
+    """A continuation of `prompt`, token by token, up to `tokens` or the end of the text.
 
     Every token reads the whole prefix again: a few samples need no cache. Prompts start
-    a document, and the context is what the model was made for.
+    a document. Temperature 0 takes the likeliest token.
     """
     (row,) = bpe.encode_all([prompt])
     prefix = [bpe.end_of_text, *row]
     asked = len(prefix)
     while len(prefix) < min(asked + tokens, model.config.max_positions):
-        row_T = torch.tensor(prefix)
-        hidden_TD = model(row_T, torch.arange(len(prefix)), causal(len(prefix)))
-        token = int(model.logits(hidden_TD[-1:]).argmax())
+        hidden_TD = model(torch.tensor(prefix), torch.arange(len(prefix)), causal(len(prefix)))
+        scores_V = model.logits(hidden_TD[-1:])[0]
+        if temperature > 0:
+            chances_V = (scores_V / temperature).softmax(-1)
+            token = int(torch.multinomial(chances_V, 1, generator=generator))
+        else:
+            token = int(scores_V.argmax())
         if token in model.config.eos_token_ids:
             break
         prefix.append(token)

@@ -182,7 +182,7 @@ class Run:
         if state["digest"] != self.digest:
             raise InputError(
                 f"{self.checkpoint}: made by another recipe, corpus or tokenizer; "
-                "give another --output, or leave out --resume to start anew"
+                "give another --output, or --restart to discard it"
             )
         self.model.load_state_dict(state["model"])
         self.optimizers.restore(state["optimizers"])

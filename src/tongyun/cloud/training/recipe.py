@@ -102,8 +102,10 @@ class Evaluation:
     quick_tokens: int = 16_384
     """Held-out tokens read by the evaluations during training."""
     prompts: tuple[str, ...] = ()
-    """Continued greedily by the finished model, for people to read."""
+    """Continued by the finished model, for people to read."""
     prompt_tokens: int = 48
+    temperature: float = 0.0
+    """Of the continuations; 0 takes the likeliest token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +228,7 @@ def _check(recipe: Recipe) -> None:
         0 < evaluation.context <= recipe.model.max_positions, "evaluation.context", "from 1 to max_positions"
     )
     need(0 < evaluation.stride <= evaluation.context, "evaluation.stride", "from 1 to context")
+    need(evaluation.temperature >= 0, "evaluation.temperature", "expected 0 or more")
     for key in ("quick_tokens", "prompt_tokens"):
         need(getattr(evaluation, key) > 0, f"evaluation.{key}", "expected a number above 0")
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 from tongyun.cloud.training.finish import Outcome
 from tongyun.report import number
 
+_GREEDY = "The likeliest next token each time. The prompt is what stands before `⟦`."
+_HOW = "Sampled at temperature {:g}, the first sample of each. The prompt is what stands before `⟦`."
+
 
 def markdown(outcome: Outcome) -> str:
     """The results of a run as a page."""
@@ -55,7 +58,7 @@ def _completions(outcome: Outcome) -> list[str]:
     lines = [
         "## Completions",
         "",
-        "The likeliest next token each time. The prompt is what stands before `⟦`.",
+        _HOW.format(outcome.temperature) if outcome.temperature else _GREEDY,
         "",
     ]
     for prompt, completion in outcome.completions.items():
