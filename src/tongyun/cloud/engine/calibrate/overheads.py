@@ -30,9 +30,8 @@ def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -
     for sample in samples:
         operators = step(sample.config, sample.shape, precision=precision)
         footprint = streamed_bytes(operators)
-        products = sum(
-            op.repeat * float(work_s(op, chip, footprint)) for op in operators if op.kind in PRODUCTS
-        )
+        products = [op for op in operators if op.kind in PRODUCTS]
+        known_s = sum(op.repeat * float(work_s(op, chip, footprint)) for op in products)
         weight = 1 / sample.seconds
         rests.append((sample.seconds - known_s) * weight)
         rows.append([count * weight for count in _counts(operators, float(sample.shape.sequences))])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tongyun.cloud.engine.calibrate.bench import Bench
-from tongyun.model.sampling import Draw, History, SamplingOptions, sample
+from tongyun.cloud.engine.torch_executor import GREEDY
+from tongyun.model.sampling import Draw, sample
 from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
 
@@ -22,6 +23,5 @@ def drawing(bench: Bench) -> Iterator[OverheadSample]:
 
 def _seconds(bench: Bench, vocabulary: int) -> float:
     logits_NV = bench.activation(ROWS, vocabulary).float()
-    history = History(options=SamplingOptions(temperature=0.0), seed=0)
-    draws = [Draw(history=history, position=0)] * ROWS
-    return bench.seconds(lambda: sample(logits_NV, draws))
+    draws = [Draw(options=GREEDY, seed=0, history=(0,), prompt_tokens=1)] * ROWS
+    return bench.seconds(lambda: sample(logits_NV, draws, bench.ops.argmax))

@@ -17,7 +17,7 @@ from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
-from tongyun.cloud.engine.torch_executor import TorchExecutor
+from tongyun.cloud.engine.torch_executor import GREEDY, TorchExecutor
 from tongyun.cloud.sched.request import Batch, Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.model.config import Experts, ModelConfig
@@ -134,7 +134,7 @@ def _decodes(config: ModelConfig, recorder: _Recorder, each: Round) -> StepSampl
     loop = engine(config, recorder)
     for index in range(each.batch):
         prompt = [(7 * index + i) % config.vocab for i in range(each.prompt)]
-        loop.add(Request(id=f"r{index}", prompt=prompt, output_tokens=each.output, ignore_eos=True))
+        loop.add(_request(f"r{index}", prompt, each.output))
     seconds: dict[tuple[tuple[int, int], ...], float] = {}
     while loop.has_work:
         took_s = _timed(loop)
@@ -149,9 +149,14 @@ def _prompts(config: ModelConfig, recorder: _Recorder, prompt: int, *, repeats: 
     readings = []
     for _ in range(repeats + 1):
         loop = engine(config, recorder)
-        loop.add(Request(id="r", prompt=[i % config.vocab for i in range(prompt)], output_tokens=1))
+        loop.add(_request("r", [i % config.vocab for i in range(prompt)], 1))
         readings.append(_timed(loop))
     return StepSample(config=config, pieces=((prompt, 0),), seconds=statistics.median(readings[1:]))
+
+
+def _request(name: str, prompt: Sequence[int], output: int) -> Request:
+    """A request as the gateway hands over a load generator's: greedy, to the asked length."""
+    return Request(id=name, prompt=prompt, output_tokens=output, ignore_eos=True, sampling=GREEDY)
 
 
 def _timed(loop: EngineLoop) -> float:
