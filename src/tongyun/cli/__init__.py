@@ -15,10 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from tongyun.cli.bench import bench
+from tongyun.cli.calibrate import calibrate
 from tongyun.cli.plan import plan
 from tongyun.cli.serve import serve
 from tongyun.cli.specs import app as specs
 from tongyun.cli.train import train
+from tongyun.cli.up import up
 from tongyun.errors import TongyunError
 
 INTERRUPTED = 130
@@ -33,6 +35,8 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    app.command()(up)
+    app.command()(calibrate)
     app.command()(plan)
     app.command()(serve)
     app.add_typer(bench, name="bench")
