@@ -21,6 +21,7 @@ from tongyun.cli.serve import serve
 from tongyun.cli.specs import app as specs
 from tongyun.cli.train import train
 from tongyun.cli.up import up
+from tongyun.cli.validate import validate
 from tongyun.errors import TongyunError
 
 INTERRUPTED = 130
@@ -41,6 +42,7 @@ def build() -> typer.Typer:
     app.command()(serve)
     app.add_typer(bench, name="bench")
     app.command()(train)
+    app.command()(validate)
     app.add_typer(specs, name="specs")
     return app
 
