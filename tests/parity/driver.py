@@ -10,6 +10,7 @@ from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.torch_executor import TorchExecutor
 from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.model.config import Experts, ModelConfig
+from tongyun.model.sampling import SamplingOptions
 
 
 def tiny(*, tied: bool = True, sparse: bool = False, **changes: object) -> ModelConfig:
@@ -46,17 +47,17 @@ class Driven:
 
     @property
     def known(self) -> tuple[int, ...]:
-        return self.request.prompt + tuple(self.output)
+        return (*self.request.prompt, *self.output)
 
     def piece(self, tokens: int | None = None) -> Piece:
         """The next `tokens` unprocessed tokens, all of them by default."""
         end = len(self.known) if tokens is None else min(len(self.known), self.done + tokens)
-        chunk = self.known[self.done : end]
         return Piece(
             request=self.request,
             start=self.done,
-            tokens=chunk,
+            length=end - self.done,
             samples=end == len(self.known),
+            history=self.known,
             blocks=self.blocks,
         )
 
@@ -66,14 +67,14 @@ def drive(executor: TorchExecutor, *work: tuple[Driven, int | None]) -> StepResu
     pieces = [driven.piece(tokens) for driven, tokens in work]
     result = executor.execute(Batch(pieces=tuple(pieces)))
     for (driven, _), piece in zip(work, pieces, strict=True):
-        driven.done += len(piece.tokens)
+        driven.done += piece.length
         if piece.samples:
             driven.output.append(result.tokens[driven.request.id])
     return result
 
 
-def request(name: str, prompt: tuple[int, ...]) -> Request:
-    return Request(id=name, prompt=prompt, output_tokens=64)
+def request(name: str, prompt: tuple[int, ...], sampling: SamplingOptions | None = None) -> Request:
+    return Request(id=name, prompt=prompt, output_tokens=64, sampling=sampling)
 
 
 def prompt(seed: int, length: int, vocab: int = 211) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import torch
 from driver import Driven, drive, prompt, request, tiny
 
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, TorchExecutor, give_cache, open_executor
-from tongyun.cloud.sched.request import Batch
+from tongyun.cloud.sched.request import Batch, Request
 from tongyun.errors import InputError
 from tongyun.model.kernels import TorchOps
 from tongyun.model.options import SamplingOptions
@@ -31,13 +31,13 @@ def test_a_seeded_request_repeats_in_any_batch() -> None:
     outputs = []
     for companions in (0, 2):
         run = executor()
-        driven = Driven(request("a", prompt(1, 10)), blocks=tuple(range(8)))
+        driven = Driven(request("a", prompt(1, 10), options), blocks=tuple(range(8)))
         others = [
-            Driven(request(f"b{i}", prompt(2 + i, 6)), tuple(range(10 + 8 * i, 18 + 8 * i))) for i in range(2)
+            Driven(
+                request(f"b{i}", prompt(2 + i, 6), SamplingOptions()), tuple(range(10 + 8 * i, 18 + 8 * i))
+            )
+            for i in range(2)
         ]
-        run.register("a", options)
-        for other in others:
-            run.register(other.request.id, SamplingOptions())
         for _ in range(15):
             drive(run, *((other, None) for other in others[:companions]), (driven, None))
         outputs.append(driven.output)
@@ -47,16 +47,43 @@ def test_a_seeded_request_repeats_in_any_batch() -> None:
 
 def test_scores_only_for_those_who_ask() -> None:
     run = executor()
-    a, b = (Driven(request(n, prompt(i, 5)), tuple(range(8 * i, 8 * i + 8))) for i, n in enumerate("ab"))
-    run.register("a", SamplingOptions(temperature=0.0, logprobs=True, top_logprobs=3))
+    asks = SamplingOptions(temperature=0.0, logprobs=True, top_logprobs=3)
+    a = Driven(request("a", prompt(0, 5), asks), blocks=tuple(range(8)))
+    b = Driven(request("b", prompt(1, 5)), blocks=tuple(range(8, 16)))
     result = drive(run, (b, None), (a, None))
     assert result.scores is not None
     assert list(result.scores) == ["a"]
     score = result.scores["a"]
     assert score.top[0] == (result.tokens["a"], score.logprob)
     assert len(score.top) == 3
-    run.forget("a")
-    assert drive(run, (a, None)).scores is None
+    assert drive(run, (b, None)).scores is None
+
+
+def test_penalties_see_what_was_produced_and_sampling_has_one_type() -> None:
+    plain = Driven(request("a", prompt(3, 6)), blocks=tuple(range(8)))
+    never_again = SamplingOptions(temperature=0.0, frequency_penalty=2.0, presence_penalty=2.0)
+    fresh = Driven(request("b", prompt(3, 6), never_again), blocks=tuple(range(8, 16)))
+    run = executor()
+    for _ in range(12):
+        drive(run, (plain, None), (fresh, None))
+    # Logits of this tiny model are far smaller than the penalties, so that no token comes twice.
+    assert len(set(fresh.output)) == 12
+    wrong = Request(id="c", prompt=(1, 2), output_tokens=1, sampling={"temperature": 0})
+    with pytest.raises(TypeError, match="SamplingOptions"):
+        drive(run, (Driven(wrong, blocks=(20,)), None))
+
+
+def test_a_recomputed_request_goes_on_where_it_was() -> None:
+    """After preemption the blocks are gone; the history alone brings the same tokens."""
+    options = SamplingOptions(temperature=1.3, seed=9, presence_penalty=0.5)
+    first = Driven(request("a", prompt(2, 9), options), blocks=tuple(range(8)))
+    run = executor()
+    for _ in range(10):
+        drive(run, (first, None))
+    again = Driven(first.request, blocks=tuple(range(20, 28)), output=first.output[:5])
+    for _ in range(5):
+        drive(run, (again, None))
+    assert again.output == first.output
 
 
 def test_a_chunk_that_does_not_reach_the_end_yields_nothing() -> None:
@@ -96,8 +123,8 @@ def test_bf16_arithmetic_as_on_a_gpu() -> None:
     narrow = TorchExecutor(model, PagedCache(model.config, blocks=32, block_tokens=4, dtype=torch.bfloat16))
     scores = []
     for run in (exact, narrow):
-        driven = Driven(request("a", prompt(4, 21)), blocks=tuple(range(8)))
-        run.register("a", SamplingOptions(temperature=0.0, logprobs=True, top_logprobs=20))
+        asks = SamplingOptions(temperature=0.0, logprobs=True, top_logprobs=20)
+        driven = Driven(request("a", prompt(4, 21), asks), blocks=tuple(range(8)))
         drive(run, (driven, 8))
         result = drive(run, (driven, None))
         assert result.scores is not None

@@ -11,7 +11,7 @@ import torch
 
 from tongyun.errors import RequestError
 from tongyun.model.options import SamplingOptions
-from tongyun.model.sampling import Draw, Drawn, History, sample, uniform
+from tongyun.model.sampling import Draw, Drawn, sample, uniform
 
 VOCAB = 50
 
@@ -20,8 +20,16 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-def draw(options: SamplingOptions, *, position: int = 0, seed: int = 11, **history: object) -> Draw:
-    return Draw(history=History(options=options, seed=seed, **history), position=position)  # type: ignore[arg-type]
+def draw(
+    options: SamplingOptions,
+    *,
+    position: int = 0,
+    seed: int = 11,
+    prompt: tuple[int, ...] = (),
+    produced: tuple[int, ...] = (),
+) -> Draw:
+    history = prompt + produced or (0,) * position
+    return Draw(options=options, seed=seed, history=history, prompt_tokens=len(history) - len(produced))
 
 
 def many(row: torch.Tensor, options: SamplingOptions, count: int = 4000) -> Counter[int]:
@@ -88,7 +96,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
         draw(SamplingOptions(temperature=0.8, top_p=0.9), position=4, seed=1),
         draw(SamplingOptions(temperature=0.0), position=5),
         draw(SamplingOptions(top_k=3), position=6, seed=2),
-        draw(SamplingOptions(repetition_penalty=1.4), position=7, seed=3, prompt=frozenset({1, 2, 3})),
+        draw(SamplingOptions(repetition_penalty=1.4), seed=3, prompt=(1, 2, 3)),
         draw(SamplingOptions(min_p=0.05, logprobs=True, top_logprobs=2), position=8, seed=4),
         draw(SamplingOptions(), position=9, seed=5),
     ]
@@ -116,7 +124,7 @@ def test_penalties() -> None:
         temperature=0.0, repetition_penalty=2.0, presence_penalty=0.25, frequency_penalty=0.125
     )
     changed = row.clone()
-    sample(changed, [draw(options, prompt=frozenset({1}), produced=Counter({0: 3}))])
+    sample(changed, [draw(options, prompt=(1, 1), produced=(0, 0, 0))])
     # 2/2 - 0.25 - 3 × 0.125; the prompt's token is only scaled, away from zero as it is negative.
     assert changed.tolist() == [[0.375, -2.0, 0.5, 0.0]]
 
@@ -125,7 +133,7 @@ def test_log_probabilities_are_the_model_s() -> None:
     x = logits(2, seed=6)
     expected = x.log_softmax(-1)
     options = SamplingOptions(temperature=0.3, repetition_penalty=5.0, logprobs=True, top_logprobs=3)
-    drawn = sample(x.clone(), [draw(options, prompt=frozenset(range(9))), draw(SamplingOptions())])
+    drawn = sample(x.clone(), [draw(options, prompt=tuple(range(9))), draw(SamplingOptions())])
     own, top = drawn.scores[0]
     assert own == pytest.approx(expected[0, drawn.tokens[0]].item())
     assert [t for t, _ in top] == expected[0].topk(3).indices.tolist()

@@ -45,8 +45,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight)
+    def forward(self, x: Tensor, add: Tensor | None = None) -> Tensor:
+        return self.ops.linear(x, self.weight, add)
 
 
 class Embedding(nn.Module):
@@ -72,12 +72,13 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps, ops)
 
-    def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv(x_TD).unflatten(-1, (-1, self.width))
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        q = self.ops.rotate(self.q_norm(q), cos_Td, sin_Td)
-        k = self.ops.rotate(self.k_norm(k), cos_Td, sin_Td)
-        y_TD: Tensor = self.out(attend(self.layer, q, k, v).flatten(1))
+    def forward(
+        self, x_TD: Tensor, residual_TD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend
+    ) -> Tensor:
+        heads_THd = self.qkv(x_TD).unflatten(-1, (-1, self.width))
+        norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        q, k, v = self.ops.attention_inputs(heads_THd, norms, *rotation, self.kv_heads)
+        y_TD: Tensor = self.out(attend(self.layer, q, k, v).flatten(1), residual_TD)
         return y_TD
 
 
@@ -90,8 +91,8 @@ class Dense(nn.Module):
         self.down = Linear(config.intermediate, config.hidden, ops)
         self.ops = ops
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        y_TD: Tensor = self.down(self.ops.swiglu(self.gate_up(x_TD)))
+    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        y_TD: Tensor = self.down(self.ops.linear_swiglu(x_TD, self.gate_up.weight), residual_TD)
         return y_TD
 
 
@@ -108,17 +109,9 @@ class MixtureOfExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts.count, config.hidden, experts.intermediate))
         self.ops = ops
 
-    def route(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Router probabilities (T, E), chosen experts (T, N) and their weights (T, N)."""
-        probabilities = self.router(x_TD).float().softmax(-1)
-        weight, chosen = probabilities.topk(self.per_token, dim=-1)
-        if self.normalise:
-            weight = weight / weight.sum(-1, keepdim=True)
-        return probabilities, chosen, weight
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        _, chosen, weight = self.route(x_TD)
-        return self.ops.experts(x_TD, self.gate_up, self.down, chosen, weight)
+    def forward(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        chosen_TN, weight_TN = self.ops.choose(self.router(x_TD), self.per_token, self.normalise)
+        return residual_TD + self.ops.experts(x_TD, self.gate_up, self.down, chosen_TN, weight_TN)
 
 
 class Layer(nn.Module):
@@ -130,9 +123,9 @@ class Layer(nn.Module):
         sparse = config.experts is not None and index >= config.experts.first_layer
         self.feed: nn.Module = MixtureOfExperts(config, ops) if sparse else Dense(config, ops)
 
-    def forward(self, x_TD: Tensor, cos_Td: Tensor, sin_Td: Tensor, attend: Attend) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), cos_Td, sin_Td, attend)
-        y_TD: Tensor = x_TD + self.feed(self.feed_norm(x_TD))
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        x_TD = self.attention(self.attention_norm(x_TD), x_TD, rotation, attend)
+        y_TD: Tensor = self.feed(self.feed_norm(x_TD), x_TD)
         return y_TD
 
 
@@ -166,9 +159,9 @@ class Qwen3(nn.Module):
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
         x_TD: Tensor = self.embedding(tokens_T).to(self.activation_dtype)
-        cos_Td, sin_Td = self.rotation(positions_T)
+        rotation = self.rotation(positions_T)
         for layer in self.layers:
-            x_TD = layer(x_TD, cos_Td, sin_Td, attend)
+            x_TD = layer(x_TD, rotation, attend)
         y_TD: Tensor = self.norm(x_TD)
         return y_TD
 

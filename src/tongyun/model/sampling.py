@@ -14,9 +14,8 @@ all of these.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,22 +27,17 @@ from tongyun.model.options import SamplingOptions
 _MASK64 = (1 << 64) - 1
 
 
-@dataclass(kw_only=True)
-class History:
-    """What the penalties and the seed of one request need to remember; grows with its output."""
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """One row to sample, and what its token may depend on."""
 
     options: SamplingOptions
     seed: int
-    prompt: frozenset[int] = frozenset()
-    produced: Counter[int] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """One row to sample: whose it is, and the position its token will take."""
-
-    history: History
-    position: int
+    """`options.seed`, or any number where that is None."""
+    history: Sequence[int] = ()
+    """Every token known so far; the position drawn for is its length."""
+    prompt_tokens: int = 0
+    """How many of them are the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,45 +48,49 @@ class Drawn:
     scores: dict[int, tuple[float, tuple[tuple[int, float], ...]]]
 
 
-def sample(logits_NV: Tensor, draws: Sequence[Draw]) -> Drawn:
+def _argmax(logits_NV: Tensor) -> Tensor:
+    return logits_NV.argmax(-1)
+
+
+def sample(logits_NV: Tensor, draws: Sequence[Draw], argmax: Callable[[Tensor], Tensor] = _argmax) -> Drawn:
     """One token a row. `logits_NV` is float32 and may be overwritten."""
-    options = [draw.history.options for draw in draws]
+    options = [draw.options for draw in draws]
     scored = [i for i, o in enumerate(options) if o.logprobs]
     raw_NV = logits_NV[scored].log_softmax(-1) if scored else None
     penalised = [i for i, o in enumerate(options) if o.penalised]
     if penalised:
-        _penalise(logits_NV, penalised, [draws[i].history for i in penalised])
+        _penalise(logits_NV, penalised, [draws[i] for i in penalised])
     random = [i for i, o in enumerate(options) if not o.greedy]
     if not random:
-        tokens = logits_NV.argmax(-1).tolist()
+        tokens = argmax(logits_NV).tolist()
     else:
         tokens_N = torch.empty(len(draws), dtype=torch.long, device=logits_NV.device)
         greedy = [i for i, o in enumerate(options) if o.greedy]
         if greedy:
-            tokens_N[greedy] = logits_NV[greedy].argmax(-1)
+            tokens_N[greedy] = argmax(logits_NV[greedy])
         tokens_N[random] = _draw(logits_NV[random], [draws[i] for i in random])
         tokens = tokens_N.tolist()
     scores = {} if raw_NV is None else _scores(raw_NV, scored, tokens, options)
     return Drawn(tokens=tokens, scores=scores)
 
 
-def _penalise(logits_NV: Tensor, rows: list[int], histories: list[History]) -> None:
+def _penalise(logits_NV: Tensor, rows: list[int], draws: list[Draw]) -> None:
     """Apply the three penalties in place, all rows in one gather and one scatter."""
-    row, token, count, seen = [], [], [], []
-    for index, history in zip(rows, histories, strict=True):
-        ids = list(history.produced) + [t for t in history.prompt if t not in history.produced]
+    row, token, less, factor = [], [], [], []
+    for index, draw in zip(rows, draws, strict=True):
+        o = draw.options
+        ids, first = np.unique(np.asarray(draw.history, dtype=np.int64), return_inverse=True)
+        counts = np.bincount(first[draw.prompt_tokens :], minlength=len(ids))
         row.append(np.full(len(ids), index))
-        token.append(np.array(ids, dtype=np.int64))
-        counts = np.array([history.produced[t] for t in ids], dtype=np.float32)
-        o = history.options
-        count.append(counts * o.frequency_penalty + (counts > 0) * o.presence_penalty)
-        seen.append(np.full(len(ids), o.repetition_penalty, dtype=np.float32))
+        token.append(ids)
+        less.append(counts * o.frequency_penalty + (counts > 0) * o.presence_penalty)
+        factor.append(np.full(len(ids), o.repetition_penalty))
     device = logits_NV.device
     row_X, token_X = _tensor(np.concatenate(row), device), _tensor(np.concatenate(token), device)
-    subtract_X = _tensor(np.concatenate(count).astype(np.float32), device)
-    factor_X = _tensor(np.concatenate(seen), device)
+    less_X = _tensor(np.concatenate(less).astype(np.float32), device)
+    factor_X = _tensor(np.concatenate(factor).astype(np.float32), device)
     value_X = logits_NV[row_X, token_X]
-    value_X = torch.where(value_X > 0, value_X / factor_X, value_X * factor_X) - subtract_X
+    value_X = torch.where(value_X > 0, value_X / factor_X, value_X * factor_X) - less_X
     logits_NV[row_X, token_X] = value_X
 
 
@@ -102,7 +100,7 @@ def _tensor(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def _draw(logits_NV: Tensor, draws: list[Draw]) -> Tensor:
     """Temperature, filters, and one draw a row by inverting the cumulative distribution."""
-    options, device = [draw.history.options for draw in draws], logits_NV.device
+    options, device = [draw.options for draw in draws], logits_NV.device
     temperature_N = torch.tensor([o.temperature for o in options], device=device)
     # A temperature this low is greedy in float32 anyway, and dividing by less overflows.
     scaled_NV = logits_NV / temperature_N.clamp(min=1e-5).unsqueeze(1)
@@ -110,7 +108,7 @@ def _draw(logits_NV: Tensor, draws: list[Draw]) -> Tensor:
         least_N = torch.tensor([math.log(o.min_p) if o.min_p else -math.inf for o in options], device=device)
         floor_N = scaled_NV.amax(-1) + least_N
         scaled_NV = scaled_NV.masked_fill(scaled_NV < floor_N.unsqueeze(1), -math.inf)
-    uniform_N = torch.from_numpy(uniform([d.history.seed for d in draws], [d.position for d in draws]))
+    uniform_N = torch.from_numpy(uniform([d.seed for d in draws], [len(d.history) for d in draws]))
     uniform_N = uniform_N.to(device)
     sorted_rows = [i for i, o in enumerate(options) if o.top_p < 1.0 or o.top_k is not None]
     plain_rows = [i for i, o in enumerate(options) if o.top_p == 1.0 and o.top_k is None]

@@ -2,14 +2,15 @@
 
 The executor turns a `Batch` into rows, positions and blocks, runs the model over its
 paged cache and samples. It decides nothing about what runs: that is the scheduler's.
-How each request samples is registered here by id, because a `Batch` does not say.
+Whatever a request needs comes with its piece.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from tongyun.model.kernels.attention import Layout, lay_out
 from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
-from tongyun.model.sampling import Draw, History, sample
+from tongyun.model.sampling import Draw, sample
 from tongyun.model.weights import load_model
 
 GREEDY = SamplingOptions(temperature=0.0)
@@ -91,24 +92,17 @@ def _physical_cores() -> int:
 
 
 class TorchExecutor:
-    """One model, one cache, one step at a time; `device` is where both live."""
+    """One model and one cache, one step at a time. Of a request it keeps nothing but its KV blocks."""
 
     def __init__(self, model: Qwen3, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.keys.device
-        self._histories: dict[str, History] = {}
-
-    def register(self, request_id: str, options: SamplingOptions) -> None:
-        """Say how a request samples, before its first step. Unregistered requests are greedy."""
-        seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(8), "little")
-        self._histories[request_id] = History(options=options, seed=seed)
-
-    def forget(self, request_id: str) -> None:
-        """Drop what is kept of a request; unknown ids are fine."""
-        self._histories.pop(request_id, None)
 
     def execute(self, batch: Batch) -> StepResult:
-        """Run one step. The duration covers everything from index tensors to chosen tokens."""
+        """Run one step. The duration covers everything from index tensors to chosen tokens.
+
+        A request samples as its `sampling` (a `SamplingOptions`) says; without, greedily.
+        """
         begun = time.perf_counter()
         with torch.inference_mode():
             tokens, scores = self._step(batch.pieces)
@@ -117,12 +111,16 @@ class TorchExecutor:
             torch.cuda.synchronize(self.device)
         return StepResult(tokens=tokens, duration_s=time.perf_counter() - begun, scores=scores)
 
-    def _step(self, pieces: tuple[Piece, ...]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
+    def _step(self, pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
         if not pieces:
             return {}, None
-        spans = [(piece.start, len(piece.tokens), piece.blocks) for piece in pieces]
-        layout = lay_out(spans, self.cache.block_tokens, self.device)
-        tokens_T = torch.tensor([t for piece in pieces for t in piece.tokens], device=self.device)
+        layout = lay_out(
+            [(p.start, p.length, p.blocks) for p in pieces], self.cache.block_tokens, self.device
+        )
+        fed: list[int] = []
+        for piece in pieces:
+            fed.extend(piece.tokens)
+        tokens_T = torch.tensor(fed, device=self.device)
         attend = PagedAttend(self.cache, layout, self.model.ops)
         hidden_TD = self.model(tokens_T, layout.positions_T, attend)
         sampling = [i for i, piece in enumerate(pieces) if piece.samples]
@@ -141,24 +139,25 @@ class TorchExecutor:
     def _sample(
         self, logits_NV: torch.Tensor, pieces: list[Piece]
     ) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
-        histories = [self._history(piece) for piece in pieces]
-        draws = [
-            Draw(history=history, position=piece.start + len(piece.tokens))
-            for history, piece in zip(histories, pieces, strict=True)
-        ]
-        drawn = sample(logits_NV, draws)
-        for history, token in zip(histories, drawn.tokens, strict=True):
-            if history.options.penalised:
-                history.produced[token] += 1
         ids = [piece.request.id for piece in pieces]
+        if all(piece.request.sampling is None for piece in pieces):
+            return dict(zip(ids, self.model.ops.argmax(logits_NV).tolist(), strict=True)), None
+        drawn = sample(logits_NV, [_draw(piece) for piece in pieces], self.model.ops.argmax)
         scores = {ids[row]: TokenScore(logprob=own, top=top) for row, (own, top) in drawn.scores.items()}
         return dict(zip(ids, drawn.tokens, strict=True)), scores or None
 
-    def _history(self, piece: Piece) -> History:
-        history = self._histories.get(piece.request.id)
-        if history is None:
-            return History(options=GREEDY, seed=0)
-        if history.options.penalised and not history.prompt:
-            history.prompt = frozenset(piece.request.prompt)
-            history.produced = Counter()
-        return history
+
+def _draw(piece: Piece) -> Draw:
+    options = piece.request.sampling
+    if options is None:
+        options = GREEDY
+    if not isinstance(options, SamplingOptions):
+        raise TypeError(
+            f"request '{piece.request.id}': sampling is {type(options).__name__}, not SamplingOptions"
+        )
+    return Draw(
+        options=options,
+        seed=secrets.randbits(64) if options.seed is None else options.seed,
+        history=piece.history,
+        prompt_tokens=len(piece.request.prompt),
+    )

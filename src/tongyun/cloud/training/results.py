@@ -8,7 +8,6 @@ from __future__ import annotations
 from tongyun.cloud.training.finish import Outcome
 from tongyun.report import number
 
-
 _GREEDY = "The likeliest next token each time. The prompt is what stands before `⟦`."
 _HOW = "Sampled at temperature {:g}, the first sample of each. The prompt is what stands before `⟦`."
 

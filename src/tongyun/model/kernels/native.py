@@ -1,137 +1,108 @@
-"""Build, cache and load the C++ kernels.
+"""The operations of the model on the C++ kernels, for a CPU with float32 activations.
 
-They are compiled at first use for the processor at hand and kept in a cache directory
-under a name made of everything that could change them: sources, PyTorch, Python,
-compiler flags, processor. Knows nothing of models.
+A row's result does not depend on the rows it is computed with, so that a request's
+tokens are the same in every batch, chunking and cache state. What the kernels do not
+cover (half-precision floats, unusual head widths) falls back to PyTorch.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import importlib.machinery
-import importlib.util
-import logging
-import os
-import platform
-import shutil
-import sys
-import sysconfig
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
-log = logging.getLogger(__name__)
+from tongyun.model.kernels import TorchOps
+from tongyun.model.kernels.attention import Layout
 
-SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
-NAME = "tongyun_kernels"
-
-
-class BuildFailed(Exception):
-    """The kernels cannot be had here; the message is one line."""
+COVERED = (torch.bfloat16, torch.float32)
 
 
-def load_kernels() -> ModuleType:
-    """The compiled module, built first if this machine has not built it yet (about a minute)."""
-    directory = _cache() / f"kernels-{_key()}"
-    library = directory / f"{NAME}.so"
-    if not library.exists():
-        with _locked(directory.with_suffix(".lock")):
-            if not library.exists():
-                _build(directory)
-    return _import(library)
+class NativeOps(TorchOps):
+    """`TorchOps` with a C++ kernel behind each operation; for inference only."""
 
+    name = "native"
 
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    path = Path(base) / "tongyun"
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BuildFailed(f"cannot write the cache: {error}") from None
-    return path
+    def __init__(self, kernels: ModuleType) -> None:
+        self.kernels = kernels
 
+    def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
+        if weight_OD.dtype not in COVERED or x_TD.dtype != torch.float32:
+            return super().linear(x_TD, weight_OD, add_TO)
+        y_TO: Tensor = self.kernels.linear(x_TD, weight_OD, add_TO)
+        return y_TO
 
-def _key() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(SOURCES.iterdir()):
-        digest.update(file.read_bytes())
-    facts = (torch.__version__, sys.version, sysconfig.get_platform(), FLAGS, os.environ.get("CXX"), _processor())
-    digest.update(repr(facts).encode())
-    return digest.hexdigest()[:16]
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if weight.dtype not in COVERED or x.dtype != torch.float32:
+            return super().rms_norm(x, weight, eps)
+        y: Tensor = self.kernels.rms_norm(x.contiguous(), weight, eps)
+        return y
 
+    def attention_inputs(
+        self,
+        heads_THd: Tensor,
+        norms: tuple[Tensor, Tensor, float],
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if norms[0].dtype not in COVERED or heads_THd.dtype != torch.float32:
+            return super().attention_inputs(heads_THd, norms, cos_Td, sin_Td, kv_heads)
+        q_weight, k_weight, eps = norms
+        q, k, v = self.kernels.attention_inputs(heads_THd, q_weight, k_weight, cos_Td, sin_Td, kv_heads, eps)
+        return q, k, v
 
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    wanted = ("model name", "flags", "Features")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        if gate_up.dtype != torch.float32:
+            return super().swiglu(gate_up)
+        y: Tensor = self.kernels.swiglu(gate_up.contiguous())
+        return y
 
+    def linear_swiglu(self, x_TD: Tensor, gate_up_OD: Tensor) -> Tensor:
+        if gate_up_OD.dtype not in COVERED or x_TD.dtype != torch.float32:
+            return super().linear_swiglu(x_TD, gate_up_OD)
+        y_TI: Tensor = self.kernels.linear_swiglu(x_TD, gate_up_OD)
+        return y_TI
 
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Only one process builds; the others wait. The lock goes with its process."""
-    with file.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    def choose(self, scores_TE: Tensor, per_token: int, normalise: bool) -> tuple[Tensor, Tensor]:
+        if scores_TE.dtype != torch.float32:
+            return super().choose(scores_TE, per_token, normalise)
+        chosen_TN, weight_TN = self.kernels.choose(scores_TE, per_token, normalise)
+        return chosen_TN, weight_TN
 
+    def experts(
+        self,
+        x_TD: Tensor,
+        gate_up_EOD: Tensor,
+        down_EDI: Tensor,
+        chosen_TN: Tensor,
+        weight_TN: Tensor,
+    ) -> Tensor:
+        if gate_up_EOD.dtype not in COVERED or x_TD.dtype != torch.float32:
+            return super().experts(x_TD, gate_up_EOD, down_EDI, chosen_TN, weight_TN)
+        y_TD: Tensor = self.kernels.experts(x_TD, gate_up_EOD, down_EDI, chosen_TN, weight_TN)
+        return y_TD
 
-def _build(directory: Path) -> None:
-    if shutil.which(os.environ.get("CXX", "c++")) is None:
-        raise BuildFailed("no C++ compiler found")
-    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
-        raise BuildFailed("ninja is not installed")
-    log.info("building the C++ kernels into %s (once, about a minute)", directory)
-    work = directory.with_name(f"{directory.name}.{os.getpid()}.part")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        _compile(work)
-        work.rename(directory)
-    except (RuntimeError, OSError, ImportError) as error:
-        first = next((line for line in str(error).splitlines() if "error" in line.lower()), str(error))
-        raise BuildFailed(f"the build failed: {first.strip()[:200]}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    def argmax(self, scores_TV: Tensor) -> Tensor:
+        if scores_TV.dtype != torch.float32:
+            return super().argmax(scores_TV)
+        y_T: Tensor = self.kernels.argmax(scores_TV)
+        return y_T
 
-
-def _compile(work: Path) -> None:
-    from torch.utils import cpp_extension
-
-    sources = [str(file) for file in sorted(SOURCES.glob("*.cpp"))]
-    path = os.environ.get("PATH", "")
-    try:
-        # ninja installed by pip sits beside the interpreter, which need not be on the path.
-        os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), path])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cpp_extension.load(
-                NAME,
-                sources,
-                extra_cflags=list(FLAGS),
-                extra_ldflags=["-fopenmp"],
-                build_directory=str(work),
-                is_python_module=False,
-            )
-    finally:
-        os.environ["PATH"] = path
-
-
-def _import(library: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
-    spec = importlib.util.spec_from_file_location(NAME, library, loader=loader)
-    assert spec is not None
-    try:
-        module = importlib.util.module_from_spec(spec)
-        loader.exec_module(module)
-    except ImportError as error:
-        raise BuildFailed(f"{library} cannot be loaded: {error}") from error
-    return module
+    def paged_attention(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, layout: Layout
+    ) -> Tensor:
+        if keys.dtype not in COVERED or q_THd.dtype != torch.float32 or q_THd.shape[2] % self.kernels.lanes:
+            return super().paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout)
+        y_THd: Tensor = self.kernels.paged_attention(
+            q_THd,
+            k_TKd,
+            v_TKd,
+            keys,
+            values,
+            layout.slots_T,
+            layout.rows_P1,
+            layout.starts_P,
+            layout.blocks_PB,
+        )
+        return y_THd

@@ -109,10 +109,10 @@ Tensor py_rms_norm(const Tensor& x, const Tensor& w, double eps) {
 std::tuple<Tensor, Tensor, Tensor> py_attention_inputs(Tensor qkv, const Tensor& q_weight, const Tensor& k_weight,
                                                        const Tensor& cos, const Tensor& sin, int64_t kv_heads,
                                                        double eps) {
-  const long width = q_weight.numel(), T = qkv.size(0), all = qkv.size(1) / width, heads = all - 2 * kv_heads;
-  REQUIRE(qkv.size(1) == all * width && cos.size(0) == T && cos.size(1) == width && k_weight.numel() == width &&
+  const long width = q_weight.numel(), T = qkv.size(0), all = qkv.size(1), heads = all - 2 * kv_heads;
+  REQUIRE(qkv.dim() == 3 && qkv.size(2) == width && cos.size(0) == T && cos.size(1) == width && k_weight.numel() == width &&
               q_weight.scalar_type() == k_weight.scalar_type() && heads > 0,
-          "rows of ", qkv.size(1), " do not hold heads of ", width);
+          "projection is ", qkv.sizes(), " for heads of ", width);
   floats(qkv);
   stored(q_weight, [&](auto* p) {
     attention_inputs(qkv.data_ptr<float>(), p, (decltype(p))k_weight.const_data_ptr(), floats(cos), floats(sin), T,
