@@ -46,8 +46,8 @@ def step_cost(
 
 
 def _sequence_s(chip: Chip) -> float:
-    curves = measured(chip)
-    return 0.0 if curves is None else curves.sequence_s
+    samples = measured(chip)
+    return 0.0 if samples is None else samples.overhead.get("sequence", 0.0)
 
 
 def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]:

@@ -67,4 +67,4 @@ def unknown(what: str, given: str, accepted: Iterable[str]) -> str:
     names = sorted(accepted)
     near = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.4)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
-    return f"unknown {what} '{given}'{hint} accepted: {', '.join(names)}"
+    return f"unknown {what} '{given}'{hint or ';'} accepted: {', '.join(names)}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tongyun.chip.calibrated import Curve
+from tongyun.chip.calibrated import Curve, Linear
 from tongyun.chip.collective import all_reduce_s, gather_s
 from tongyun.chip.roofline import rate_dtype, steps_s, work_s
 from tongyun.cost import step_cost, usd_per_mtoken
@@ -168,18 +168,26 @@ def test_dollars_of_a_million_tokens() -> None:
 
 # ── calibrated ───────────────────────────────────────────────────────────────────────
 
-rates = st.lists(st.tuples(st.integers(1, 4096), st.floats(1e9, 1e13)), min_size=1, max_size=8)
+times = st.lists(st.tuples(st.integers(1, 4096), st.floats(1e-6, 1e2)), min_size=1, max_size=8)
 
 
-@given(rates, st.floats(0.5, 1e5), st.floats(1.0, 10.0))
+@given(times, st.floats(0.5, 1e5), st.floats(1.0, 10.0))
 @settings(deadline=None)
-def test_measured_rates_never_make_more_work_quicker(
+def test_measured_times_never_make_more_work_quicker(
     points: list[tuple[int, float]], rows: float, factor: float
 ) -> None:
-    curve = Curve.rates(points)
-    before, after = rows / curve(rows), factor * rows / curve(factor * rows)
-    assert after >= before * (1 - 1e-9)
-    assert curve(rows) <= max(rate for _, rate in points) * (1 + 1e-9)
+    curve = Curve.through(points)
+    assert curve(factor * rows) >= curve(rows) * (1 - 1e-9)
+    # Beyond the last sample time grows in proportion, never slower.
+    last = max(x for x, _ in points)
+    assert curve(last * factor) == pytest.approx(float(curve(last)) * factor)
+
+
+@given(st.lists(st.lists(st.floats(0, 10), min_size=3, max_size=3), min_size=3, max_size=9))
+@settings(deadline=None)
+def test_no_part_of_a_fit_is_negative(rows: list[list[float]]) -> None:
+    fitted = Linear.fit([tuple(row) for row in rows], [1 + sum(row) for row in rows])
+    assert min(fitted.coefficients) >= 0
 
 
 def calibrated() -> Chip:

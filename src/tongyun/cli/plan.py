@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     from tongyun.codesign.plan import Answer, Offer
     from tongyun.codesign.space import Question
-    from tongyun.specs import PriceSpec
+    from tongyun.model.config import ModelConfig
+    from tongyun.model.graph import Precision
+    from tongyun.specs import ChipSpec, PriceSpec
 
 SHOWN = 12
 """Rows of the Pareto table; the plot and --json have them all."""
@@ -81,9 +83,8 @@ def ask(
     usd_per_chip_hour: float | None,
 ) -> Question:
     """The question behind the flags; wrong names raise `InputError` with near ones."""
-    from tongyun.codesign.space import Question, default_dtype
+    from tongyun.codesign.space import Question
     from tongyun.model.config import ModelConfig
-    from tongyun.model.graph import Precision
     from tongyun.specs import find_chip, find_model
 
     raw, name = find_model(given["model"])
@@ -96,11 +97,22 @@ def ask(
         chips=given["chips"],
         isl=given["isl"],
         osl=given["osl"],
-        precision=Precision.of(dtype or default_dtype(config, spec), kv_dtype),
+        precision=_precision(config, spec, dtype, kv_dtype),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),
     )
+
+
+def _precision(config: ModelConfig, spec: ChipSpec, dtype: str | None, kv_dtype: str | None) -> Precision:
+    """As asked for; a calibrated machine runs our engine, which keeps the types it was measured with."""
+    from tongyun.chip.calibrated import engine_precision
+    from tongyun.codesign.space import default_dtype
+    from tongyun.model.graph import Precision
+
+    if spec.calibration is not None and dtype is None and kv_dtype is None:
+        return engine_precision(spec.calibration)
+    return Precision.of(dtype or default_dtype(config, spec), kv_dtype)
 
 
 def _price(chip: str, usd_per_chip_hour: float | None) -> PriceSpec | None:

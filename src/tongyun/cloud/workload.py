@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError
-from tongyun.specs.workload import LengthSpec, WorkloadSpec
+from tongyun.specs.workload import LengthSpec, PrefixSpec, WorkloadSpec
 
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of `Arrival.hash_ids` stands for, as in the Mooncake traces."""
@@ -186,13 +186,14 @@ class Workload:
             ),
             prompt=_lengths(spec.input),
             output=_lengths(spec.output),
-            prefix=prefix
-            and SharedPrefix(
-                tokens=int(prefix.length.value), groups=int(prefix.groups.value), share=prefix.share.value
-            ),
+            prefix=None if prefix is None else _shared(prefix),
             requests=spec.requests,
             seed=spec.seed,
         )
+
+
+def _shared(spec: PrefixSpec) -> SharedPrefix:
+    return SharedPrefix(tokens=int(spec.length.value), groups=int(spec.groups.value), share=spec.share.value)
 
 
 def _lengths(spec: LengthSpec) -> Lengths:

@@ -84,7 +84,8 @@ class Precision:
     """In which types a model is stored and computed.
 
     Embedding, head, router, norms and biases stay in the type of the activations, as in
-    published quantised checkpoints. Scales of block formats are not counted.
+    published quantised checkpoints, unless `exact` names another for the first three (an
+    engine that keeps bf16 weights and computes in f32). Scales of block formats are not counted.
     """
 
     weights: DType = DType.BF16
@@ -94,6 +95,8 @@ class Precision:
     expert_compute: DType = DType.BF16
     activations: DType = DType.BF16
     kv: DType = DType.BF16
+    exact: DType | None = None
+    """Type in which embedding, head and router are stored; None: that of the activations."""
 
     @classmethod
     def of(cls, dtype: str = "bf16", kv: str | None = None) -> Precision:

@@ -86,9 +86,10 @@ class Layers:
 
     @property
     def exact(self) -> Storage:
-        """For what stays in the activations' type: router, embedding, head."""
+        """For what quantisation leaves alone: router, embedding, head."""
         act = self.precision.activations
-        return Storage(weights=act, compute=act, activations=act)
+        stored = self.precision.exact or act
+        return Storage(weights=stored, compute=stored, activations=act)
 
     def norm(self, name: str, rows: Number, width: int, repeat: int) -> Operator:
         """RMS norm fused with the residual add before it: two tensors in, two out."""

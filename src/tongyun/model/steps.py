@@ -45,11 +45,12 @@ def _entry(layers: Layers) -> list[Operator]:
     if not layers.part.first:
         return []
     hidden, act, tokens = layers.config.hidden, layers.act, layers.shape.tokens
-    table_bytes = layers.part.vocab * hidden * act
+    stored = layers.exact.weights.bytes
+    table_bytes = layers.part.vocab * hidden * stored
     embed = Operator(
         name="embed",
         kind=Kind.EMBED,
-        weight_bytes=tokens * hidden * act / layers.part.shard.tp,
+        weight_bytes=tokens * hidden * stored / layers.part.shard.tp,
         write_bytes=tokens * hidden * act,
         resident_bytes=table_bytes,
     )

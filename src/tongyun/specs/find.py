@@ -19,11 +19,13 @@ from tongyun.errors import SpecError, unknown
 from tongyun.specs.form import Where, read_fields
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
+from tongyun.store import home
 
 S = TypeVar("S", bound=Spec)
 
 CATALOG = Path(__file__).parent / "catalog"
 KINDS = (*SCHEMAS, "models")
+LOCAL = "local"
 
 
 def find(kind: str, name: str) -> Any:
@@ -35,7 +37,12 @@ def find(kind: str, name: str) -> Any:
 
 
 def find_chip(name: str) -> ChipSpec:
-    """A chip by catalogue name, alias or path of a TOML file."""
+    """A chip by catalogue name, alias or path of a TOML file; `local` is this machine as calibrated."""
+    if name.lower() == LOCAL:
+        path = home() / "chips" / f"{LOCAL}.toml"
+        if not path.exists():
+            raise SpecError(path, "", "this machine is not calibrated yet: run `tongyun calibrate`")
+        return load(path, ChipSpec)
     return _find("chips", ChipSpec, name)
 
 

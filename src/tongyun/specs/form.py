@@ -277,6 +277,8 @@ def _cell(kind: str, raw: object, where: Where) -> object:
         return DType(Text(_DTYPES).read(raw, where))
     if kind == "int":
         return Whole().read(raw, where)
+    if kind == "Cached":
+        return 0 if raw == 0 and type(raw) is int else Whole().read(raw, where)
     value = number(raw, where)
     if value == 0:
         raise where.wrong("expected a number above 0")

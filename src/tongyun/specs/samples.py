@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from tongyun.units import DType
 
+Cached = int
+"""A count that may be 0, unlike every other one in a sample."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MatmulSample:
@@ -43,12 +46,12 @@ class MemorySample:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSample:
-    """`batch` sequences, each `queries` new tokens against `context` tokens, took `seconds`."""
+    """`batch` sequences, each `queries` new tokens behind `context` cached ones, took `seconds`."""
 
     dtype: DType
     batch: int
     queries: int
-    context: int
+    context: Cached
     heads: int
     kv_heads: int
     head_dim: int

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tongyun.cloud.training.evaluate import Score, score, total, windows
+from tongyun.cloud.training.finish import complete
 from tongyun.cloud.training.forward import new_model
 from tongyun.cloud.training.prepare import prepare
 from tongyun.cloud.training.recipe import Recipe
@@ -60,3 +61,16 @@ def test_totals_weigh_by_bytes() -> None:
     ]
     assert total(parts).bits_per_byte == pytest.approx(2.5)
     assert total(parts).loss == pytest.approx(math.log(2) * 4)
+
+
+def test_completions_are_repeatable_and_stop_at_the_limit(recipe: Recipe) -> None:
+    bpe = prepare(recipe).bpe
+    model = new_model(recipe.model_config, seed=1)
+
+    def sample(seed: int) -> str:
+        return complete(model, bpe, "def ", 12, 1.0, torch.Generator().manual_seed(seed))
+
+    assert sample(1) == sample(1) != sample(2)
+    assert complete(model, bpe, "def ", 12) == complete(model, bpe, "def ", 12)
+    (long,) = bpe.encode_all([complete(model, bpe, "def ", 1000, 1.0, torch.Generator().manual_seed(1))])
+    assert len(long) <= recipe.model.max_positions

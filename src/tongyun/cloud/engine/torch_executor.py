@@ -50,7 +50,7 @@ class ExecutorOptions:
 def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
     """Load the model of a directory and give it a cache; `executor.cache` says how many blocks."""
     if options.device == "cpu":
-        torch.set_num_threads(options.threads or _physical_cores())
+        torch.set_num_threads(options.threads or default_threads())
     model = load_model(directory, ops=choose_ops(options.kernels, options.device), device=options.device)
     return give_cache(model, options)
 
@@ -83,7 +83,7 @@ def _free_bytes(device: str) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
-def _physical_cores() -> int:
+def default_threads() -> int:
     """Cores this process may run on, hyper-threads counted once."""
     import psutil
 

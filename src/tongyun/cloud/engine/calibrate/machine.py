@@ -1,0 +1,106 @@
+"""Describe the machine a calibration was made on, closely enough to notice that it no longer holds.
+
+What changes a measurement: the processor, the threads, PyTorch, and our own kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import torch
+
+from tongyun import __version__
+from tongyun.units import MIB
+
+Description = dict[str, str | int | float | bool]
+
+CPUINFO = Path("/proc/cpuinfo")
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+KERNELS = Path(__file__).parents[3] / "model" / "kernels"
+DECISIVE = (
+    "device",
+    "processor",
+    "cores",
+    "engine_threads",
+    "torch",
+    "kernels",
+    "ops",
+    "weights",
+    "kv",
+    "activations",
+    "quick",
+)
+"""A calibration is stale when one of these differs."""
+
+
+def describe(device: torch.device, *, threads: int, ops: str) -> Description:
+    """Processor, cores, memory, caches, versions; what could not be read is left out."""
+    return {
+        "device": device.type,
+        "vendor": _vendor(device),
+        "processor": _processor(device),
+        "cores": psutil.cpu_count() or 1,
+        "engine_threads": threads,
+        "memory_bytes": memory_bytes(device),
+        **_cache_sizes(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "tongyun": __version__,
+        "ops": ops,
+        "kernels": kernels_digest(),
+    }
+
+
+def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+    """Why a calibration made on `then` does not hold on `now`; empty when it does."""
+    return [
+        f"{key} was {then.get(key)}, is {now.get(key)}" for key in DECISIVE if then.get(key) != now.get(key)
+    ]
+
+
+def kernels_digest() -> str:
+    """A short digest of the sources of our kernels."""
+    digest = hashlib.sha256()
+    for file in sorted(KERNELS.rglob("*")):
+        if file.suffix in (".py", ".cpp"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of the device, all of it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _vendor(device: torch.device) -> str:
+    return "NVIDIA" if device.type == "cuda" else _cpuinfo("vendor_id") or platform.machine()
+
+
+def _cpuinfo(key: str) -> str | None:
+    found = re.search(rf"^{key}\s*:\s*(.+)$", CPUINFO.read_text(), re.M) if CPUINFO.exists() else None
+    return found[1].strip() if found else None
+
+
+def _cache_sizes() -> Description:
+    sizes: Description = {}
+    for entry in sorted(CACHES.glob("index*")):
+        kind = (entry / "type").read_text().strip()
+        size = re.fullmatch(r"(\d+)([KM])", (entry / "size").read_text().strip())
+        if kind != "Instruction" and size:
+            level = (entry / "level").read_text().strip()
+            sizes[f"cache_l{level}_bytes"] = int(size[1]) * (1024 if size[2] == "K" else MIB)
+    return sizes

@@ -1,0 +1,158 @@
+"""Measure what serving adds around the engine: the way in, the way out, and who waits for whom.
+
+The real gateway runs in this process over a synthetic tiny model and the real load
+generator in another, as they do when a model is served. Three figures come of it: what a
+request takes beyond the engine, how that grows with its prompt, and how much longer a
+step takes for every token that is being streamed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from tongyun.cloud.engine.calibrate import steps
+from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.live import LiveEngine
+from tongyun.cloud.engine.protocol import TokenEvent
+from tongyun.cloud.gateway.app import Gateway, build_app
+from tongyun.cloud.gateway.ask import Served
+from tongyun.cloud.gateway.ports import Sink
+from tongyun.cloud.gateway.server import bind
+from tongyun.cloud.gateway.server import serving as running
+from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.load import LoadOptions, measure
+from tongyun.cloud.probe import Target
+from tongyun.cloud.sched.request import Request
+from tongyun.cloud.workload import Arrival
+from tongyun.model.vocabulary import Vocabulary, byte_characters
+from tongyun.specs.samples import OverheadSample
+
+SHORT, LONG = 17, 1025
+"""Prompt tokens of single requests; lengths that no other request of a round has."""
+SINGLES = 24
+GAP_S = 0.025
+BATCH, OUTPUT = 16, 64
+BURST_PROMPT = 33
+
+
+@dataclass(kw_only=True)
+class _Seen:
+    """What happened at the engine: when requests came, when first tokens left, when steps ended."""
+
+    came_s: dict[str, tuple[int, float]] = field(default_factory=dict)
+    first_s: dict[str, float] = field(default_factory=dict)
+    steps: list[tuple[float, int]] = field(default_factory=list)
+
+    def inside_s(self, prompt: int) -> float:
+        """Median seconds from the engine's queue to the first token of prompts of this length."""
+        waits = [
+            self.first_s[name] - came
+            for name, (length, came) in self.came_s.items()
+            if length == prompt and name in self.first_s
+        ]
+        return statistics.median(waits)
+
+    def period_s(self, batch: int) -> float:
+        """Median seconds between two steps that each gave `batch` tokens."""
+        pairs = zip(self.steps, self.steps[1:], strict=False)
+        return statistics.median(b[0] - a[0] for a, b in pairs if a[1] == b[1] == batch)
+
+
+class _Witnessed(LiveEngine):
+    """The live engine, taking note of what passes."""
+
+    seen: _Seen
+
+    def submit(self, request: Request) -> None:
+        self.seen.came_s[request.id] = (len(request.prompt), time.perf_counter())
+        super().submit(request)
+
+
+class _Bytes:
+    """A tokenizer of bytes: the load sends token ids, so hardly anything is asked of it."""
+
+    def encode(self, text: str) -> Sequence[int]:
+        return list(text.encode())
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(token % 256 for token in tokens).decode(errors="replace")
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], **template: Any) -> Sequence[int]:
+        return self.encode("".join(str(message["content"]) for message in messages))
+
+
+def serving(bench: Bench) -> Iterator[OverheadSample]:
+    """Seconds of a request's way in and out, of each prompt token on it, and of each streamed token."""
+    seen = _Seen()
+    with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(bench, seen)), sock) as url:
+        short, long, _ = _in_another_process(_load, url, bench.quick)
+    ways = [
+        statistics.median(r.ttft_s for r in records if r.ttft_s is not None) - seen.inside_s(prompt)
+        for records, prompt in ((short, SHORT), (long, LONG))
+    ]
+    each = max(0.0, (ways[1] - ways[0]) / (LONG - SHORT))
+    waited = max(0.0, seen.period_s(BATCH) - _bare_s(bench))
+    found = {
+        "request": max(0.0, ways[0] - each * SHORT),
+        "prompt_token": each,
+        "streamed_token": waited / BATCH,
+    }
+    yield from (OverheadSample(what=what, count=1, seconds=s) for what, s in found.items() if s > 0)
+
+
+def _gateway(bench: Bench, seen: _Seen) -> Gateway:
+    config = steps.synthetic(2)
+    loop = steps.engine(config, steps.executor(bench, config))
+
+    def start(sink: Sink) -> LiveEngine:
+        def noting(events: Sequence[TokenEvent]) -> None:
+            now_s = time.perf_counter()
+            seen.steps.append((now_s, len(events)))
+            for event in events:
+                seen.first_s.setdefault(event.request_id, now_s)
+            sink(events)
+
+        engine = _Witnessed(loop, noting)
+        engine.seen = seen
+        return engine
+
+    symbols = {character: byte for byte, character in enumerate(byte_characters())}
+    served = Served(
+        names=("synthetic",),
+        context_tokens=config.max_positions,
+        vocab=config.vocab,
+        tokenizer=_Bytes(),
+        vocabulary=Vocabulary.of(symbols, []),
+        created=0,
+    )
+    return Gateway(served=served, start_engine=start)
+
+
+def _bare_s(bench: Bench) -> float:
+    """The step of the same batch without a server around it."""
+    config = steps.synthetic(2)
+    rounds = (steps.Round(batch=BATCH, prompt=BURST_PROMPT, output=OUTPUT),)
+    return next(steps.measure(bench, config, rounds=rounds, prompts=())).seconds
+
+
+def _load(url: str, quick: bool) -> list[tuple[RequestRecord, ...]]:
+    """Three loads, one after the other: short prompts alone, long prompts alone, and a burst."""
+    singles = 6 if quick else SINGLES
+    loads = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
+    loads.append([Arrival(0.0, BURST_PROMPT, OUTPUT)] * BATCH)
+    options = LoadOptions(warmup_requests=2)
+    return [measure(Target(url=url), load, options).records for load in loads]
+
+
+def _in_another_process(
+    work: Callable[[str, bool], list[tuple[RequestRecord, ...]]], url: str, quick: bool
+) -> list[tuple[RequestRecord, ...]]:
+    """A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, url, quick).result()
