@@ -151,3 +151,22 @@ def test_a_hang_up_frees_the_blocks_of_the_real_engine(url: str) -> None:
 def test_a_context_that_does_not_fit_is_refused(model: Path, context: int) -> None:
     with pytest.raises(InputError, match="accepted: 2 … 4000"):
         build_gateway(options(model, context_tokens=context))
+
+
+def test_sampling_options_reach_the_model(url: str) -> None:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0) as client:
+        ask: dict[str, Any] = {
+            "model": "tiny",
+            "prompt": "abc",
+            "max_tokens": 30,
+            "extra_body": {"ignore_eos": True},
+        }
+        seeded = [client.completions.create(**ask, seed=seed).choices[0].text for seed in (1, 1, 2)]
+        assert seeded[0] == seeded[1] != seeded[2]
+        pair = client.completions.create(**ask, seed=1, n=2)
+        assert [choice.text for choice in pair.choices] == [seeded[0], seeded[2]]
+        scored = client.completions.create(**ask, temperature=0, logprobs=2).choices[0].logprobs
+        assert scored is not None
+        assert scored.top_logprobs is not None
+        for own, top in zip(scored.token_logprobs or [], scored.top_logprobs, strict=True):
+            assert own == max(top.values()) < 0
