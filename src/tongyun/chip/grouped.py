@@ -1,0 +1,139 @@
+"""Seconds of the experts of a mixture-of-experts layer, under even and skewed routing.
+
+A grouped product is the tile model of `matmul` with one weight matrix for each expert:
+tiles are counted expert by expert, so that an expert with three rows occupies whole
+tiles, and the weights of experts without a row are not read. A layer is two such
+products (gate and up in one, then down), an activation between them and the sum over
+the chosen experts, plus the library's launches for routing and sorting.
+
+Routing is given as rows for each local expert, compressed to `BINS` equal shares of the
+experts sorted by load: enough to see both the empty and the crowded ones, few enough
+for a whole plan in one pass. `balanced_rows` spreads evenly; `power_law_rows` follows
+x^-alpha between 1 and 0.8 of the tokens, the skew of the tables it is judged by. It
+does not know which token goes where, nor the exchange between ranks (see `exchange`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.chip.matmul import OVERLAP, overlapped, tile_rate_s, waves
+from tongyun.chip.silicon import Library, Silicon
+from tongyun.units import DType, Number
+
+Array = NDArray[np.float64]
+
+BINS = 32
+TILES = ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256))
+LARGEST_SHARE = 0.8
+"""Most tokens one expert draws before normalising, as a share of all tokens."""
+
+
+def balanced_rows(tokens: Number, chosen: int, experts: int) -> Array:
+    """Rows for each bin of experts when `tokens` choose `chosen` of `experts` as evenly as can be.
+
+    With fewer choices than experts some get one row and the rest none. Last axis: bins.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)[..., None]
+    choices = tokens * chosen
+    touched = np.minimum(experts, np.maximum(choices, 1e-12))
+    edges = np.arange(BINS + 1) / BINS
+    share = np.clip(touched / experts - edges[:-1], 0.0, 1 / BINS) * BINS
+    return np.asarray(share * choices / touched)
+
+
+def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> Array:
+    """Rows for each bin of experts, their loads drawn from x^-alpha between 1 and 0.8 of the tokens.
+
+    Loads are quantiles of that law, scaled to tokens · chosen, none above `tokens`, and
+    rounded to whole rows, the difference going to the most crowded. Last axis: bins.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    flat = [_power_law(float(t), chosen, experts, alpha) for t in tokens.reshape(-1)]
+    return np.asarray(flat).reshape((*tokens.shape, BINS))
+
+
+def _power_law(tokens: float, chosen: int, experts: int, alpha: float) -> Array:
+    quantile = (np.arange(experts) + 0.5) / experts
+    top = max(LARGEST_SHARE * tokens, 2.0)
+    if alpha == 1.0:
+        load = top**quantile
+    else:
+        load = ((top ** (1 - alpha) - 1) * quantile + 1) ** (1 / (1 - alpha))
+    total = tokens * chosen
+    for _ in range(3):
+        load = np.minimum(load / load.sum() * total, tokens)
+    rows = np.sort(np.floor(load + 0.5))
+    short = total - rows.sum()
+    room = np.maximum(tokens - rows, 0.0)[::-1]
+    given = np.minimum(np.maximum(short - (np.cumsum(room) - room), 0.0), room)[::-1]
+    rows = rows + given if short > 0 else rows * total / max(rows.sum(), 1.0)
+    cumulative = np.concatenate([[0.0], np.cumsum(rows)])
+    at = np.interp(np.linspace(0, experts, BINS + 1), np.arange(experts + 1), cumulative)
+    return np.diff(at) * BINS / experts
+
+
+def grouped_s(
+    rows: Array,
+    n: Number,
+    k: Number,
+    silicon: Silicon,
+    *,
+    experts: Number,
+    weight: DType,
+    compute: DType,
+    efficiency: float,
+) -> Array:
+    """Seconds of one grouped product without its launch: `rows` (…, bins) of each expert times k × n.
+
+    `efficiency` is the share of the chip's inner-loop rate that the library keeps.
+    """
+    n, k = (np.asarray(x, dtype=np.float64) for x in (n, k))
+    each = np.asarray(experts, dtype=np.float64) / BINS
+    touched = np.minimum(rows, 1.0).sum(-1) * each
+    total = rows.sum(-1) * each
+    moved = touched * n * k * weight.bytes + total * (k * compute.bytes + n * 2.0)
+    memory_s = moved / silicon.stream_bytes_per_s
+    rate = silicon.math_flops_per_s(compute) * efficiency
+    best = np.full(np.broadcast_shapes(memory_s.shape, n.shape, k.shape), np.inf)
+    for tall, wide in TILES:
+        tiles = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each * np.ceil(n / wide)
+        tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
+        body_s = waves(tiles, silicon.cores) * tile_s
+        best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP))
+    return np.asarray(best)
+
+
+def experts_s(
+    rows: Array,
+    hidden: Number,
+    inner: Number,
+    silicon: Silicon,
+    *,
+    tokens: Number,
+    experts: Number,
+    weight: DType = DType.BF16,
+    compute: DType = DType.BF16,
+    gated: bool = True,
+    library: Library,
+) -> Array:
+    """Seconds of a whole expert layer of one rank: route, up, activate, down, sum.
+
+    `rows` (…, bins) of each of the `experts` local experts; `hidden` and `inner` are the
+    widths this rank keeps after tensor parallelism; `tokens` are those whose results it
+    sums. `weight` narrower than `compute` is unpacked on the way.
+    """
+    hidden, inner = (np.asarray(x, dtype=np.float64) for x in (hidden, inner))
+    up = (2.0 if gated else 1.0) * inner
+    kept = library.moe_efficiency
+    one = grouped_s(
+        rows, up, hidden, silicon, experts=experts, weight=weight, compute=compute, efficiency=kept
+    )
+    two = grouped_s(
+        rows, hidden, inner, silicon, experts=experts, weight=weight, compute=compute, efficiency=kept
+    )
+    total = rows.sum(-1) * np.asarray(experts, dtype=np.float64) / BINS
+    passing = (total * (up + inner) + (total + tokens) * hidden) * 2.0 * library.moe_passes
+    start_s = library.moe_launches * (library.launch_s + silicon.fill_s)
+    return np.asarray(start_s + one + two + passing / silicon.stream_bytes_per_s)

@@ -1,0 +1,139 @@
+"""What the kernel models know of a chip, and of the library whose kernels run on it.
+
+`Silicon` is the chip: published facts (rates, bandwidth, cores, clock) and at most six
+fitted numbers, each with a physical meaning. `Library` is the software of one serving
+engine: how many kernels an operator launches, what passes over memory it adds, and how
+much of the chip's matmul rate its kernels keep; it is fitted over all measured chips
+together and does not change from chip to chip. Both live in `silicon.toml` beside this
+file, with the source of every number. Knows no operator and prices nothing.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
+from tongyun.errors import InputError, unknown
+from tongyun.units import DType
+
+FITTED = (
+    "memory_efficiency",
+    "math_efficiency",
+    "core_load_bytes_per_s",
+    "fill_s",
+    "link_efficiency",
+    "hop_s",
+)
+"""The numbers of a chip that measurements decide; nothing else of `Silicon` is fitted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Silicon:
+    """One data-centre chip as its kernels see it."""
+
+    name: str
+    peak_flops_per_s: Mapping[DType, float]
+    memory_bytes_per_s: float
+    cores: int
+    """Streaming multiprocessors: what a tile of work runs on."""
+    clock_hz: float
+    """Clock at which the peak rates are stated."""
+    exponentials_per_cycle: float
+    """Exponentials a core starts in a cycle; softmax needs one for each query-key pair."""
+    link_bytes_per_s: float
+    """Scale-up bandwidth, one direction."""
+    domain: int
+    """Chips the scale-up link joins."""
+    switch_reduces: bool
+    """The switch can add what passes through it (NVLink SHARP)."""
+    memory_efficiency: float
+    """Fraction of the memory bandwidth that a long stream reaches."""
+    math_efficiency: float
+    """Fraction of the peak rate that the inner loop of a matmul reaches."""
+    core_load_bytes_per_s: float
+    """What one core can take in from cache, tiles shared between cores counted once for each."""
+    fill_s: float
+    """From the first load of a tile to its last store, work excepted: a memory round trip or two."""
+    link_efficiency: float
+    """Fraction of the link's bandwidth that a long transfer reaches."""
+    hop_s: float
+    """One step of a collective, too small for bandwidth to matter."""
+
+    def math_flops_per_s(self, compute: DType) -> float:
+        """What one core's inner loop achieves in this type; a type without a rate uses bf16's."""
+        peak = self.peak_flops_per_s.get(compute, self.peak_flops_per_s[DType.BF16])
+        return peak * self.math_efficiency / self.cores
+
+    @property
+    def stream_bytes_per_s(self) -> float:
+        return self.memory_bytes_per_s * self.memory_efficiency
+
+    @property
+    def wire_bytes_per_s(self) -> float:
+        return self.link_bytes_per_s * self.link_efficiency
+
+
+@dataclass(frozen=True, kw_only=True)
+class Library:
+    """The kernels of one serving engine. Launches count kernels an operator starts one after the other."""
+
+    name: str
+    launch_s: float
+    """Start of a kernel in a captured graph, until its first instruction."""
+    split_s: float
+    """Joining the partial sums of a matmul or an attention cut along its inner dimension."""
+    fp8_launches: float
+    fp8_pass_bytes: float
+    """Bytes moved per activation element to quantise it with one scale a tensor or row."""
+    fp8_efficiency: float
+    block_launches: float
+    block_pass_bytes: float
+    """The same for block scales (128 × 128 weights)."""
+    block_efficiency: float
+    prefill_launches: float
+    prefill_efficiency: float
+    prefill_passes: float
+    """Extra times the new keys and values cross memory: rotary embedding, appending to the cache."""
+    decode_launches: float
+    decode_efficiency: float
+    decode_fill: float
+    """Fills a decode tile takes."""
+    moe_launches: float
+    moe_efficiency: float
+    moe_passes: float
+    """Times the routed activations cross memory between the two products, in their least."""
+    start_fills: float
+    """Fills before the first byte of a collective is under way."""
+    ramp_s: float
+    """Depth of a collective's pipeline: chunks are cut so that both their number and their size cost."""
+    switch_gain: float
+    """How much faster an all-reduce is where the switch adds."""
+
+
+@lru_cache(maxsize=1)
+def tables() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """The contents of `silicon.toml`: `chip` and `library`, by name."""
+    return tomllib.loads(files("tongyun.chip").joinpath("silicon.toml").read_text(encoding="utf-8"))
+
+
+def silicon(name: str) -> Silicon:
+    """A chip of `silicon.toml` by name; one that is not in it raises with the names that are."""
+    chips = tables()["chip"]
+    if name not in chips:
+        raise InputError(unknown("silicon", name, chips))
+    values = dict(chips[name])
+    values["peak_flops_per_s"] = {DType(k): v for k, v in values["peak_flops_per_s"].items()}
+    return Silicon(name=name, **{f.name: values[f.name] for f in fields(Silicon) if f.name != "name"})
+
+
+def library(name: str = "any") -> Library:
+    """An engine's kernel library by name; `any` is one set fitted over all engines together."""
+    libraries = tables()["library"]
+    if name not in libraries:
+        raise InputError(unknown("kernel library", name, libraries))
+    values = libraries[name]
+    return Library(name=name, **{f.name: values[f.name] for f in fields(Library) if f.name != "name"})
