@@ -126,7 +126,9 @@ def experts_s(
     """
     hidden, inner = (np.asarray(x, dtype=np.float64) for x in (hidden, inner))
     up = (2.0 if gated else 1.0) * inner
-    kept = library.moe_efficiency
+    kept = library.moe_fp8_efficiency if compute is DType.FP8 else library.moe_efficiency
+    if weight.bytes < compute.bytes:
+        kept = library.moe_unpack_efficiency
     one = grouped_s(
         rows, up, hidden, silicon, experts=experts, weight=weight, compute=compute, efficiency=kept
     )

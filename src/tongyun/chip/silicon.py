@@ -85,7 +85,7 @@ class Library:
     launch_s: float
     """Start of a kernel in a captured graph, until its first instruction."""
     split_s: float
-    """Joining the partial sums of a matmul or an attention cut along its inner dimension."""
+    """Joining the partial sums of a matmul cut along its inner dimension."""
     fp8_launches: float
     fp8_pass_bytes: float
     """Bytes moved per activation element to quantise it with one scale a tensor or row."""
@@ -96,14 +96,29 @@ class Library:
     block_efficiency: float
     prefill_launches: float
     prefill_efficiency: float
+    """Share of the rate of products and exponentials that the inner loop keeps."""
+    prefill_fp8_efficiency: float
+    prefill_fill: float
+    """Fills a tile takes."""
     prefill_passes: float
     """Extra times the new keys and values cross memory: rotary embedding, appending to the cache."""
     decode_launches: float
     decode_efficiency: float
-    decode_fill: float
-    """Fills a decode tile takes."""
+    decode_tile_s: float
+    """What a tile of decoding takes beyond walking its keys."""
+    decode_stream: float
+    """Memory bandwidth reached in reading the cache, over the chip's own figure for matmuls."""
+    decode_join: float
+    """Fills it takes to join a cache cut over several cores."""
+    latent_prefill_efficiency: float
+    latent_decode_efficiency: float
+    latent_stream: float
+    """The same three of latent attention."""
     moe_launches: float
     moe_efficiency: float
+    moe_fp8_efficiency: float
+    moe_unpack_efficiency: float
+    """For weights narrower than the products, unpacked on the way."""
     moe_passes: float
     """Times the routed activations cross memory between the two products, in their least."""
     start_fills: float
