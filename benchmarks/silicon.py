@@ -287,14 +287,19 @@ def experts_cases(data: Path, chip: str, engine: str) -> list[Case]:
     whole = t["moe_ep_size"].astype(np.int64) == 1
     lost = int((~whole).sum())
     t = t.keep(whole)
-    return [
-        _experts(t.keep(t["moe_dtype"] == name), str(name), chip, engine, f"{lost} rows cut over experts")
-        for name in sorted(set(t["moe_dtype"]))
-    ]
+    flashinfer = np.asarray(["flashinfer" in str(k) for k in t["kernel_source"]])
+    found = []
+    for name in sorted(set(t["moe_dtype"])):
+        for kernel in (False, True):
+            of = (t["moe_dtype"] == name) & (flashinfer == kernel)
+            if of.any():
+                label = f"{name} (FlashInfer)" if kernel else str(name)
+                found.append(_experts(t.keep(of), label, chip, engine, f"{lost} rows cut over experts"))
+    return found
 
 
 def _experts(q: Columns, name: str, chip: str, engine: str, dropped: str) -> Case:
-    weight, compute = TYPES[name]
+    weight, compute = TYPES[name.split()[0]]
     s = silicon(chip)
     hidden, tokens = q.number("hidden_size"), q.number("num_tokens")
     inner = q.number("inter_size") / q.number("moe_tp_size")
@@ -453,7 +458,7 @@ def fit(
         return float(np.sum(weight**2 * (np.sqrt(1 + (r / 0.1) ** 2) - 1)))
 
     r, damping = residuals(put(world, knobs, x), cases, rows, neutral), 1e-2
-    for _ in range(12):
+    for _ in range(25):
         steps = [put(world, knobs, x + 0.02 * np.eye(len(x))[j]) for j in range(len(x))]
         jacobian = np.stack([(residuals(w, cases, rows, neutral) - r) / 0.02 for w in steps], axis=1)
         scale = weight / (1 + (r / 0.1) ** 2) ** 0.25
@@ -494,12 +499,14 @@ def fit_all(cases: Sequence[Case]) -> World:
 
 def decides(word: str, case: Case) -> bool:
     """Whether a table is of this kind and its kernel is fit to learn from."""
-    words = case.what.replace(",", "").split()
-    return words[: len(word.split())] == word.split() and (case.chip, case.engine, case.what) not in ODD
+    kind, wanted = case.what.replace(",", "").split(), word.split()
+    kernel = kind[0] == wanted[0] and (len(wanted) == 1 or kind[1] in wanted[1:])
+    return kernel and (case.chip, case.engine, case.what) not in ODD
 
 
 ODD = {
-    ("h100", "vllm", "experts fp8"): "2.5 times as long as the same engine's bf16",
+    ("h100", "vllm", "experts fp8 (FlashInfer)"): "2.5 times as long as the same engine's bf16, at every size",
+    ("h100", "sglang", "experts bf16 (FlashInfer)"): "3 times as long as the same engine's Triton, at every size",
     ("h100", "sglang", "experts w4a16_mxfp4"): "two kernels under one name",
     ("h100", "sglang", "prefill bf16, cache fp8"): "only head widths 256 and 512, by Triton",
     ("h100", "sglang", "latent decode, cache fp8"): "5 times as long as with a bf16 cache of twice the bytes",
@@ -521,7 +528,9 @@ STAGES: dict[str, tuple[str, ...]] = {
     "decode": ("decode_launches", "decode_efficiency", "decode_tile_s", "decode_stream", "decode_join"),
     "latent prefill": ("latent_prefill_efficiency",),
     "latent decode": ("latent_decode_efficiency", "latent_stream"),
-    "experts": ("moe_launches", "moe_efficiency", "moe_fp8_efficiency", "moe_unpack_efficiency", "moe_passes"),
+    "experts bf16": ("moe_launches", "moe_efficiency", "moe_stream", "moe_passes"),
+    "experts fp8 fp8_block": ("moe_fp8_launches", "moe_fp8_efficiency", "moe_fp8_passes"),
+    "experts int4_wo w4a16_mxfp4": ("moe_unpack_efficiency",),
 }
 """First words of the tables that decide these fields of a library, in this order."""
 
@@ -545,7 +554,8 @@ def report(cases: Sequence[Case], world: World, most: int) -> None:
         plain = np.abs(case.price(chip, world[1]["any"], i) / case.measured_s[i] - 1) * 100
         faster = int((predicted < case.least_s[i] * (1 - 1e-9)).sum())
         broken += faster
-        note = case.dropped or ODD.get((case.chip, case.engine, case.what), "-")
+        notes = (case.dropped, ODD.get((case.chip, case.engine, case.what), ""))
+        note = "; ".join(n for n in notes if n) or "-"
         pooled.setdefault((case.bar, case.chip), []).append(error)
         print(
             f"{case.what:32} {case.chip:5} {case.engine:7} {len(i):6d} {np.median(error):6.1f}% "

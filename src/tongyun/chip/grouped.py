@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.matmul import OVERLAP, overlapped, tile_rate_s, waves
+from tongyun.chip.matmul import overlapped, tile_rate_s, waves
 from tongyun.chip.silicon import Library, Silicon
 from tongyun.units import DType, Number
 
@@ -47,7 +47,7 @@ def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> A
     """Rows for each bin of experts, their loads drawn from x^-alpha between 1 and 0.8 of the tokens.
 
     Loads are quantiles of that law, scaled to tokens · chosen, none above `tokens`, and
-    rounded to whole rows, the difference going to the most crowded. Last axis: bins.
+    cut to whole rows; what is missing goes one by one to the most crowded. Last axis: bins.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     flat = [_power_law(float(t), chosen, experts, alpha) for t in tokens.reshape(-1)]
@@ -64,11 +64,11 @@ def _power_law(tokens: float, chosen: int, experts: int, alpha: float) -> Array:
     total = tokens * chosen
     for _ in range(3):
         load = np.minimum(load / load.sum() * total, tokens)
-    rows = np.sort(np.floor(load + 0.5))
-    short = total - rows.sum()
-    room = np.maximum(tokens - rows, 0.0)[::-1]
-    given = np.minimum(np.maximum(short - (np.cumsum(room) - room), 0.0), room)[::-1]
-    rows = rows + given if short > 0 else rows * total / max(rows.sum(), 1.0)
+    rows = np.floor(load)
+    short = max(total - rows.sum(), 0.0)
+    rows += np.floor(short / experts)
+    rows[experts - int(short % experts) :] += 1.0
+    rows = np.minimum(rows, tokens)
     cumulative = np.concatenate([[0.0], np.cumsum(rows)])
     at = np.interp(np.linspace(0, experts, BINS + 1), np.arange(experts + 1), cumulative)
     return np.diff(at) * BINS / experts
@@ -84,24 +84,26 @@ def grouped_s(
     weight: DType,
     compute: DType,
     efficiency: float,
+    stream: float = 1.0,
 ) -> Array:
     """Seconds of one grouped product without its launch: `rows` (…, bins) of each expert times k × n.
 
-    `efficiency` is the share of the chip's inner-loop rate that the library keeps.
+    `efficiency` is the share of the chip's inner-loop rate that the library keeps, `stream`
+    the bandwidth it reaches over the chip's figure for matmuls.
     """
     n, k = (np.asarray(x, dtype=np.float64) for x in (n, k))
     each = np.asarray(experts, dtype=np.float64) / BINS
     touched = np.minimum(rows, 1.0).sum(-1) * each
     total = rows.sum(-1) * each
     moved = touched * n * k * weight.bytes + total * (k * compute.bytes + n * 2.0)
-    memory_s = moved / silicon.stream_bytes_per_s
+    memory_s = moved / min(silicon.stream_bytes_per_s * stream, silicon.memory_bytes_per_s)
     rate = silicon.math_flops_per_s(compute) * efficiency
     best = np.full(np.broadcast_shapes(memory_s.shape, n.shape, k.shape), np.inf)
     for tall, wide in TILES:
         tiles = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each * np.ceil(n / wide)
         tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
         body_s = waves(tiles, silicon.cores) * tile_s
-        best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP))
+        best = np.minimum(best, overlapped(body_s, memory_s))
     return np.asarray(best)
 
 
@@ -126,16 +128,27 @@ def experts_s(
     """
     hidden, inner = (np.asarray(x, dtype=np.float64) for x in (hidden, inner))
     up = (2.0 if gated else 1.0) * inner
-    kept = library.moe_fp8_efficiency if compute is DType.FP8 else library.moe_efficiency
-    if weight.bytes < compute.bytes:
+    kept, launches, passes = library.moe_efficiency, library.moe_launches, library.moe_passes
+    if compute is DType.FP8:
+        kept, launches = library.moe_fp8_efficiency, library.moe_fp8_launches
+        passes = library.moe_fp8_passes
+    elif weight.bytes < compute.bytes:
         kept = library.moe_unpack_efficiency
-    one = grouped_s(
-        rows, up, hidden, silicon, experts=experts, weight=weight, compute=compute, efficiency=kept
-    )
-    two = grouped_s(
-        rows, hidden, inner, silicon, experts=experts, weight=weight, compute=compute, efficiency=kept
+    one, two = (
+        grouped_s(
+            rows,
+            n,
+            k,
+            silicon,
+            experts=experts,
+            weight=weight,
+            compute=compute,
+            efficiency=kept,
+            stream=library.moe_stream,
+        )
+        for n, k in ((up, hidden), (hidden, inner))
     )
     total = rows.sum(-1) * np.asarray(experts, dtype=np.float64) / BINS
-    passing = (total * (up + inner) + (total + tokens) * hidden) * 2.0 * library.moe_passes
-    start_s = library.moe_launches * (library.launch_s + silicon.fill_s)
+    passing = (total * (up + inner) + (total + tokens) * hidden) * 2.0 * passes
+    start_s = launches * (library.launch_s + silicon.fill_s)
     return np.asarray(start_s + one + two + passing / silicon.stream_bytes_per_s)

@@ -116,9 +116,13 @@ class Library:
     """The same three of latent attention."""
     moe_launches: float
     moe_efficiency: float
+    moe_fp8_launches: float
     moe_fp8_efficiency: float
+    moe_fp8_passes: float
     moe_unpack_efficiency: float
     """For weights narrower than the products, unpacked on the way."""
+    moe_stream: float
+    """Memory bandwidth reached in reading experts, over the chip's own figure for matmuls."""
     moe_passes: float
     """Times the routed activations cross memory between the two products, in their least."""
     start_fills: float
