@@ -7,7 +7,7 @@ a third of the time on Hopper and a sixth on Ampere, which is the well-known gap
 attention and matmul rates. What is read and written is added, not overlapped: the
 measured tables show both costs in full in every library.
 
-    t = launches · (launch + fill) + waves · (tile_s + fills · fill) + bytes / bandwidth
+    t = launches · (launch + fill) + waves · tile_s + bytes / bandwidth
 
 Decoding: the query heads of a key head share a tile, the cache streams while the
 products of the block before it run (cubic mean), and the keys may be cut over several
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.matmul import overlapped, waves
+from tongyun.chip.matmul import STREAMED, overlapped, waves
 from tongyun.chip.silicon import Library, Silicon
 from tongyun.units import DType, Number
 
@@ -111,7 +111,7 @@ def prefill_s(
     share = library.prefill_fp8_efficiency if compute is DType.FP8 else library.prefill_efficiency
     share = library.latent_prefill_efficiency if heads.is_latent else share
     pair_s = (_products_s(heads, silicon, compute) + _exponential_s(silicon)) / share
-    tile_s = PREFILL_ROWS * seen * pair_s + library.prefill_fill * silicon.fill_s
+    tile_s = PREFILL_ROWS * seen * pair_s + library.prefill_tile_s
     # Whatever a library's share, the products alone stay below the chip's peak.
     tile_s = np.maximum(
         tile_s, PREFILL_ROWS * seen * _products_s(heads, silicon, compute) * silicon.math_efficiency
@@ -141,9 +141,14 @@ def decode_s(
     if window is not None:
         keys = np.minimum(keys, window)
     rows = np.maximum(np.ceil(np.asarray(heads.query) / heads.key / DECODE_ROWS), 1.0) * DECODE_ROWS
-    share = library.latent_decode_efficiency if heads.is_latent else library.decode_efficiency
+    share, compute = library.decode_efficiency, DType.BF16
+    if cache is DType.FP8 and DType.FP8 in silicon.peak_flops_per_s:
+        share, compute = library.decode_fp8_efficiency, DType.FP8
+    if heads.is_latent:
+        share, compute = library.latent_decode_efficiency, DType.BF16
+    share = min(share, 1.0 / silicon.math_efficiency)
     boost = library.latent_stream if heads.is_latent else library.decode_stream
-    pair_s = np.maximum(_products_s(heads, silicon, DType.BF16) / share, _exponential_s(silicon))
+    pair_s = np.maximum(_products_s(heads, silicon, compute) / share, _exponential_s(silicon))
     token_bytes = np.asarray(heads.cached_width) * cache.bytes
     stream = min(silicon.stream_bytes_per_s * boost, silicon.memory_bytes_per_s)
     passing = batch * heads.query * (heads.width + np.asarray(heads.value_width)) * 2.0
@@ -154,7 +159,7 @@ def decode_s(
         walk_s = chunk * np.maximum(rows * pair_s, token_bytes / silicon.core_load_bytes_per_s)
         items = batch * heads.key * split
         body_s = waves(items, silicon.cores) * (walk_s + library.decode_tile_s)
-        whole_s = overlapped(body_s, memory_s)
+        whole_s = overlapped(body_s, memory_s, STREAMED)
         if split > 1:
             partial = batch * heads.query * split * np.asarray(heads.value_width) * 8.0
             whole_s = whole_s + library.decode_join * silicon.fill_s + partial / stream

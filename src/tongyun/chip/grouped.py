@@ -18,7 +18,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.matmul import overlapped, tile_rate_s, waves
+from tongyun.chip.matmul import STREAMED, overlapped, tile_rate_s, waves
 from tongyun.chip.silicon import Library, Silicon
 from tongyun.units import DType, Number
 
@@ -28,6 +28,7 @@ BINS = 32
 TILES = ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256))
 LARGEST_SHARE = 0.8
 """Most tokens one expert draws before normalising, as a share of all tokens."""
+SPARSE = (0.01, 2.0)
 
 
 def balanced_rows(tokens: Number, chosen: int, experts: int) -> Array:
@@ -47,7 +48,8 @@ def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> A
     """Rows for each bin of experts, their loads drawn from x^-alpha between 1 and 0.8 of the tokens.
 
     Loads are quantiles of that law, scaled to tokens · chosen, none above `tokens`, and
-    cut to whole rows; what is missing goes one by one to the most crowded. Last axis: bins.
+    rounded to whole rows; what is missing then goes one by one to the most crowded. With
+    no more choices than experts the law spans `SPARSE` instead. Last axis: bins.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     flat = [_power_law(float(t), chosen, experts, alpha) for t in tokens.reshape(-1)]
@@ -56,19 +58,21 @@ def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> A
 
 def _power_law(tokens: float, chosen: int, experts: int, alpha: float) -> Array:
     quantile = (np.arange(experts) + 0.5) / experts
-    top = max(LARGEST_SHARE * tokens, 2.0)
-    if alpha == 1.0:
-        load = top**quantile
-    else:
-        load = ((top ** (1 - alpha) - 1) * quantile + 1) ** (1 / (1 - alpha))
     total = tokens * chosen
+    low, top = (1.0, LARGEST_SHARE * tokens) if total > experts else SPARSE
+    if alpha == 1.0:
+        load = low * (top / low) ** quantile
+    else:
+        ends = low ** (1 - alpha), top ** (1 - alpha)
+        load = ((ends[1] - ends[0]) * quantile + ends[0]) ** (1 / (1 - alpha))
     for _ in range(3):
         load = np.minimum(load / load.sum() * total, tokens)
-    rows = np.floor(load)
-    short = max(total - rows.sum(), 0.0)
-    rows += np.floor(short / experts)
-    rows[experts - int(short % experts) :] += 1.0
-    rows = np.minimum(rows, tokens)
+    rows = np.floor(load + 0.5)
+    missing = int(round(total - rows.sum()))
+    each, some = divmod(abs(missing), experts)
+    rows += np.sign(missing) * each
+    rows[experts - some :] += np.sign(missing)
+    rows = np.clip(rows, 0.0, tokens)
     cumulative = np.concatenate([[0.0], np.cumsum(rows)])
     at = np.interp(np.linspace(0, experts, BINS + 1), np.arange(experts + 1), cumulative)
     return np.diff(at) * BINS / experts
@@ -103,7 +107,7 @@ def grouped_s(
         tiles = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each * np.ceil(n / wide)
         tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
         body_s = waves(tiles, silicon.cores) * tile_s
-        best = np.minimum(best, overlapped(body_s, memory_s))
+        best = np.minimum(best, overlapped(body_s, memory_s, STREAMED))
     return np.asarray(best)
 
 

@@ -7,11 +7,11 @@ split over several cores whose sums are joined afterwards:
     tile_s   max(2·rows·columns·k / core rate, (rows + columns)·k·bytes / core load) + fill
     body_s   waves(items) · tile_s
     memory_s compulsory bytes / (bandwidth · efficiency)
-    t        launch + (body^3 + memory^3)^(1/3) + joining
+    t        launch + (body² + memory²)^½ + joining
 
 and the library is taken to pick the fastest of a menu of tiles and splits, which is
 what an autotuned or heuristic one approaches. Computing and streaming overlap but not
-perfectly near the ridge, hence the cubic mean, never less than the larger of both.
+perfectly near the ridge, hence the root of squares, never less than the larger of both.
 A wave is counted half as a whole number (the last one runs on as long as a full one)
 and half as a fraction (persistent kernels and cores that started earlier take over).
 
@@ -51,8 +51,10 @@ INNER = 64
 """The inner dimension is walked in steps of this many elements."""
 MATH_ROWS = 64
 """Rows a matrix instruction covers at least: a thinner tile takes as long."""
-OVERLAP = 3.0
-"""Exponent of the mean of computing and streaming."""
+OVERLAP = 2.0
+"""Exponent of the mean of computing and streaming in one product; kernels that walk a long
+stream (a cache, many experts) overlap better, see `STREAMED`."""
+STREAMED = 3.0
 
 
 def waves(items: Number, cores: int) -> Array:
@@ -61,7 +63,7 @@ def waves(items: Number, cores: int) -> Array:
     return np.asarray(0.5 * np.ceil(ratio) + 0.5 * np.maximum(ratio, 1.0))
 
 
-def overlapped(a: Number, b: Number, exponent: float = OVERLAP) -> Array:
+def overlapped(a: Number, b: Number, exponent: float) -> Array:
     """(a^p + b^p)^(1/p): two activities side by side that disturb each other."""
     larger = np.maximum(np.maximum(a, b), 1e-30)
     return np.asarray(larger * ((a / larger) ** exponent + (b / larger) ** exponent) ** (1 / exponent))
@@ -101,7 +103,8 @@ def matmul_s(
         for rows, columns in TILES:
             items = np.ceil(m / rows) * np.ceil(n / columns) * split
             tile_s = inner * tile_rate_s(rows, columns, dtype.bytes, rate, silicon) + silicon.fill_s
-            best = np.minimum(best, overlapped(waves(items, silicon.cores) * tile_s, memory_s) + join_s)
+            body_s = waves(items, silicon.cores) * tile_s
+            best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP) + join_s)
     return np.asarray(library.launch_s + quantise_s + best)
 
 

@@ -98,12 +98,14 @@ class Library:
     prefill_efficiency: float
     """Share of the rate of products and exponentials that the inner loop keeps."""
     prefill_fp8_efficiency: float
-    prefill_fill: float
-    """Fills a tile takes."""
+    prefill_tile_s: float
+    """What a tile of a prompt takes beyond walking its keys."""
     prefill_passes: float
     """Extra times the new keys and values cross memory: rotary embedding, appending to the cache."""
     decode_launches: float
     decode_efficiency: float
+    decode_fp8_efficiency: float
+    """The same with a cache in fp8, of the chip's fp8 rate where it has one."""
     decode_tile_s: float
     """What a tile of decoding takes beyond walking its keys."""
     decode_stream: float
