@@ -68,14 +68,14 @@ def _power_law(tokens: float, chosen: int, experts: int, alpha: float) -> Array:
     for _ in range(3):
         load = np.minimum(load / load.sum() * total, tokens)
     rows = np.floor(load + 0.5)
-    missing = int(round(total - rows.sum()))
+    missing = round(total - float(rows.sum()))
     each, some = divmod(abs(missing), experts)
     rows += np.sign(missing) * each
     rows[experts - some :] += np.sign(missing)
     rows = np.clip(rows, 0.0, tokens)
     cumulative = np.concatenate([[0.0], np.cumsum(rows)])
     at = np.interp(np.linspace(0, experts, BINS + 1), np.arange(experts + 1), cumulative)
-    return np.diff(at) * BINS / experts
+    return np.asarray(np.diff(at) * BINS / experts)
 
 
 def grouped_s(

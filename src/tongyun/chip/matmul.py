@@ -77,14 +77,15 @@ def matmul_s(
     *,
     dtype: DType = DType.BF16,
     block_scales: bool = False,
+    quantised: bool = False,
     library: Library,
 ) -> Array:
     """Seconds of (m × k) · (k × n), activations given in bf16 and the result in bf16.
 
     In an 8-bit type the activations are quantised first, by the library's own passes:
     `block_scales` chooses one scale for each 128 elements instead of one for a row or a
-    tensor. The fp8 efficiency multiplies the chip's. Rows, columns or inner size of
-    zero cost one launch.
+    tensor, `quantised` says that this has happened before. The fp8 efficiency multiplies
+    the chip's. Rows, columns or inner size of zero cost one launch.
     """
     m, n, k = (np.asarray(x, dtype=np.float64) for x in (m, n, k))
     rate = silicon.math_flops_per_s(dtype)
@@ -93,7 +94,9 @@ def matmul_s(
         launches = library.block_launches if block_scales else library.fp8_launches
         pass_bytes = library.block_pass_bytes if block_scales else library.fp8_pass_bytes
         rate = rate * (library.block_efficiency if block_scales else library.fp8_efficiency)
-        quantise_s = launches * library.launch_s + m * k * pass_bytes / silicon.stream_bytes_per_s
+        quantise_s = (
+            not quantised
+        ) * launches * library.launch_s + m * k * pass_bytes / silicon.stream_bytes_per_s
     memory_s = (m * k + n * k) * dtype.bytes + m * n * 2.0
     memory_s = memory_s / silicon.stream_bytes_per_s
     best = np.full(np.broadcast_shapes(m.shape, n.shape, k.shape), np.inf)

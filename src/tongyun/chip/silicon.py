@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
 from tongyun.errors import InputError, unknown
+from tongyun.specs import Chip, Corner
 from tongyun.units import DType
 
 FITTED = (
@@ -137,18 +138,60 @@ class Library:
 
 @lru_cache(maxsize=1)
 def tables() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
-    """The contents of `silicon.toml`: `chip` and `library`, by name."""
+    """The contents of `silicon.toml`: `chip`, `sibling` and `library`, by name."""
     return tomllib.loads(files("tongyun.chip").joinpath("silicon.toml").read_text(encoding="utf-8"))
 
 
 def silicon(name: str) -> Silicon:
-    """A chip of `silicon.toml` by name; one that is not in it raises with the names that are."""
-    chips = tables()["chip"]
-    if name not in chips:
-        raise InputError(unknown("silicon", name, chips))
-    values = dict(chips[name])
+    """A fitted chip of `silicon.toml`, or a sibling of one: same cores, other facts."""
+    chips, siblings = tables()["chip"], tables()["sibling"]
+    if name not in chips and name not in siblings:
+        raise InputError(unknown("silicon", name, (*chips, *siblings)))
+    sibling = siblings.get(name, {})
+    values = {**chips[sibling.get("of", name)], **sibling}
     values["peak_flops_per_s"] = {DType(k): v for k, v in values["peak_flops_per_s"].items()}
     return Silicon(name=name, **{f.name: values[f.name] for f in fields(Silicon) if f.name != "name"})
+
+
+def silicon_of(chip: Chip) -> Silicon:
+    """A spec's chip as silicon: its own facts, and the fitted numbers of its like.
+
+    A chip in `silicon.toml` keeps its cores and fitted numbers. Any other gets the class
+    of the newest measured chip, with as many of its cores as the bf16 peak is worth; at
+    the slow and fast corner each fitted number is the worst and best of all measured
+    chips, so that a chip without measurements answers with a range.
+    """
+    known = {*tables()["chip"], *tables()["sibling"]}
+    base = silicon(chip.name if chip.name in known else NEWEST)
+    peaks = dict(chip.peak_flops_per_s)
+    peaks.setdefault(DType.BF16, max(peaks.values()))
+    link = chip.scale_up
+    base = replace(
+        base,
+        name=chip.name,
+        peak_flops_per_s=peaks,
+        memory_bytes_per_s=chip.memory_bytes_per_s,
+        link_bytes_per_s=link.bytes_per_s if link else 0.0,
+        domain=link.domain if link else 1,
+    )
+    if chip.name in known:
+        return base
+    cores = max(1, round(base.cores * peaks[DType.BF16] / silicon(NEWEST).peak_flops_per_s[DType.BF16]))
+    return replace(base, cores=cores, switch_reduces=False, **_class(chip.corner))
+
+
+NEWEST = "h100"
+
+
+def _class(corner: Corner) -> dict[str, Any]:
+    """Fitted numbers for a chip nobody measured."""
+    if corner is Corner.NOMINAL:
+        return {}
+    measured = [silicon(name) for name in tables()["chip"]]
+    worst = {field: max if field in ("fill_s", "hop_s") else min for field in FITTED}
+    best = {field: min if field in ("fill_s", "hop_s") else max for field in FITTED}
+    choose = worst if corner is Corner.SLOW else best
+    return {field: choose[field](getattr(chip, field) for chip in measured) for field in FITTED}
 
 
 def library(name: str = "any") -> Library:
