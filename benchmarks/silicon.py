@@ -59,7 +59,7 @@ def residuals(world: World, cases: Sequence[Case], rows: Sequence[Array], neutra
 def fit(
     world: World, knobs: Sequence[Knob], cases: Sequence[Case], *, most: int = 500, neutral: bool = False
 ) -> World:
-    """Least pseudo-Huber error of the logarithms (scale 0.1): damped Gauss-Newton on the knobs' logarithms."""
+    """Least pseudo-Huber error of the logarithms (scale 0.1): damped Gauss-Newton on the knobs' logs."""
     rows = [case.rows(held_out=False, most=most) for case in cases]
     weight = np.concatenate([np.full(len(i), 1 / np.sqrt(max(len(i), 1))) for i in rows])
     owners = {**world[0], **world[1]}

@@ -2,12 +2,12 @@
 
 A prompt: one core takes a tile of 128 query rows of one head through the keys they may
 see. A query-key pair costs its two products and one exponential, one after the other,
-since the softmax stands between the products; at head width 128 the exponentials take
-a third of the time on Hopper and a sixth on Ampere, which is the well-known gap between
-attention and matmul rates. What is read and written is added, not overlapped: the
+since the softmax stands between the products; at head width 128 that is the well-known
+gap between attention and matmul rates, wider on Hopper, whose exponentials did not
+grow with its products, although asynchronous products hide some of it. What is read and written is added, not overlapped: the
 measured tables show both costs in full in every library.
 
-    t = launches · (launch + fill) + waves · tile_s + bytes / bandwidth
+    t = launches · launch + waves · tile_s + bytes / bandwidth
 
 Decoding: the query heads of a key head share a tile, the cache streams while the
 products of the block before it run (cubic mean), and the keys may be cut over several
@@ -38,6 +38,9 @@ DECODE_ROWS = 64
 BLOCK = 128
 """Keys a tile walks at a time."""
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
+HIDDEN = 0.5
+"""Two tiles of a core take turns: each one's softmax runs while the other's products do, but
+neither is ever ready just when the other ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +113,7 @@ def prefill_s(
         kept = np.minimum(kept, queries + window)
     share = library.prefill_fp8_efficiency if compute is DType.FP8 else library.prefill_efficiency
     share = library.latent_prefill_efficiency if heads.is_latent else share
-    pair_s = (_products_s(heads, silicon, compute) + _exponential_s(silicon)) / share
+    pair_s = _pair_s(heads, silicon, compute) / share
     tile_s = PREFILL_ROWS * seen * pair_s + library.prefill_tile_s
     # Whatever a library's share, the products alone stay below the chip's peak.
     tile_s = np.maximum(
@@ -121,7 +124,7 @@ def prefill_s(
     passing = fresh * heads.query * (heads.width + np.asarray(heads.value_width)) * 2.0
     cached = batch * kept * heads.key * heads.cached_width * cache.bytes
     extra = fresh * heads.key * heads.cached_width * 2.0 * library.prefill_passes
-    start_s = library.prefill_launches * (library.launch_s + silicon.fill_s)
+    start_s = library.prefill_launches * library.launch_s
     return np.asarray(start_s + body_s + (passing + cached + extra) / silicon.stream_bytes_per_s)
 
 
@@ -149,14 +152,17 @@ def decode_s(
     share = min(share, 1.0 / silicon.math_efficiency)
     boost = library.latent_stream if heads.is_latent else library.decode_stream
     pair_s = np.maximum(_products_s(heads, silicon, compute) / share, _exponential_s(silicon))
+    # A lone query head needs no matrix units, and no library pads it to a tile.
+    pair_s = np.where(np.asarray(heads.query) > heads.key, pair_s, 0.0)
     token_bytes = np.asarray(heads.cached_width) * cache.bytes
+    load_s = token_bytes / silicon.core_load_bytes_per_s
     stream = min(silicon.stream_bytes_per_s * boost, silicon.memory_bytes_per_s)
     passing = batch * heads.query * (heads.width + np.asarray(heads.value_width)) * 2.0
     memory_s = (passing + batch * heads.key * keys * token_bytes) / stream
     best: Array = np.full(np.broadcast_shapes(memory_s.shape, rows.shape), np.inf)
     for split in SPLITS:
         chunk = np.ceil(keys / split / BLOCK) * BLOCK
-        walk_s = chunk * np.maximum(rows * pair_s, token_bytes / silicon.core_load_bytes_per_s)
+        walk_s = chunk * np.maximum(rows * pair_s, load_s)
         items = batch * heads.key * split
         body_s = waves(items, silicon.cores) * (walk_s + library.decode_tile_s)
         whole_s = overlapped(body_s, memory_s, STREAMED)
@@ -165,6 +171,14 @@ def decode_s(
             whole_s = whole_s + library.decode_join * silicon.fill_s + partial / stream
         best = np.minimum(best, whole_s)
     return np.asarray(library.decode_launches * (library.launch_s + silicon.fill_s) + best)
+
+
+def _pair_s(heads: Heads, silicon: Silicon, compute: DType) -> Array:
+    """Core seconds of one query-key pair: products, then one exponential, half of the shorter hidden
+    behind the longer where the matrix units run asynchronously."""
+    products, exponential = _products_s(heads, silicon, compute), _exponential_s(silicon)
+    hidden = HIDDEN * np.minimum(products, exponential) if silicon.asynchronous else 0.0
+    return np.asarray(products + exponential - hidden)
 
 
 def _products_s(heads: Heads, silicon: Silicon, compute: DType) -> Array:

@@ -45,6 +45,8 @@ class Silicon:
     """Clock at which the peak rates are stated."""
     exponentials_per_cycle: float
     """Exponentials a core starts in a cycle; softmax needs one for each query-key pair."""
+    asynchronous: bool
+    """Matrix units run beside the instructions that feed them (Hopper and later)."""
     link_bytes_per_s: float
     """Scale-up bandwidth, one direction."""
     domain: int
