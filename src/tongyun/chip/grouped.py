@@ -48,8 +48,9 @@ def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> A
     """Rows for each bin of experts, their loads drawn from x^-alpha between 1 and 0.8 of the tokens.
 
     Loads are quantiles of that law, scaled to tokens · chosen, none above `tokens`, and
-    rounded to whole rows; what is missing then goes one by one to the most crowded. With
-    no more choices than experts the law spans `SPARSE` instead. Last axis: bins.
+    rounded to whole rows; what rounding lost or added goes one by one to the most crowded
+    that have room. With no more choices than experts the law spans `SPARSE` instead. Last
+    axis: bins.
     """
     tokens = np.asarray(tokens, dtype=np.float64)
     flat = [_power_law(float(t), chosen, experts, alpha) for t in tokens.reshape(-1)]
@@ -67,12 +68,12 @@ def _power_law(tokens: float, chosen: int, experts: int, alpha: float) -> Array:
         load = ((ends[1] - ends[0]) * quantile + ends[0]) ** (1 / (1 - alpha))
     for _ in range(3):
         load = np.minimum(load / load.sum() * total, tokens)
-    rows = np.floor(load + 0.5)
+    rows = np.minimum(np.floor(load + 0.5), tokens)
     missing = round(total - float(rows.sum()))
-    each, some = divmod(abs(missing), experts)
-    rows += np.sign(missing) * each
-    rows[experts - some :] += np.sign(missing)
-    rows = np.clip(rows, 0.0, tokens)
+    while missing:
+        open_ = np.flatnonzero(rows < tokens if missing > 0 else rows > 0)[-abs(missing) :]
+        rows[open_] += np.sign(missing)
+        missing -= len(open_) if missing > 0 else -len(open_)
     cumulative = np.concatenate([[0.0], np.cumsum(rows)])
     at = np.interp(np.linspace(0, experts, BINS + 1), np.arange(experts + 1), cumulative)
     return np.asarray(np.diff(at) * BINS / experts)
