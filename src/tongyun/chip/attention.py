@@ -116,9 +116,8 @@ def prefill_s(
     pair_s = _pair_s(heads, silicon, compute) / share
     tile_s = PREFILL_ROWS * seen * pair_s + library.prefill_tile_s
     # Whatever a library's share, the products alone stay below the chip's peak.
-    tile_s = np.maximum(
-        tile_s, PREFILL_ROWS * seen * _products_s(heads, silicon, compute) * silicon.math_efficiency
-    )
+    peak_s = _products_s(heads, silicon, compute, 1.0 / silicon.math_efficiency)
+    tile_s = np.maximum(tile_s, PREFILL_ROWS * seen * peak_s)
     body_s = waves(batch * heads.query * tiles, silicon.cores) * tile_s
     fresh = batch * queries
     passing = fresh * heads.query * (heads.width + np.asarray(heads.value_width)) * 2.0
@@ -181,10 +180,10 @@ def _pair_s(heads: Heads, silicon: Silicon, compute: DType) -> Array:
     return np.asarray(products + exponential - hidden)
 
 
-def _products_s(heads: Heads, silicon: Silicon, compute: DType) -> Array:
+def _products_s(heads: Heads, silicon: Silicon, compute: DType, share: float = 1.0) -> Array:
     """Core seconds of the two products of one query-key pair."""
     products = 2.0 * (np.asarray(heads.width) + heads.value_width)
-    return np.asarray(products / silicon.math_flops_per_s(compute))
+    return np.asarray(products / silicon.math_flops_per_s(compute, share))
 
 
 def _exponential_s(silicon: Silicon) -> float:

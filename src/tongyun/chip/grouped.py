@@ -102,7 +102,7 @@ def grouped_s(
     total = rows.sum(-1) * each
     moved = touched * n * k * weight.bytes + total * (k * compute.bytes + n * 2.0)
     memory_s = moved / min(silicon.stream_bytes_per_s * stream, silicon.memory_bytes_per_s)
-    rate = silicon.math_flops_per_s(compute) * efficiency
+    rate = silicon.math_flops_per_s(compute, efficiency)
     best = np.full(np.broadcast_shapes(memory_s.shape, n.shape, k.shape), np.inf)
     for tall, wide in TILES:
         tiles = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each * np.ceil(n / wide)

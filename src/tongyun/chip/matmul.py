@@ -93,7 +93,8 @@ def matmul_s(
     if dtype is DType.FP8:
         launches = library.block_launches if block_scales else library.fp8_launches
         pass_bytes = library.block_pass_bytes if block_scales else library.fp8_pass_bytes
-        rate = rate * (library.block_efficiency if block_scales else library.fp8_efficiency)
+        share = library.block_efficiency if block_scales else library.fp8_efficiency
+        rate = silicon.math_flops_per_s(dtype, share)
         quantise_s = (
             not quantised
         ) * launches * library.launch_s + m * k * pass_bytes / silicon.stream_bytes_per_s

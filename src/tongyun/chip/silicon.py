@@ -56,7 +56,7 @@ class Silicon:
     memory_efficiency: float
     """Fraction of the memory bandwidth that a long stream reaches."""
     math_efficiency: float
-    """Fraction of the peak rate that the inner loop of a matmul reaches."""
+    """Fraction of the peak rate that the inner loop of a matmul reaches, at a `pace` of 1."""
     core_load_bytes_per_s: float
     """What one core can take in from cache, tiles shared between cores counted once for each."""
     fill_s: float
@@ -65,11 +65,20 @@ class Silicon:
     """Fraction of the link's bandwidth that a long transfer reaches."""
     hop_s: float
     """One step of a collective, too small for bandwidth to matter."""
+    pace: float = 1.0
+    """A core's matrix rate over that of the chip its efficiency was fitted on. What keeps an inner
+    loop from its peak (issuing, waiting for operands) takes as long on a chip whose matrix units
+    were slowed down, and so costs it a smaller fraction."""
 
-    def math_flops_per_s(self, compute: DType) -> float:
-        """What one core's inner loop achieves in this type; a type without a rate uses bf16's."""
+    def math_flops_per_s(self, compute: DType, share: float = 1.0) -> float:
+        """What one core's inner loop achieves in this type, when a library keeps `share` of it.
+
+        peak / (1 + (1/e − 1) · pace) with e = math efficiency · share, at most 1. A type
+        without a rate uses bf16's.
+        """
         peak = self.peak_flops_per_s.get(compute, self.peak_flops_per_s[DType.BF16])
-        return peak * self.math_efficiency / self.cores
+        efficiency = min(self.math_efficiency * share, 1.0)
+        return peak / (1.0 + (1.0 / efficiency - 1.0) * self.pace) / self.cores
 
     @property
     def stream_bytes_per_s(self) -> float:
@@ -152,7 +161,13 @@ def silicon(name: str) -> Silicon:
     sibling = siblings.get(name, {})
     values = {**chips[sibling.get("of", name)], **sibling}
     values["peak_flops_per_s"] = {DType(k): v for k, v in values["peak_flops_per_s"].items()}
-    return Silicon(name=name, **{f.name: values[f.name] for f in fields(Silicon) if f.name != "name"})
+    known = {f.name for f in fields(Silicon)} - {"name", "pace"}
+    made = Silicon(name=name, **{key: values[key] for key in known})
+    return replace(made, pace=_core_flops(made) / _core_flops(silicon(sibling["of"]))) if sibling else made
+
+
+def _core_flops(chip: Silicon) -> float:
+    return chip.peak_flops_per_s[DType.BF16] / chip.cores
 
 
 def silicon_of(chip: Chip) -> Silicon:
