@@ -130,10 +130,11 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "decode": (
         "decode_launches",
-        "decode_efficiency",
-        "decode_fp8_efficiency",
+        "decode_block_s",
+        "decode_fp8_block_s",
         "decode_tile_s",
         "decode_stream",
+        "decode_plain_stream",
         "decode_join",
     ),
     "latent prefill": ("latent_prefill_efficiency",),

@@ -88,7 +88,7 @@ def experts(data: Path, chip: Silicon, lib: Library) -> None:
 def decoding(data: Path, chip: Silicon, lib: Library) -> None:
     for kind in ("mha", "mla"):
         for path in sorted((data / kind / "decode" / chip.name).glob("*.csv")):
-            rows = load(path)
+            rows = [row for row in load(path) if "batch_size" in row]
             a, b, c = (int(x) for x in path.stem.split("-"))
             of = attention.Heads.grouped(a, b, c) if kind == "mha" else attention.Heads.latent(a, b, c)
             for name in sorted({row.get("kv_dtype", "bf16") for row in rows}):

@@ -422,8 +422,7 @@ ODD = {
     ("h100", "sglang", "experts w4a16_mxfp4"): "two kernels under one name",
     ("h100", "sglang", "prefill bf16, cache fp8"): "only head widths 256 and 512, by Triton",
     ("h100", "sglang", "latent decode, cache fp8"): "5 times as long as with a bf16 cache of twice the bytes",
-    ("a100", "trtllm", "latent decode, cache bf16"): "one core walks a whole sequence",
-    ("a100", "trtllm", "latent decode, cache fp8"): "one core walks a whole sequence",
+    ("a100", "trtllm", "decode bf16, cache bf16"): "blocks of the cache reused, see the rows left out",
 }
 """Judged but not learned from, and why."""
 

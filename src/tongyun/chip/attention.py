@@ -11,11 +11,12 @@ measured tables show both costs in full in every library.
 
 Decoding: the query heads of a key head share a tile, the cache streams while the
 products of the block before it run (cubic mean), and the keys may be cut over several
-cores that are joined afterwards (flash decoding); the fastest cut counts.
+cores that are joined afterwards (flash decoding); the fastest cut counts. Between two
+blocks of keys a tile waits: load, product, softmax and product depend on each other.
 
 Latent attention (MLA) decodes over one shared key head of 576 numbers whose first 512
-serve as values, and unpacks a prompt into a key and a value for each head. A sliding
-window bounds the keys. The form follows FlashAttention-2 and -3 (arXiv 2307.08691,
+serve as values, and unpacks a prompt into a key and a value for each head; before Hopper
+no library cuts it. A sliding window bounds the keys. The form follows FlashAttention-2 and -3 (arXiv 2307.08691,
 2407.08608). It does not know ragged batches: every sequence of a call is as long as
 the next.
 """
@@ -34,7 +35,8 @@ from tongyun.units import DType, Number
 Array = NDArray[np.float64]
 
 PREFILL_ROWS = 128
-DECODE_ROWS = 64
+DECODE_ROWS = 16
+LATENT_ROWS = 64
 BLOCK = 128
 """Keys a tile walks at a time."""
 SPLITS = (1, 2, 4, 8, 16, 32, 64)
@@ -142,27 +144,30 @@ def decode_s(
     keys = context + 1.0
     if window is not None:
         keys = np.minimum(keys, window)
-    rows = np.maximum(np.ceil(np.asarray(heads.query) / heads.key / DECODE_ROWS), 1.0) * DECODE_ROWS
-    share, compute = library.decode_efficiency, DType.BF16
-    if cache is DType.FP8 and DType.FP8 in silicon.peak_flops_per_s:
-        share, compute = library.decode_fp8_efficiency, DType.FP8
+    tall, share, block_s = DECODE_ROWS, 1.0, library.decode_block_s
     if heads.is_latent:
-        share, compute = library.latent_decode_efficiency, DType.BF16
-    share = min(share, 1.0 / silicon.math_efficiency)
-    boost = library.latent_stream if heads.is_latent else library.decode_stream
-    pair_s = np.maximum(_products_s(heads, silicon, compute) / share, _exponential_s(silicon))
-    # A lone query head needs no matrix units, and no library pads it to a tile.
-    pair_s = np.where(np.asarray(heads.query) > heads.key, pair_s, 0.0)
+        tall, share, block_s = LATENT_ROWS, library.latent_decode_efficiency, 0.0
+    elif cache is DType.FP8:
+        block_s = library.decode_fp8_block_s
+    rows = np.ceil(np.asarray(heads.query) / heads.key / tall) * tall
+    tiles = np.asarray(heads.key, dtype=np.float64)
+    if heads.is_latent:
+        # All heads share one vector: tiles of heads go to different cores.
+        tiles, rows = rows / tall, np.minimum(rows, tall)
+    splits = SPLITS if silicon.asynchronous or not heads.is_latent else (1,)
+    pair_s = np.maximum(_products_s(heads, silicon, DType.BF16, share), _exponential_s(silicon))
+    boost = library.decode_stream if silicon.asynchronous else library.decode_plain_stream
+    boost = library.latent_stream if heads.is_latent else boost
     token_bytes = np.asarray(heads.cached_width) * cache.bytes
     load_s = token_bytes / silicon.core_load_bytes_per_s
     stream = min(silicon.stream_bytes_per_s * boost, silicon.memory_bytes_per_s)
     passing = batch * heads.query * (heads.width + np.asarray(heads.value_width)) * 2.0
     memory_s = (passing + batch * heads.key * keys * token_bytes) / stream
     best: Array = np.full(np.broadcast_shapes(memory_s.shape, rows.shape), np.inf)
-    for split in SPLITS:
+    for split in splits:
         chunk = np.ceil(keys / split / BLOCK) * BLOCK
-        walk_s = chunk * np.maximum(rows * pair_s, load_s)
-        items = batch * heads.key * split
+        walk_s = chunk * np.maximum(np.maximum(rows * pair_s, load_s), block_s / BLOCK)
+        items = batch * tiles * split
         body_s = waves(items, silicon.cores) * (walk_s + library.decode_tile_s)
         whole_s = overlapped(body_s, memory_s, STREAMED)
         if split > 1:

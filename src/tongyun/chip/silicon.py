@@ -115,13 +115,16 @@ class Library:
     prefill_passes: float
     """Extra times the new keys and values cross memory: rotary embedding, appending to the cache."""
     decode_launches: float
-    decode_efficiency: float
-    decode_fp8_efficiency: float
-    """The same with a cache in fp8, of the chip's fp8 rate where it has one."""
+    decode_block_s: float
+    """From one block of keys to the next: load, product, softmax, product, each waiting for the last."""
+    decode_fp8_block_s: float
+    """The same with a cache in fp8, which some libraries unpack on the way."""
     decode_tile_s: float
     """What a tile of decoding takes beyond walking its keys."""
     decode_stream: float
     """Memory bandwidth reached in reading the cache, over the chip's own figure for matmuls."""
+    decode_plain_stream: float
+    """The same on a chip that is not asynchronous, whose loads go through registers."""
     decode_join: float
     """Fills it takes to join a cache cut over several cores."""
     latent_prefill_efficiency: float
