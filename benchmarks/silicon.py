@@ -108,7 +108,23 @@ def fit_all(cases: Sequence[Case]) -> World:
             of = [c for c in cases if decides(word, c) and (neutral or c.engine == engine)]
             if of:
                 world = fit(world, [(engine, f) for f in names], of, neutral=neutral)
-    return world
+    return untaught(world, cases)
+
+
+def untaught(world: World, cases: Sequence[Case]) -> World:
+    """Fields of an engine that none of its tables moves take the value fitted over all engines."""
+    libraries = dict(world[1])
+    for engine in ENGINES:
+        of = [c for c in cases if c.engine == engine and (c.chip, c.engine, c.what) not in ODD]
+        rows = [c.rows(held_out=False, most=100) for c in of]
+        before = residuals(world, of, rows, False)
+        for f in fields(Library):
+            if f.name == "name":
+                continue
+            moved = put(world, [(engine, f.name)], np.log([1.1 * getattr(libraries[engine], f.name)]))
+            if np.allclose(residuals(moved, of, rows, False), before, rtol=0, atol=1e-12):
+                libraries[engine] = replace(libraries[engine], **{f.name: getattr(world[1]["any"], f.name)})
+    return world[0], libraries
 
 
 def decides(word: str, case: Case) -> bool:

@@ -120,11 +120,15 @@ def prompts(data: Path, chip: Silicon, lib: Library) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="InferSim's bench_data folder")
     data = parser.parse_args().data
     lib = library("any")
-    print(f"{'operator':34} {'chip':5} {'rows':>5} {'median':>8} {'mean':>7} {'p90':>7} {'<20%':>5} {'bias':>7}")
+    print(
+        f"{'operator':34} {'chip':5} {'rows':>5} {'median':>8} {'mean':>7} {'p90':>7} {'<20%':>5} {'bias':>7}"
+    )
     for name in CHIPS:
         for table in (products, experts, prompts, decoding):
             table(data, silicon(name), lib)

@@ -1,4 +1,7 @@
-"""What must hold for every shape: never below the roofline, more of a chip never slower, more work never faster."""
+"""What must hold for every shape.
+
+Never below the roofline, more of a chip never slower, more work never faster.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tongyun.chip import attention, exchange, grouped
@@ -32,8 +35,8 @@ types = st.sampled_from([DType.BF16, DType.FP8])
 
 def better(chip: Silicon) -> list[Silicon]:
     """The chip with more of one thing each."""
-    more = {name: 1.5 for name in ("memory_bytes_per_s", "core_load_bytes_per_s", "link_bytes_per_s")}
-    made = [replace(chip, **{name: getattr(chip, name) * factor}) for name, factor in more.items()]
+    more = ("memory_bytes_per_s", "core_load_bytes_per_s", "link_bytes_per_s")
+    made = [replace(chip, **{name: getattr(chip, name) * 1.5}) for name in more]
     faster = {dtype: 1.5 * peak for dtype, peak in chip.peak_flops_per_s.items()}
     made.append(replace(chip, peak_flops_per_s=faster))
     # More cores of the same kind: the peak grows with them.
@@ -42,6 +45,7 @@ def better(chip: Silicon) -> list[Silicon]:
     return made
 
 
+@settings(deadline=None, max_examples=60)
 @given(m=rows, n=widths, k=widths, chip=chips, lib=libraries, dtype=types)
 def test_a_product_is_never_below_its_roofline(m, n, k, chip, lib, dtype):
     taken = dtype if dtype in chip.peak_flops_per_s else DType.BF16
@@ -52,6 +56,7 @@ def test_a_product_is_never_below_its_roofline(m, n, k, chip, lib, dtype):
     assert matmul_s(m, n, k, chip, dtype=dtype, library=lib) * CLOSE >= least_s
 
 
+@settings(deadline=None, max_examples=60)
 @given(m=rows, n=widths, k=widths, chip=chips, lib=libraries)
 def test_more_of_a_chip_never_slows_a_product(m, n, k, chip, lib):
     before = matmul_s(m, n, k, chip, library=lib)
@@ -59,6 +64,7 @@ def test_more_of_a_chip_never_slows_a_product(m, n, k, chip, lib):
         assert matmul_s(m, n, k, improved, library=lib) <= before * CLOSE
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     m=rows,
     n=widths,
@@ -75,6 +81,7 @@ def test_a_larger_product_is_never_faster(m, n, k, more, chip, lib, dtype, block
     assert (s[1:] * CLOSE >= s[0]).all()
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     batch=st.integers(1, 64),
     new=st.integers(1, 16_000),
@@ -95,6 +102,7 @@ def test_a_prompt_is_never_below_its_roofline_and_more_of_a_chip_never_slows_it(
         assert attention.prefill_s(batch, new, cached, of, improved, library=lib) <= s * CLOSE
 
 
+@settings(deadline=None, max_examples=60)
 @given(batch=batches, cached=lengths, shape=heads, chip=chips, lib=libraries, cache=types)
 def test_decoding_is_never_faster_than_its_cache_streams(batch, cached, shape, chip, lib, cache):
     of = attention.Heads.grouped(*shape, 128)
@@ -108,12 +116,14 @@ def test_decoding_is_never_faster_than_its_cache_streams(batch, cached, shape, c
         assert attention.decode_s(batch, cached, of, improved, cache=cache, library=lib) <= s * CLOSE
 
 
+@settings(deadline=None, max_examples=60)
 @given(batch=batches, cached=lengths, query=st.sampled_from([8, 16, 128]), chip=chips, lib=libraries)
 def test_latent_decoding_reads_one_vector_a_token(batch, cached, query, chip, lib):
     s = attention.decode_s(batch, cached, attention.Heads.latent(query), chip, library=lib)
     assert s * CLOSE >= batch * (cached + 1) * 576 * 2 / chip.memory_bytes_per_s
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 20_000),
     routing=st.sampled_from([(8, 128), (8, 256), (2, 8), (1, 16), (22, 512)]),
@@ -130,6 +140,7 @@ def test_routing_conserves_choices(tokens, routing, alpha):
     assert bins.mean() * experts == pytest.approx(tokens * chosen)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     tokens=st.integers(1, 20_000),
     more=st.integers(0, 5000),
@@ -154,6 +165,7 @@ def test_experts_never_below_roofline_nor_faster_with_more_tokens(tokens, more, 
         assert seconds(tokens, improved) <= s * CLOSE
 
 
+@settings(deadline=None, max_examples=60)
 @given(payload=payloads, n=ranks, more=st.integers(0, 2**28), chip=chips, lib=libraries)
 def test_collectives_never_beat_the_link_and_grow_with_the_payload(payload, n, more, chip, lib):
     share = (n - 1) / n
@@ -171,18 +183,21 @@ def test_collectives_never_beat_the_link_and_grow_with_the_payload(payload, n, m
     assert exchange.all_reduce_s(payload, 1, chip, library=lib) == 0.0
 
 
+@settings(deadline=None, max_examples=60)
 @given(payload=payloads, n=ranks, chip=chips, lib=libraries)
 def test_direct_kernels_only_ever_help(payload, n, chip, lib):
     both = exchange.all_reduce_s(payload, n, chip, library=lib)
     assert both <= exchange.all_reduce_s(payload, n, chip, direct=False, library=lib) * CLOSE
 
 
+@settings(deadline=None, max_examples=60)
 @given(items=st.floats(0.01, 1e6), cores=st.integers(1, 300))
 def test_waves_are_at_least_the_work_and_at_least_one(items, cores):
     assert waves(items, cores) * CLOSE >= max(items / cores, 1.0)
     assert waves(items, cores) <= items / cores + 1.0
 
 
+@settings(deadline=None, max_examples=60)
 @given(a=st.floats(0, 1e3), b=st.floats(0, 1e3), p=st.floats(1, 8))
 def test_overlap_lies_between_the_larger_and_the_sum(a, b, p):
     assert max(a, b) <= overlapped(a, b, p) * CLOSE + 1e-30

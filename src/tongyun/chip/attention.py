@@ -4,8 +4,9 @@ A prompt: one core takes a tile of 128 query rows of one head through the keys t
 see. A query-key pair costs its two products and one exponential, one after the other,
 since the softmax stands between the products; at head width 128 that is the well-known
 gap between attention and matmul rates, wider on Hopper, whose exponentials did not
-grow with its products, although asynchronous products hide some of it. What is read and written is added, not overlapped: the
-measured tables show both costs in full in every library.
+grow with its products, although asynchronous products hide some of it. What is read
+and written is added, not overlapped: the measured tables show both costs in full in
+every library.
 
     t = launches · launch + waves · tile_s + bytes / bandwidth
 
@@ -15,10 +16,10 @@ cores that are joined afterwards (flash decoding); the fastest cut counts. Betwe
 blocks of keys a tile waits: load, product, softmax and product depend on each other.
 
 Latent attention (MLA) decodes over one shared key head of 576 numbers whose first 512
-serve as values, and unpacks a prompt into a key and a value for each head; before Hopper
-no library cuts it. A sliding window bounds the keys. The form follows FlashAttention-2 and -3 (arXiv 2307.08691,
-2407.08608). It does not know ragged batches: every sequence of a call is as long as
-the next.
+serve as values, and unpacks a prompt into a key and a value for each head; before
+Hopper no library cuts its keys. A sliding window bounds the keys. The form follows
+FlashAttention-2 and -3 (arXiv 2307.08691, 2407.08608). It does not know ragged batches:
+every sequence of a call is as long as the next.
 """
 
 from __future__ import annotations
