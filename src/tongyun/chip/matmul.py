@@ -31,22 +31,10 @@ from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
 
-TILES = (
-    (16, 32),
-    (16, 64),
-    (16, 128),
-    (64, 32),
-    (64, 64),
-    (64, 128),
-    (64, 256),
-    (128, 64),
-    (128, 128),
-    (128, 256),
-    (256, 128),
-)
+TILES = ((16, 32), (16, 128), (64, 32), (64, 64), (64, 128), (128, 128), (128, 256), (256, 128))
 """Rows and columns of the tiles a library may choose from."""
 
-SPLITS = (1, 2, 3, 4, 6, 8, 16, 32)
+SPLITS = (1, 2, 4, 8, 16)
 INNER = 64
 """The inner dimension is walked in steps of this many elements."""
 MATH_ROWS = 64
@@ -76,30 +64,32 @@ def matmul_s(
     silicon: Silicon,
     *,
     dtype: DType = DType.BF16,
+    weight: DType | None = None,
     block_scales: bool = False,
     quantised: bool = False,
     library: Library,
 ) -> Array:
     """Seconds of (m × k) · (k × n), activations given in bf16 and the result in bf16.
 
-    In an 8-bit type the activations are quantised first, by the library's own passes:
+    Products are taken in `dtype`; weights are stored in `weight`, or in the same type. In
+    an 8-bit type the activations are quantised first, by the library's own passes:
     `block_scales` chooses one scale for each 128 elements instead of one for a row or a
-    tensor, `quantised` says that this has happened before. The fp8 efficiency multiplies
-    the chip's. Rows, columns or inner size of zero cost one launch.
+    tensor, `quantised` says that this has happened before. The library's efficiency in
+    that type multiplies the chip's. Rows, columns or inner size of zero cost one launch.
     """
     m, n, k = (np.asarray(x, dtype=np.float64) for x in (m, n, k))
     rate = silicon.math_flops_per_s(dtype)
     quantise_s: Number = 0.0
-    if dtype is DType.FP8:
+    if dtype.bytes <= 1:
         launches = library.block_launches if block_scales else library.fp8_launches
         pass_bytes = library.block_pass_bytes if block_scales else library.fp8_pass_bytes
         share = library.block_efficiency if block_scales else library.fp8_efficiency
         rate = silicon.math_flops_per_s(dtype, share)
-        quantise_s = (
-            not quantised
-        ) * launches * library.launch_s + m * k * pass_bytes / silicon.stream_bytes_per_s
-    memory_s = (m * k + n * k) * dtype.bytes + m * n * 2.0
-    memory_s = memory_s / silicon.stream_bytes_per_s
+        if not quantised:
+            passing_s = m * k * pass_bytes / silicon.stream_bytes_per_s
+            quantise_s = launches * library.launch_s + passing_s
+    moved = m * k * dtype.bytes + n * k * (weight or dtype).bytes + m * n * 2.0
+    memory_s = moved / silicon.stream_bytes_per_s
     best = np.full(np.broadcast_shapes(m.shape, n.shape, k.shape), np.inf)
     for split in SPLITS:
         inner = np.ceil(k / split / INNER) * INNER
@@ -112,10 +102,10 @@ def matmul_s(
     return np.asarray(library.launch_s + quantise_s + best)
 
 
-def tile_rate_s(rows: int, columns: int, weight_bytes: float, rate: float, silicon: Silicon) -> float:
+def tile_rate_s(rows: int, columns: int, operand_bytes: float, rate: float, silicon: Silicon) -> float:
     """Seconds a core spends on one step of the inner dimension: the slower of multiplying and loading."""
     multiply = 2.0 * max(rows, MATH_ROWS) * columns / rate
-    load = (rows + columns) * weight_bytes / silicon.core_load_bytes_per_s
+    load = (rows + columns) * operand_bytes / silicon.core_load_bytes_per_s
     return max(multiply, load)
 
 

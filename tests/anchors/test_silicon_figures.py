@@ -46,7 +46,7 @@ def test_the_best_product_of_a_chip(chip, dtype, best_tflops):
 def test_fp8_products_of_deepgemm_on_h800(m, n, k, tflops):
     """DeepGEMM README @a6d97a1: fp8 with block scales, quantised before. A library tuned for these shapes."""
     s = matmul_s(m, n, k, silicon("h800"), dtype=DType.FP8, block_scales=True, quantised=True, library=ANY)
-    assert 2e-12 * m * n * k / float(s) == pytest.approx(tflops, rel=0.3)
+    assert 2e-12 * m * n * k / float(s) == pytest.approx(tflops, rel=0.25)
 
 
 def test_latent_decoding_of_flashmla_on_h800():
@@ -74,7 +74,7 @@ def test_bus_bandwidth_at_half_a_gibibyte(chip, of, ranks, bus_gb_per_s):
 
 
 def test_a_small_all_reduce_between_captured_kernels_is_microseconds():
-    """Engines' own kernels take 2.4 to 4.7 µs for 128 bytes over two to eight H100 (aiconfigurator @095f58a)."""
+    """Engines start one in 2.4 to 4.7 µs for 128 bytes over 2 to 8 H100 (aiconfigurator @095f58a)."""
     for ranks in (2, 4, 8):
         s = float(exchange.all_reduce_s(128, ranks, silicon("h100"), library=ANY))
         assert 2.4e-6 <= s <= 4.8e-6
