@@ -47,7 +47,7 @@ class Line:
     """What the rank puts into, or holds after, a collective."""
     bound: str
     of_roofline: float | None
-    """Least seconds at the chip's peak rates, without latency and launch, over `seconds`; None for the host."""
+    """Least seconds at the chip's peak rates, no latency and no launch, over `seconds`; None for the host."""
     sources: frozenset[Source]
 
 
