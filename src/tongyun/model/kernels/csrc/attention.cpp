@@ -91,16 +91,16 @@ inline float soften(float* p, long n, long padded, float most, float scale) {
 template <class T, class Limit>
 void attend_span(const float* const* q, long rows, const Pages<T>& pages, long begin, long end, const Limit& limit,
                  float* partials) {
-  static thread_local std::vector<float> buffer;
+  static thread_local Scratch buffer;
   const long width = pages.s.width, length = end - begin, ld = SPAN + W;
   const long each = Partial::floats(width);
-  float* p = scratch(buffer, rows * ld);
+  float* p = buffer.floats(rows * ld);
   for (long r = 0; r < rows; ++r) std::fill(p + r * ld, p + r * ld + length, 0.0f);
   Tiles tiles(rows);
   for (long t = begin; t < end;) {
     const long n = pages.run(t, end);
     for (long i = 0; i < tiles.count; ++i)
-      dot_block(tiles.size(i), q + tiles.begin(i), pages.at(pages.keys, t), width, int(width), n,
+      dot_block(tiles.size(i), q + tiles.begin(i), pages.at(pages.keys, t), width, width, n,
                 p + tiles.begin(i) * ld + (t - begin), ld);
     t += n;
   }
@@ -197,8 +197,8 @@ void paged_attention(const float* q, const float* k, const float* v, T* keys, T*
   const long tile_floats = tile_tokens * group * each;
   if (longest == 1 || long(tiles.size()) >= 2L * thread_count()) {
     parallel(long(tiles.size()), cost, [&](long i) {
-      static thread_local std::vector<float> sums_buffer, partial_buffer;
-      float *sums = scratch(sums_buffer, tile_floats), *partials = scratch(partial_buffer, tile_floats);
+      static thread_local Scratch sums_buffer, partial_buffer;
+      float *sums = sums_buffer.floats(tile_floats), *partials = partial_buffer.floats(tile_floats);
       std::fill(sums, sums + tile_floats, 0.0f);
       for (long j = 0; j < spans(tiles[i]); ++j) {
         span(tiles[i], j, partials);
@@ -209,8 +209,8 @@ void paged_attention(const float* q, const float* k, const float* v, T* keys, T*
     return;
   }
   // Few queries with long contexts: spans in parallel, merged afterwards in the same order.
-  static thread_local std::vector<float> all_buffer;
-  float* all = scratch(all_buffer, tiles.size() * longest * tile_floats);
+  static thread_local Scratch all_buffer;
+  float* all = all_buffer.floats(tiles.size() * longest * tile_floats);
   parallel(long(tiles.size()) * longest, cost, [&](long i) {
     const Tile& tile = tiles[i / longest];
     if (i % longest < spans(tile)) span(tile, i % longest, all + i * tile_floats);
