@@ -181,15 +181,31 @@ def test_a_query_attends_the_same_in_every_cut(native: NativeOps) -> None:
 
 def test_threads_change_nothing(native: NativeOps) -> None:
     x, w = torch.randn(9, 900), weights(400, 900)
-    before = torch.get_num_threads()
+    before = native.kernels.thread_count()
+    results = []
     try:
-        torch.set_num_threads(1)
-        one = native.linear(x, w)
-        torch.set_num_threads(3)
-        three = native.linear(x, w)
+        for threads in (1, 3, 2):
+            native.kernels.set_threads(threads)
+            results += [native.linear(x, w) for _ in range(50)]
     finally:
-        torch.set_num_threads(before)
-    assert torch.equal(one, three)
+        native.kernels.set_threads(before)
+    assert all(torch.equal(results[0], other) for other in results)
+
+
+def test_callers_from_several_threads(native: NativeOps) -> None:
+    """The helpers serve one caller at a time; the others do their work themselves."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    x, w = torch.randn(40, 512), weights(600, 512)
+    expected = native.linear(x, w)
+    before = native.kernels.thread_count()
+    native.kernels.set_threads(2)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: native.linear(x, w), range(60)))
+    finally:
+        native.kernels.set_threads(before)
+    assert all(torch.equal(result, expected) for result in results)
 
 
 def test_what_does_not_fit_is_refused_by_name(native: NativeOps) -> None:

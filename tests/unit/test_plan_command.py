@@ -135,7 +135,7 @@ def test_people_see_best_pareto_and_what_was_cut() -> None:
 def test_planning_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from tongyun.cli.plan import plan; "
-        "plan('Qwen/Qwen3-32B', 'h200', 4000, 500, 8, 2000.0, 30.0, json=True); "
+        "plan('Qwen/Qwen3-32B', 4000, 500, 'h200', 8, 2000.0, 30.0, json=True); "
         "assert not {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

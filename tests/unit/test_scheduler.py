@@ -76,9 +76,10 @@ def test_a_higher_priority_goes_first_and_takes_the_place_of_a_lower():
 
 def test_equal_priorities_do_not_push_each_other_out():
     target = scheduler(max_sequences=2)
-    for name in "abc":
-        target.add(request(name, 4, 3))
+    for name in "ab":
+        target.add(request(name, 4, 3, arrival_s=2.0))
     step(target)
+    target.add(request("c", 4, 3, arrival_s=1.0))
     assert {piece[0] for piece in step(target)} == {"a", "b"}
     assert target.counters.preemptions == 0
 

@@ -59,13 +59,18 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     total: Number = 0.0
     busy: Number = 0.0
     for op in operators:
-        if op.kind in COLLECTIVES:
-            total = total + op.repeat * (collective_s(op, chip) + chip.kernel_launch_s)
-            continue
-        work = work_s(op, chip, footprint)
-        busy = busy + op.repeat * work
-        total = total + op.repeat * (work + launch_s(op, chip))
+        work, launch = parts_s(op, chip, footprint)
+        total = total + op.repeat * (work + launch)
+        if op.kind not in COLLECTIVES:
+            busy = busy + op.repeat * work
     return Timing(seconds=total, busy_s=busy)
+
+
+def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, float]:
+    """Seconds of one execution, as its work (or way over the links) and its launch."""
+    if op.kind in COLLECTIVES:
+        return collective_s(op, chip), chip.kernel_launch_s
+    return work_s(op, chip, footprint_bytes), launch_s(op, chip)
 
 
 def launch_s(op: Operator, chip: Chip) -> float:

@@ -5,36 +5,31 @@ Reads the flags, asks `codesign.plan`, and writes the answer for people or progr
 
 from __future__ import annotations
 
+import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from tongyun.cli.planned import as_json, show
 
-    from tongyun.codesign.plan import Answer, Offer
+if TYPE_CHECKING:
+    from tongyun.codesign.explain import Explanation
+    from tongyun.codesign.plan import Answer
     from tongyun.codesign.space import Question
     from tongyun.model.config import ModelConfig
     from tongyun.model.graph import Precision
     from tongyun.specs import ChipSpec, PriceSpec
 
-SHOWN = 12
-"""Rows of the Pareto table; the plot and --json have them all."""
-
-TERMS = (
-    "TTFT: prefill of a prompt beside the decoding batch, with the mean wait behind other prompts. "
-    "TPOT: mean time between tokens, interleaved prefill included. "
-    "tok/s/chip and $/Mtok: output tokens over all chips asked for, idle ones too. "
-    "batch: sequences decoding at once on a replica. tokens/step: the engine's token budget of a step."
-)
-
 
 def plan(
     model: Annotated[str, typer.Option(help="Hugging Face id in the catalogue, or a directory.")],
-    chip: Annotated[str, typer.Option(help="Catalogue name, `local` (calibrated), or a TOML file.")],
     isl: Annotated[int, typer.Option(help="Input tokens of a request.")],
     osl: Annotated[int, typer.Option(help="Output tokens of a request.")],
+    chip: Annotated[
+        str | None, typer.Option(help="Catalogue name, `local` (calibrated), or a TOML file.")
+    ] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     ttft_ms: Annotated[float | None, typer.Option(help="Most time to first token.")] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Most mean time between tokens.")] = None,
@@ -46,32 +41,175 @@ def plan(
         float | None, typer.Option(help="Your price, in place of the catalogue's.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units, all of the Pareto.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Where each microsecond and byte of a step goes.")
+    ] = False,
+    compare: Annotated[
+        str | None, typer.Option(help="Other chips in one table: h200,h20:16 (name, or name:count).")
+    ] = None,
+    launch: Annotated[Path | None, typer.Option(help="Folder for files that start the best plan.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Which of them: vllm, sglang, kubernetes, ray; default all.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights for --launch that are stored in --dtype already.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Plan a deployment: best and Pareto under limits on TTFT and TPOT."""
-    from tongyun.codesign.plan import plan as search
-    from tongyun.errors import Infeasible
-    from tongyun.units import MS
-
+    given = dict(locals())
+    wanted = _check(given)
     begin = time.perf_counter()
-    question = ask(
-        {"model": model, "chip": chip, "chips": chips, "isl": isl, "osl": osl},
-        ttft_s=None if ttft_ms is None else ttft_ms * MS,
-        tpot_s=None if tpot_ms is None else tpot_ms * MS,
-        dtypes=(dtype, kv_dtype),
-        usd_per_chip_hour=usd_per_chip_hour,
-    )
-    answer = search(question)
+    answers = [_search(given, name, count) for name, count in wanted]
     seconds = time.perf_counter() - begin
+    main = answers[0] if chip is not None else None
+    explanation = _explanation(main) if explain else None
+    rivals = answers if compare is not None else []
     if json:
         from tongyun.report import to_json
 
-        typer.echo(to_json(as_json(answer, seconds)))
+        typer.echo(to_json(_object(main, explanation, rivals, seconds)))
     else:
-        show(answer, seconds)
-    if answer.best is None:
-        raise Infeasible(
-            f"no plan for {question.model.name} on {chips} × {question.chip.name}: {answer.limit}"
+        _show_all(main, explanation, rivals, seconds)
+    _write(given, answers)
+    _refuse(main, answers)
+
+
+def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
+    """Chips to plan on, the main one first; flags that ask for a main one without naming it are refused."""
+    from tongyun.cli.compared import named
+    from tongyun.errors import InputError
+
+    chip, chips, compare = given["chip"], given["chips"], given["compare"]
+    if chip is None:
+        if compare is None:
+            raise InputError("nothing to plan on: name a chip with --chip, or several with --compare")
+        for flag in ("explain", "launch"):
+            if given[flag]:
+                raise InputError(f"--{flag} is about one chip's plan: name it with --chip")
+    for flag in ("engine", "checkpoint"):
+        if given[flag] is not None and given["launch"] is None:
+            raise InputError(f"--{flag} says what --launch writes, which is not given")
+    rest = [] if compare is None else named(compare, chips)
+    return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
+
+
+def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
+    from tongyun.codesign.plan import plan as search
+    from tongyun.units import MS
+
+    ttft_ms, tpot_ms = given["ttft_ms"], given["tpot_ms"]
+    return search(
+        ask(
+            {**given, "chip": chip, "chips": chips},
+            ttft_s=None if ttft_ms is None else ttft_ms * MS,
+            tpot_s=None if tpot_ms is None else tpot_ms * MS,
+            dtypes=(given["dtype"], given["kv_dtype"]),
+            usd_per_chip_hour=given["usd_per_chip_hour"],
         )
+    )
+
+
+def _explanation(answer: Answer | None) -> Explanation | None:
+    from tongyun.codesign.explain import explain
+
+    if answer is None or answer.best is None:
+        return None
+    return explain(answer.question, answer.best.plan)
+
+
+def _object(
+    main: Answer | None, explanation: Explanation | None, rivals: list[Answer], seconds: float
+) -> dict[str, Any]:
+    """The JSON of everything asked for; `compare` alone where no main chip is named."""
+    found = {} if main is None else as_json(main, seconds)
+    if explanation is not None:
+        from tongyun.cli.explained import as_json as explained
+
+        found["explain"] = explained(explanation)
+    if rivals:
+        rows = [as_json(answer, seconds) for answer in rivals]
+        drop = ("pareto", "seconds")
+        found["compare"] = [{k: v for k, v in row.items() if k not in drop} for row in rows]
+    return found if main is not None else found | {"seconds": seconds}
+
+
+def _show_all(
+    main: Answer | None, explanation: Explanation | None, rivals: list[Answer], seconds: float
+) -> None:
+    from tongyun.report import show as put
+
+    if main is not None:
+        show(main, seconds)
+    if explanation is not None:
+        from tongyun.cli.explained import tables
+
+        put(*tables(explanation))
+    if rivals:
+        from tongyun.cli.compared import compare_table
+
+        put(compare_table(rivals))
+
+
+def _write(given: dict[str, Any], answers: list[Answer]) -> None:
+    """Launch files of the main plan, where there is one, and the HTML report."""
+    from tongyun.codesign.launch import write_files
+
+    if given["launch"] is not None and answers[0].best is not None:
+        _write_launch(given, answers[0])
+    if given["html"] is not None:
+        from tongyun.codesign.page import page
+
+        place: Path = given["html"]
+        text = page(answers, _explanation(answers[0]), command=command(given))
+        write_files({place.name: text}, place.parent, force=given["force"])
+        typer.echo(f"wrote {place}", err=True)
+
+
+def _write_launch(given: dict[str, Any], answer: Answer) -> None:
+    from tongyun.codesign.launch import TARGETS, Deployment, launch_files, write_files
+
+    assert answer.best is not None
+    is_path = Path(given["model"]).exists()
+    deployment = Deployment(
+        question=answer.question,
+        offer=answer.best,
+        command=command(given),
+        weights=given["model"] if is_path else answer.question.model.name,
+        checkpoint=given["checkpoint"],
+    )
+    targets = list(TARGETS) if given["engine"] is None else [given["engine"]]
+    found = launch_files(deployment, targets)
+    for place in write_files(found.files, given["launch"], force=given["force"]):
+        typer.echo(f"wrote {place}", err=True)
+    for name, why in found.refused.items():
+        typer.echo(f"no {name}: {why}", err=True)
+
+
+def _refuse(main: Answer | None, answers: list[Answer]) -> None:
+    """Exit with no where the main chip, or without one every chip, has no plan."""
+    from tongyun.errors import Infeasible
+
+    failed = [main] if main is not None else answers
+    if any(answer.best is not None for answer in failed):
+        return
+    question = failed[0].question
+    on = ", ".join(f"{answer.question.chips} × {answer.question.chip.name}" for answer in failed)
+    raise Infeasible(f"no plan for {question.model.name} on {on}: {failed[0].limit}")
+
+
+def command(given: dict[str, Any]) -> str:
+    """The command line that these flags come from, in their order, defaults left out."""
+    words = ["tongyun", "plan"]
+    for name, value in given.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words += [flag] if value else []
+        elif value is not None:
+            text = f"{value:g}" if isinstance(value, float) else str(value)
+            words += [flag, text]
+    return shlex.join(words)
 
 
 def ask(
@@ -127,145 +265,3 @@ def _price(chip: str, usd_per_chip_hour: float | None) -> PriceSpec | None:
         raise InputError(f"--usd-per-chip-hour must be a positive number, got {usd_per_chip_hour}")
     figure = Figure.of(usd_per_chip_hour, Source.ASSUMED, "--usd-per-chip-hour")
     return PriceSpec(name=chip, chip=chip, basis="assumed", chip_hour=figure)
-
-
-# ── for programs ─────────────────────────────────────────────────────────────────────
-
-_RANGED = (
-    "ttft_s",
-    "tpot_s",
-    "tok_s_per_chip",
-    "usd_per_mtoken",
-    "usd_per_mtoken_total",
-    "joules_per_token",
-)
-
-
-def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
-    """The answer in SI; the same question gives the same object but for `seconds`."""
-    question = answer.question
-    return {
-        "model": question.model.name,
-        "chip": question.chip.name,
-        "chips": question.chips,
-        "isl": question.isl,
-        "osl": question.osl,
-        "best": None if answer.best is None else _offer_json(answer.best),
-        "pareto": [_offer_json(offer) for offer in answer.pareto],
-        "limit": answer.limit,
-        "cut": dict(answer.cut),
-        "evaluated": answer.evaluated,
-        "seconds": seconds,
-    }
-
-
-def _offer_json(offer: Offer) -> dict[str, Any]:
-    from tongyun.units import Source
-
-    plan, shard = offer.plan, offer.plan.shard
-    return {
-        "plan": {
-            "tp": shard.tp,
-            "pp": shard.pp,
-            "ep": shard.ep,
-            "dp": shard.dp,
-            "batch": plan.batch,
-            "step_tokens": plan.step_tokens,
-            "replicas": plan.replicas,
-            "idle_chips": plan.idle_chips,
-            "pools": [dict(pool) for pool in plan.pools],
-        },
-        **{key: getattr(offer.figures, key) for key in _RANGED},
-        "tok_s_per_user": offer.figures.tok_s_per_user,
-        "range": {key: _range(offer, key) for key in _RANGED} if offer.slow else None,
-        "meets": offer.meets,
-        "source": Source.mix(offer.sources),
-    }
-
-
-def _range(offer: Offer, key: str) -> list[float] | None:
-    """Least and most over the corners, the nominal one among them."""
-    corners = [figures for figures in (offer.figures, offer.slow, offer.fast) if figures is not None]
-    values = [getattr(figures, key) for figures in corners]
-    return None if None in values else [min(values), max(values)]
-
-
-# ── for people ───────────────────────────────────────────────────────────────────────
-
-
-def show(answer: Answer, seconds: float) -> None:
-    """Best with its ranges, Pareto, plot, and what was cut."""
-    from tongyun.report import scatter
-    from tongyun.report import show as put
-
-    question, best = answer.question, answer.best
-    load = f"{question.isl} tokens in, {question.osl} out"
-    put(f"[bold]{question.model.name} on {question.chips} × {question.chip.title}, {load}[/]")
-    if best is not None:
-        put(_best_table(best))
-    if answer.pareto:
-        put(_pareto_table(answer.pareto))
-    front = [(offer.figures.tok_s_per_user, offer.figures.tok_s_per_chip) for offer in answer.pareto]
-    if len(front) > 1:
-        series = {"Pareto": front}
-        if best is not None:
-            series["best"] = [(best.figures.tok_s_per_user, best.figures.tok_s_per_chip)]
-        put(scatter(series, x="tok/s/user", y="tok/s/chip"))
-    cut = ", ".join(f"{count} by {reason}" for reason, count in answer.cut.items() if count)
-    put(f"{answer.evaluated} candidates in {seconds:.2f} s; cut: {cut or 'none'}")
-
-
-def _best_table(best: Offer) -> Table:
-    from tongyun.report import column, quantity, source_tag, table
-
-    plan, figures = best.plan, best.figures
-    idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
-    rows = [
-        ["plan", f"{plan.replicas} × ({plan.shard}){idle}"],
-        ["batch of a replica", f"{plan.batch} sequences, {plan.step_tokens} tokens a step"],
-    ]
-    for key, name, unit in _FIGURES:
-        low, high = _range(best, key) or (None, None)
-        rows.append([name, quantity(getattr(figures, key), unit, low=low, high=high)])
-    rows.append(["source", source_tag(best.sources)])
-    columns = [column("best", left=True), column("", left=True, wrap=True)]
-    return table("", columns, rows, caption=None if best.slow is None else "(slow–fast corner of the spec)")
-
-
-_FIGURES = (
-    ("ttft_s", "TTFT", "s"),
-    ("tpot_s", "TPOT", "s"),
-    ("tok_s_per_chip", "output per chip", "tokens/s"),
-    ("usd_per_mtoken", "per million output tokens", "$"),
-    ("usd_per_mtoken_total", "per million tokens, input counted", "$"),
-    ("joules_per_token", "energy per output token", "J"),
-)
-
-
-def _pareto_table(offers: tuple[Offer, ...]) -> Table:
-    from tongyun.report import column, number, table
-
-    rows = []
-    for offer in _spread(offers):
-        plan, figures = offer.plan, offer.figures
-        cells = (
-            figures.ttft_s * 1e3,
-            figures.tpot_s * 1e3,
-            figures.tok_s_per_user,
-            figures.tok_s_per_chip,
-            figures.usd_per_mtoken,
-            figures.joules_per_token,
-        )
-        meets = "yes" if offer.meets else "[dim]no[/]"
-        places = (str(plan.shard), str(plan.replicas), str(plan.batch), str(plan.step_tokens))
-        rows.append([*places, *(number(cell) for cell in cells), meets])
-    heads = ("replicas", "batch", "tokens/step", "TTFT ms", "TPOT ms", "tok/s/user", "tok/s/chip", "$/Mtok")
-    columns = [column("Pareto", left=True), *(column(head) for head in (*heads, "J/tok", "in limits"))]
-    return table("", columns, rows, caption=TERMS)
-
-
-def _spread(offers: tuple[Offer, ...]) -> list[Offer]:
-    """At most `SHOWN` of them, evenly, both ends kept."""
-    if len(offers) <= SHOWN:
-        return list(offers)
-    return [offers[round(i * (len(offers) - 1) / (SHOWN - 1))] for i in range(SHOWN)]

@@ -67,6 +67,11 @@ def default_dtype(config: ModelConfig, chip: ChipSpec) -> str:
     """The recipe a model is served in unless told otherwise: as released, or f32 on a chip without bf16."""
     if "bf16" not in chip.matmul.peak:
         return "f32"
+    return released_dtype(config)
+
+
+def released_dtype(config: ModelConfig) -> str:
+    """The recipe in which the family's own checkpoints are stored."""
     return {"deepseek_v3": "fp8", "gpt_oss": "mxfp4"}.get(config.family, "bf16")
 
 

@@ -57,7 +57,7 @@ class Steady:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Load:
+class Load:
     """The two kinds of step at a grid of loads, and how often each comes."""
 
     decode: StepShape
@@ -72,7 +72,8 @@ class _Load:
     """Prompts in a mixed step."""
 
 
-def _load(question: Question, batch: Array, budget: Array) -> _Load:
+def load_at(question: Question, batch: Array, budget: Array) -> Load:
+    """The load of an attention group that keeps `batch` sequences decoding on steps of `budget` tokens."""
     isl, steps = question.isl, question.osl - 1
     room = np.maximum(budget - batch, 0.0)
     due = batch * isl / steps
@@ -85,7 +86,7 @@ def _load(question: Question, batch: Array, budget: Array) -> _Load:
     decoding = Sequences(new=1, context=context, count=batch)
     # Attention is linear in context, so that the mean over a prompt's chunks is exact.
     prefill = Sequences(new=chunk, context=chunk * (chunks - 1) / 2, count=prompts)
-    return _Load(
+    return Load(
         decode=StepShape(decode=decoding, sampled=batch),
         mixed=StepShape(decode=decoding, prefill=prefill, sampled=batch + prompts / chunks),
         share=due / (prompts * chunk),
@@ -97,8 +98,8 @@ def _load(question: Question, batch: Array, budget: Array) -> _Load:
 
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
     """Latencies, rate and energy of a replica; `batch` and `budget` broadcast to the grid."""
-    load = _load(question, batch, budget)
-    stages = _distinct_stages(question, shard)
+    load = load_at(question, batch, budget)
+    stages = distinct_stages(question, shard)
     costs = [_stage_cost(question, chip, shard, stage, load) for stage, _ in stages.values()]
     step_s = _largest([cost.seconds for _, cost in costs])
     mixed_s = _largest([mixed.seconds for mixed, _ in costs])
@@ -123,7 +124,7 @@ def _largest(arrays: Sequence[Number]) -> Array:
     return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
 
 
-def _distinct_stages(question: Question, shard: Shard) -> dict[Slice, tuple[int, int]]:
+def distinct_stages(question: Question, shard: Shard) -> dict[Slice, tuple[int, int]]:
     """Each different stage once, as its first index and how often it comes."""
     found: dict[Slice, tuple[int, int]] = {}
     for stage in range(shard.pp):
@@ -133,7 +134,7 @@ def _distinct_stages(question: Question, shard: Shard) -> dict[Slice, tuple[int,
     return found
 
 
-def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: _Load) -> tuple[Cost, Cost]:
+def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: Load) -> tuple[Cost, Cost]:
     """Cost of a mixed step, and of the mean step."""
     decode, mixed = (
         step_cost(question.model, shape, chip, shard, question.precision, stage=stage)
@@ -147,17 +148,38 @@ def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: 
     return mixed, mean
 
 
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What one rank of a stage holds, each field in bytes over the grid."""
+
+    weights: float
+    kv: Array
+    """Of every sequence, decoding or in prefill, at full length."""
+    activations: Array
+
+    @property
+    def total(self) -> Array:
+        return np.asarray(self.weights + self.kv + self.activations)
+
+
 def memory_bytes(question: Question, shard: Shard, batch: Array, budget: Array) -> Array:
     """Weights, KV of every sequence at full length, and activations, on the fullest rank."""
+    return _largest([memory.total for memory in memory_by_stage(question, shard, batch, budget)])
+
+
+def memory_by_stage(question: Question, shard: Shard, batch: Array, budget: Array) -> list[Memory]:
+    """The memory of one rank of each different stage."""
     model, precision = question.model, question.precision
-    sequences = batch + _load(question, batch, budget).prompts
+    sequences = batch + load_at(question, batch, budget).prompts
     length = question.isl + question.osl
-    needs = []
-    for part, (stage, _) in _distinct_stages(question, shard).items():
-        weights = weight_bytes(model, shard, precision, stage=stage)
-        kept = shard.pp * sequences * float(kv_bytes(model, length, precision, part))
-        needs.append(weights + kept + _activation_bytes(question, part, budget, sequences))
-    return _largest(needs)
+    return [
+        Memory(
+            weights=weight_bytes(model, shard, precision, stage=stage),
+            kv=shard.pp * sequences * float(kv_bytes(model, length, precision, part)),
+            activations=_activation_bytes(question, part, budget, sequences),
+        )
+        for part, (stage, _) in distinct_stages(question, shard).items()
+    ]
 
 
 def _activation_bytes(question: Question, part: Slice, budget: Array, sequences: Array) -> Array:

@@ -19,7 +19,7 @@ import torch
 from tongyun.cloud.engine.protocol import StepResult, TokenScore
 from tongyun.cloud.sched.request import Batch, Piece
 from tongyun.errors import InputError, unknown
-from tongyun.model.kernels import choose_ops
+from tongyun.model.kernels import TorchOps, choose_ops
 from tongyun.model.kernels.attention import Layout, lay_out
 from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
@@ -49,10 +49,19 @@ class ExecutorOptions:
 
 def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
     """Load the model of a directory and give it a cache; `executor.cache` says how many blocks."""
+    ops = choose_engine_ops(options)
+    return give_cache(load_model(directory, ops=ops, device=options.device), options)
+
+
+def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
+    """Operations on the threads asked for, which are all that the process then uses."""
+    threads = options.threads or default_threads()
+    ops = choose_ops(options.kernels, options.device, threads)
     if options.device == "cpu":
-        torch.set_num_threads(options.threads or default_threads())
-    model = load_model(directory, ops=choose_ops(options.kernels, options.device), device=options.device)
-    return give_cache(model, options)
+        # PyTorch's idle threads spin for a while after each operation, on the cores that
+        # native kernels use next; what is left to PyTorch is too small to share out.
+        torch.set_num_threads(1 if ops.name == "native" else threads)
+    return ops
 
 
 def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:

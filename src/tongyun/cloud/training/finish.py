@@ -125,11 +125,12 @@ def complete(
 ) -> str:
     """A continuation of `prompt`, token by token, up to `tokens` or the end of the text.
 
-    Every token reads the whole prefix again: a few samples need no cache. Prompts start
-    a document. Temperature 0 takes the likeliest token.
+    Every token reads the whole prefix again: a few samples need no cache. The prompt is
+    read as the server reads it, as a piece of some document; an empty one begins a
+    document. Temperature 0 takes the likeliest token.
     """
     (row,) = bpe.encode_all([prompt])
-    prefix = [bpe.end_of_text, *row]
+    prefix = list(row) or [bpe.end_of_text]
     asked = len(prefix)
     while len(prefix) < min(asked + tokens, model.config.max_positions):
         hidden_TD = model(torch.tensor(prefix), torch.arange(len(prefix)), causal(len(prefix)))

@@ -117,11 +117,12 @@ class TorchOps:
         return attention.paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout)
 
 
-def choose_ops(kernels: str | None = None, device: str = "cpu") -> TorchOps:
+def choose_ops(kernels: str | None = None, device: str = "cpu", threads: int | None = None) -> TorchOps:
     """The operations `kernels` names (`torch`, `native` or `auto`); None takes TONGYUN_KERNELS, else auto.
 
     `auto` is native on a CPU where the kernels can be built, and says once why where
-    they cannot; `native` raises there instead. On a GPU it is PyTorch.
+    they cannot; `native` raises there instead. On a GPU it is PyTorch. `threads` are
+    those of the native kernels; PyTorch's own are set through PyTorch.
     """
     kernels = kernels or os.environ.get("TONGYUN_KERNELS") or "auto"
     if kernels not in CHOICES:
@@ -134,7 +135,7 @@ def choose_ops(kernels: str | None = None, device: str = "cpu") -> TorchOps:
     from tongyun.model.kernels.native import NativeOps
 
     try:
-        return NativeOps(load_kernels())
+        return NativeOps(load_kernels(), threads)
     except BuildFailed as error:
         if kernels == "native":
             raise InputError(f"native kernels: {error}") from error

@@ -28,7 +28,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-pthread")
 NAME = "tongyun_kernels"
 
 
@@ -124,7 +124,7 @@ def _compile(work: Path) -> None:
                 NAME,
                 sources,
                 extra_cflags=list(FLAGS),
-                extra_ldflags=["-fopenmp"],
+                extra_ldflags=["-pthread"],
                 build_directory=str(work),
                 is_python_module=False,
             )

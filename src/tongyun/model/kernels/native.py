@@ -23,8 +23,10 @@ class NativeOps(TorchOps):
 
     name = "native"
 
-    def __init__(self, kernels: ModuleType) -> None:
+    def __init__(self, kernels: ModuleType, threads: int | None = None) -> None:
+        """`threads` is for the whole process; None takes as many as PyTorch has now."""
         self.kernels = kernels
+        kernels.set_threads(threads or torch.get_num_threads())
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
         if weight_OD.dtype not in COVERED or x_TD.dtype != torch.float32:

@@ -18,8 +18,7 @@ from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
-from tongyun.cloud.engine.torch_executor import default_threads
-from tongyun.model.kernels import choose_ops
+from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
 from tongyun.specs import ChipSpec
 from tongyun.units import DType
 
@@ -43,7 +42,9 @@ class Setting:
         gpu = device.type == "cuda"
         return Bench(
             device=device,
-            ops=choose_ops(self.kernels, self.device),
+            ops=choose_engine_ops(
+                ExecutorOptions(device=self.device, kernels=self.kernels, threads=self.threads)
+            ),
             weight_type=DType.BF16,
             kv_type=DType.BF16 if gpu else DType.F32,
             activation_type=DType.BF16 if gpu else DType.F32,

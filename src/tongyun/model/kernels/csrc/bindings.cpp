@@ -1,5 +1,4 @@
 // From tensors to pointers: checks types and shapes, allocates results, calls the kernels.
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -11,12 +10,6 @@
 #include "parallel.h"
 
 namespace tongyun {
-
-long thread_count() { return at::get_num_threads(); }
-
-void on_threads(long threads, void (*run)(void*), void* context) {
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) { run(context); });
-}
 
 namespace {
 
@@ -196,6 +189,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("argmax", &py_argmax);
   m.def("paged_attention", &py_paged_attention);
   m.def("read_bytes", &py_read_bytes);
-  m.def("multiply_adds", &multiply_adds);
+  m.def("multiply_adds", &multiply_adds, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("set_threads", &set_threads);
+  m.def("thread_count", &thread_count);
   m.attr("lanes") = W;
 }

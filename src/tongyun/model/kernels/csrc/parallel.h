@@ -1,35 +1,29 @@
-// Share numbered items among PyTorch's threads. Which thread runs an item never changes
-// what the item computes, so results do not depend on the number of threads.
+// Share numbered items among a few threads. Which thread runs an item never changes what
+// the item computes, so results do not depend on the number of threads.
+//
+// Not OpenMP: its regions end in a barrier that waits for every thread to have come, so
+// that on a machine with other work a region of microseconds takes a scheduler's slice.
+// Here the caller works through the items itself, and waits only for items that a helper
+// has taken. Helpers look out for work for some microseconds and then sleep.
 #pragma once
-#include <atomic>
 
 namespace tongyun {
 
-// Defined in bindings.cpp, so that only one file is slowed down by PyTorch's headers.
+void set_threads(long threads);
 long thread_count();
-void on_threads(long threads, void (*run)(void*), void* context);
 
-// `cost` is the multiply-adds of all items together; below about 50k a second thread
+// Runs items 0 … items-1, on the caller alone if the helpers are busy with another call.
+void on_threads(long items, void (*run)(const void*, long), const void* context);
+
+// `cost` is the multiply-adds of all items together; below about 50k a thread a helper
 // costs more to wake than it saves.
 template <class F>
 inline void parallel(long items, double cost, const F& run) {
-  long threads = thread_count();
-  if (threads > items) threads = items;
-  if (threads > 1 && cost < 5e4 * threads) threads = 1;
-  if (threads <= 1) {
+  if (items < 2 || cost < 1e5 || thread_count() < 2) {
     for (long i = 0; i < items; ++i) run(i);
     return;
   }
-  // Items are taken from a counter: on a shared machine one core is often slower.
-  struct Share {
-    const F& run;
-    long items;
-    std::atomic<long> next{0};
-  } share{run, items};
-  on_threads(threads, [](void* context) {
-    Share& s = *static_cast<Share*>(context);
-    for (long i; (i = s.next.fetch_add(1, std::memory_order_relaxed)) < s.items;) s.run(i);
-  }, &share);
+  on_threads(items, [](const void* context, long i) { (*static_cast<const F*>(context))(i); }, &run);
 }
 
 }  // namespace tongyun

@@ -1,0 +1,248 @@
+"""Where each microsecond and each byte of a plan's steps goes.
+
+Takes the operators that `cost.step_cost` priced and lays their seconds out, one line for
+each operator, collective and share of the host; the lines add up to the step's cost, which
+a test holds to the last bit. Prices nothing itself, and knows no other plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from tongyun.chip.collective import Group, collective_s
+from tongyun.chip.roofline import PRODUCTS, parts_s, rate_dtype, streamed_bytes
+from tongyun.codesign.plan import Plan
+from tongyun.codesign.space import Question
+from tongyun.codesign.steady import Load, Memory, distinct_stages, load_at, memory_by_stage
+from tongyun.cost import sequence_s, step_cost
+from tongyun.model.graph import COLLECTIVES, Kind, Operator, StepShape
+from tongyun.model.shard import Shard
+from tongyun.model.steps import step
+from tongyun.specs import Chip, Link
+from tongyun.units import Source
+
+BOUNDS = ("compute", "memory", "link", "launch", "host")
+"""What the seconds of a line are spent on, if they are spent on one thing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One operator of one rank over all its `repeat`s in a step."""
+
+    name: str
+    kind: str
+    repeat: int
+    seconds: float
+    share: float
+    """Of the step's seconds."""
+    flops: float
+    weight_bytes: float
+    kv_bytes: float
+    """Keys and values read."""
+    activation_bytes: float
+    link_bytes: float
+    """What the rank puts into, or holds after, a collective."""
+    bound: str
+    of_roofline: float | None
+    """Least seconds at the chip's peak rates, no latency and no launch, over `seconds`; None for the host."""
+    sources: frozenset[Source]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of one rank of the slowest pipeline stage."""
+
+    what: str
+    """`decode`, or `prefill`: the step that also carries a chunk of prompts."""
+    seconds: float
+    decoding: float
+    """Sequences that get a token."""
+    prefilling: float
+    """Prompt tokens in the step."""
+    lines: tuple[Line, ...]
+
+    def by_bound(self) -> dict[str, float]:
+        """Seconds by what they are spent on, in the order of `BOUNDS`."""
+        sums = dict.fromkeys(BOUNDS, 0.0)
+        for line in self.lines:
+            sums[line.bound] += line.seconds
+        return {bound: seconds for bound, seconds in sums.items() if seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """The two kinds of step of a plan, and how TPOT, TTFT and memory are made of them."""
+
+    plan: Plan
+    stage: int
+    """The pipeline stage whose mean step is the slowest."""
+    decode: Step
+    prefill: Step
+    prefill_share: float
+    """f: share of steps that carry prefill."""
+    chunks: int
+    """n: steps a prompt takes."""
+    use: float
+    """ρ: use of the prefill budget."""
+    memory: Memory
+    """Of one rank of the fullest stage."""
+
+    @cached_property
+    def step_s(self) -> float:
+        """t = (1 − f) · decode + f · prefill."""
+        return (1 - self.prefill_share) * self.decode.seconds + self.prefill_share * self.prefill.seconds
+
+    @property
+    def tpot_s(self) -> dict[str, float]:
+        """TPOT by its parts: pp · (1 − f) · decode, and pp · f · prefill."""
+        pp, f = self.plan.shard.pp, self.prefill_share
+        return {"decode": pp * (1 - f) * self.decode.seconds, "prefill": pp * f * self.prefill.seconds}
+
+
+def explain(question: Question, plan: Plan) -> Explanation:
+    """Lay out the steps of one plan, at the nominal corner of the chip."""
+    shard = plan.shard
+    chip = question.chip.at()
+    group = np.array([plan.batch / (shard.dp * shard.pp)])
+    budget = np.array([float(plan.step_tokens)])
+    load = load_at(question, group, budget)
+    stage = _slowest_stage(question, chip, shard, load)
+    memories = memory_by_stage(question, shard, group, budget)
+    return Explanation(
+        plan=plan,
+        stage=stage,
+        decode=_step(question, chip, (shard, stage), "decode", load.decode),
+        prefill=_step(question, chip, (shard, stage), "prefill", load.mixed),
+        prefill_share=float(load.share[0]),
+        chunks=int(load.chunks[0]),
+        use=float(load.use[0]),
+        memory=max(memories, key=lambda memory: float(memory.total[0])),
+    )
+
+
+def _slowest_stage(question: Question, chip: Chip, shard: Shard, load: Load) -> int:
+    def mean_s(stage: int) -> float:
+        decode, mixed = (
+            step_cost(question.model, shape, chip, shard, question.precision, stage=stage).seconds
+            for shape in (load.decode, load.mixed)
+        )
+        return float(np.asarray((1 - load.share) * decode + load.share * mixed)[0])
+
+    stages = [stage for stage, _ in distinct_stages(question, shard).values()]
+    return max(stages, key=mean_s)
+
+
+def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, shape: StepShape) -> Step:
+    shard, stage = place
+    operators = step(question.model, shape, shard, question.precision, stage=stage)
+    footprint = streamed_bytes(operators)
+    rows = [(op, *(_number(part) for part in parts_s(op, chip, footprint))) for op in operators]
+    hosts = _host(chip, _number(shape.sequences))
+    seconds = 0.0
+    for each in [*(op.repeat * (work + launch) for op, work, launch in rows), *hosts.values()]:
+        seconds += each
+    act = question.precision.activations.bytes
+    lines = [_line(op, chip, (work, launch), seconds, act) for op, work, launch in rows]
+    lines += [_host_line(name, spent, seconds, chip) for name, spent in hosts.items()]
+    return Step(
+        what=what,
+        seconds=seconds,
+        decoding=_number(shape.decode.sequences) if shape.decode else 0.0,
+        prefilling=_number(shape.prefill.tokens) if shape.prefill else 0.0,
+        lines=tuple(lines),
+    )
+
+
+def _line(op: Operator, chip: Chip, parts: tuple[float, float], step_s: float, act_bytes: float) -> Line:
+    work, launch = parts
+    seconds = op.repeat * (work + launch)
+    bound = _bound(op, chip, parts)
+    cached = _number(op.read_bytes - op.m * op.k * act_bytes) if op.kind is Kind.ATTENTION else 0.0
+    moved, weights = _number(op.moved_bytes), _number(op.weight_bytes)
+    return Line(
+        name=op.name,
+        kind=op.kind.value,
+        repeat=op.repeat,
+        seconds=seconds,
+        share=seconds / step_s,
+        flops=op.repeat * _number(op.flops),
+        weight_bytes=op.repeat * weights,
+        kv_bytes=op.repeat * cached,
+        activation_bytes=op.repeat * (moved - weights - cached),
+        link_bytes=op.repeat * _number(op.payload_bytes),
+        bound=bound,
+        of_roofline=op.repeat * max(_ideal_s(op, chip).values()) / seconds if seconds else None,
+        sources=_sources(op, chip, bound),
+    )
+
+
+def _ideal_s(op: Operator, chip: Chip) -> dict[str, float]:
+    """Least seconds of one execution, by what would bind at peak rates."""
+    if op.kind in COLLECTIVES:
+        ideal = replace(chip, scale_up=_perfect(chip.scale_up), scale_out=_perfect(chip.scale_out))
+        return {"link": _number(collective_s(op, ideal))}
+    ideals = {"memory": _number(op.moved_bytes) / chip.memory_bytes_per_s}
+    if op.kind in PRODUCTS:
+        ideals["compute"] = _number(op.flops) / chip.peak_flops_per_s[rate_dtype(chip, op.compute)]
+    return ideals
+
+
+def _perfect(link: Link | None) -> Link | None:
+    return None if link is None else replace(link, achieved=1.0, latency_s=0.0)
+
+
+def _bound(op: Operator, chip: Chip, parts: tuple[float, float]) -> str:
+    """Launch where it takes longer than the work, else the higher of the chip's ceilings."""
+    work, launch = parts
+    if launch > work:
+        return "launch"
+    ideals = _ideal_s(op, chip)
+    return max(ideals, key=lambda name: ideals[name])
+
+
+def _sources(op: Operator, chip: Chip, bound: str) -> frozenset[Source]:
+    """Sources of the figures that decide this line."""
+    keys = {"overhead.kernel_launch"}
+    if bound == "memory":
+        keys |= {"memory.bandwidth", "memory.achieved"}
+    elif bound == "compute":
+        dtype = rate_dtype(chip, op.compute)
+        achieved = "attention" if op.kind is Kind.ATTENTION else f"achieved.{dtype}"
+        keys |= {f"matmul.peak.{dtype}", f"matmul.{achieved}"}
+    elif bound == "link":
+        group = Group.of(op.ranks, chip)
+        keys |= {"scale_up"} if group.inside > 1 else set()
+        keys |= {"scale_out"} if group.nodes > 1 else set()
+    return frozenset({Source.ANALYTIC}) | chip.sources_of(*sorted(keys))
+
+
+def _host(chip: Chip, sequences: float) -> dict[str, float]:
+    """The host's seconds that are not zero, in the order in which `step_cost` adds them."""
+    spent = {"host_step": chip.step_host_s, "host_sequences": sequence_s(chip) * sequences}
+    return {name: seconds for name, seconds in spent.items() if seconds}
+
+
+def _host_line(name: str, seconds: float, step_s: float, chip: Chip) -> Line:
+    return Line(
+        name=name,
+        kind="host",
+        repeat=1,
+        seconds=seconds,
+        share=seconds / step_s,
+        flops=0.0,
+        weight_bytes=0.0,
+        kv_bytes=0.0,
+        activation_bytes=0.0,
+        link_bytes=0.0,
+        bound="host",
+        of_roofline=None,
+        sources=chip.sources_of("overhead.step_host"),
+    )
+
+
+def _number(value: object) -> float:
+    """A plain float of a scalar, or of a grid of one point."""
+    return float(np.asarray(value, dtype=np.float64).reshape(-1)[0])
