@@ -48,7 +48,7 @@ class Setting:
             weight_type=DType.BF16,
             kv_type=DType.BF16 if gpu else DType.F32,
             activation_type=DType.BF16 if gpu else DType.F32,
-            stopwatch=Stopwatch(device=device, budget_s=0.002 if self.quick else 0.02),
+            stopwatch=Stopwatch(device=device, budget_s=0.002 if self.quick else 0.01),
             quick=self.quick,
         )
 
