@@ -444,6 +444,6 @@ def installed() -> Path:
     from importlib.util import find_spec
 
     spec = find_spec("aiconfigurator_core")
-    if spec is None or spec.origin is None:
+    if spec is None or not spec.submodule_search_locations:
         raise SystemExit("aiconfigurator_core is not installed; give its systems/data folder with --data")
-    return Path(spec.origin).parent / "systems" / "data"
+    return Path(next(iter(spec.submodule_search_locations))) / "systems" / "data"
