@@ -13,8 +13,9 @@ What each kind of sample means:
               sequence, a byte that norms and element-wise operators move, a byte of logits
 
 Times are interpolated straight in logarithms. Below the smallest sample a time stays, above
-the largest it grows in proportion. Weights and KV beyond the caches are priced by the
-memory curve at the footprint of the whole step; the slower of that and the sample holds.
+the largest it grows in proportion. Weights and KV beyond the caches are priced by how fast
+each streams at the footprint of the whole step (KV by the attention samples that go through
+more than a cache holds); the slower of that and the sample holds.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
 TINY = 1e-12
+CACHED_BYTES = 2e6
+"""Keys and values that any outer cache holds: samples within tell arithmetic, not memory."""
+LONG_CONTEXT = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +142,8 @@ class Measured:
     """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
     memory: Curve
     """Seconds to stream a byte, by the bytes of the footprint it belongs to."""
+    kv: Curve | None
+    """Seconds to stream a byte of keys and values, likewise."""
     decode: Linear | None
     prefill: Linear | None
     overhead: Mapping[str, float]
@@ -180,8 +186,8 @@ class Measured:
         if one is None or many is None:
             return one if many is None else many
         queries = op.m / np.maximum(op.n * np.asarray(op.groups, dtype=np.float64), TINY)
-        streaming = kv_bytes * self.memory(footprint_bytes)
-        return np.maximum(np.where(queries > 1, many, one), streaming)
+        stream = 0.0 if self.kv is None else kv_bytes * self.kv(footprint_bytes)
+        return np.maximum(np.where(queries > 1, many, one), stream)
 
 
 def engine_precision(calibration: Calibration) -> Precision:
@@ -212,7 +218,8 @@ def measured(chip: Chip) -> Measured | None:
         matmul={dtype: Surface.through(points) for dtype, points in products.items()},
         grouped=_grouped(samples.grouped_matmul),
         memory=Curve.through(((s.footprint_bytes, 1 / s.bytes_per_s) for s in samples.memory), grows=False),
-        decode=_attention([s for s in samples.attention if s.queries == 1]),
+        kv=_kv(samples.attention),
+        decode=_attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= CACHED_BYTES]),
         prefill=_attention([s for s in samples.attention if s.queries > 1]),
         overhead={s.what: s.seconds / s.count for s in samples.overhead},
     )
@@ -244,6 +251,14 @@ def _call_s(samples: list[GroupedMatmulSample]) -> float:
     return min(max(fixed[0], 0.0), least / 2) if fixed else 0.0
 
 
+def _kv(samples: Iterable[AttentionSample]) -> Curve | None:
+    """From long contexts, where reading keys and values is nearly all there is to do."""
+    long = [s for s in samples if s.queries == 1 and s.context >= LONG_CONTEXT]
+    return (
+        Curve.through(((_kv_bytes(s), s.seconds / _kv_bytes(s)) for s in long), grows=False) if long else None
+    )
+
+
 def _attention(samples: list[AttentionSample]) -> Linear | None:
     if not samples:
         return None
@@ -253,6 +268,9 @@ def _attention(samples: list[AttentionSample]) -> Linear | None:
 def _counts(s: AttentionSample) -> tuple[float, ...]:
     """A call, query rows over all heads, bytes of keys and values, FLOPs: as the operator counts them."""
     pairs = s.queries * s.context + s.queries * (s.queries + 1) / 2
-    kv_bytes = 2 * s.batch * (s.context + s.queries) * s.kv_heads * s.head_dim * s.dtype.bytes
     flops = 4.0 * s.batch * s.heads * s.head_dim * pairs
-    return 1.0, float(s.batch * s.queries * s.heads), kv_bytes, flops
+    return 1.0, float(s.batch * s.queries * s.heads), _kv_bytes(s), flops
+
+
+def _kv_bytes(s: AttentionSample) -> float:
+    return 2 * s.batch * (s.context + s.queries) * s.kv_heads * s.head_dim * s.dtype.bytes

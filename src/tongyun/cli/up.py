@@ -109,13 +109,14 @@ def up(
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units. Implies --once.")] = False,
 ) -> None:
     """Calibrate, plan, serve, load, compare; then keep serving until Ctrl-C."""
+    _check(isl, osl, rate, requests)
+    # A misspelt model is told before the machine is measured for a minute.
+    directory, config = find(model, random=random)
     from tongyun.cli.calibrate import calibrated
     from tongyun.cloud.engine.calibrate.measure import setting
 
-    _check(isl, osl, rate, requests)
     chosen = setting(device=None, threads=threads, kernels=kernels, quick=quick)
     spec, _ = calibrated(chosen, force=force, quiet=json)
-    directory, config = find(model, random=random)
     load = Load(isl=isl, osl=osl, rate_per_s=rate, requests=requests, seed=seed)
     deployment = deploy(config, spec, isl + osl)
     begun = time.perf_counter()

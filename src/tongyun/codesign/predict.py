@@ -40,8 +40,10 @@ class Serving:
     """From the due moment at the client to the engine's queue, and back with the first token."""
     prompt_token_s: float = 0.0
     """What each prompt token adds to that."""
+    step_s: float = 0.0
+    """A step that is served takes so much longer than one that is not."""
     token_s: float = 0.0
-    """The engine waits this long for the gateway for each token it streams."""
+    """And so much for each token that is being streamed meanwhile."""
 
     def way_s(self, prompt_tokens: int) -> float:
         """All that a request's first token spends outside the engine."""
@@ -55,6 +57,7 @@ class Serving:
         return cls(
             request_s=found.get("request", 0.0),
             prompt_token_s=found.get("prompt_token", 0.0),
+            step_s=found.get("served_step", 0.0),
             token_s=found.get("streamed_token", 0.0),
         )
 
@@ -98,12 +101,13 @@ class _Served:
     """A simulated executor whose steps also wait for the gateway to send the tokens of the one before."""
 
     def __init__(self, inner: SimulatedExecutor, serving: Serving) -> None:
-        self._inner, self._token_s = inner, serving.token_s
+        self._inner, self._serving = inner, serving
         self._sent = 0
 
     def execute(self, batch: Batch) -> StepResult:
         result = self._inner.execute(batch)
-        waited_s, self._sent = self._token_s * self._sent, len(result.tokens)
+        waited_s = self._serving.step_s + self._serving.token_s * self._sent
+        self._sent = len(result.tokens)
         return replace(result, duration_s=result.duration_s + waited_s)
 
 

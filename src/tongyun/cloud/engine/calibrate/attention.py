@@ -24,9 +24,13 @@ class Heads:
     width: int
 
 
-HEADS = (Heads(queries=4, keys=2, width=64), Heads(queries=16, keys=8, width=128))
-DECODES = tuple((batch, 1, context) for batch in (1, 8, 32) for context in (15, 63, 255, 1023))
-PREFILLS = tuple((1, queries, context) for queries in (16, 64, 256, 512) for context in (0, 512))
+HEADS = (
+    Heads(queries=4, keys=2, width=64),
+    Heads(queries=16, keys=8, width=128),
+    Heads(queries=16, keys=2, width=128),
+)
+DECODES = tuple((batch, 1, context) for batch in (1, 4, 16, 32) for context in (15, 63, 255, 1023))
+PREFILLS = tuple((1, queries, context) for queries in (8, 32, 128, 512) for context in (0, 512))
 QUICK = ((1, 1, 63), (8, 1, 63), (1, 64, 0))
 
 

@@ -48,13 +48,14 @@ class Setting:
             weight_type=DType.BF16,
             kv_type=DType.BF16 if gpu else DType.F32,
             activation_type=DType.BF16 if gpu else DType.F32,
-            stopwatch=Stopwatch(device=device, budget_s=0.002 if self.quick else 0.02),
+            stopwatch=Stopwatch(device=device, budget_s=0.002 if self.quick else 0.01),
             quick=self.quick,
         )
 
     def machine(self) -> machine.Description:
         """The machine as this setting uses it."""
-        bench = self.bench()
+        with _threads_as_before():
+            bench = self.bench()
         return {
             **machine.describe(bench.device, threads=self.threads, ops=bench.ops.name),
             "weights": bench.weight_type.value,
@@ -76,8 +77,8 @@ def setting(*, device: str | None, threads: int | None, kernels: str | None, qui
 
 def measure(setting: Setting, tell: Tell) -> ChipSpec:
     """Measure this machine; `tell` is called with the name of each stage of `STAGES` as it begins."""
-    bench = setting.bench()
-    with _threads(setting.threads):
+    with _threads_as_before():
+        bench = setting.bench()
         tell(STAGES[0])
         matmul = tuple(products.linear(bench)) + tuple(products.exact(bench))
         tell(STAGES[1])
@@ -101,9 +102,9 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads_as_before() -> Iterator[None]:
+    """Choosing the engine's operations sets PyTorch's threads for the whole process."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
     try:
         yield
     finally:

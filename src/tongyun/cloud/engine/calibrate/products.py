@@ -16,14 +16,14 @@ from torch import Tensor
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.specs.samples import GroupedMatmulSample, MatmulSample
 
-LINEAR_SIZES = ((128, 128), (512, 256), (1024, 1024), (4096, 1024), (1024, 4096), (32768, 256), (32768, 1024))
+LINEAR_SIZES = ((64, 64), (256, 128), (512, 512), (1024, 1024), (4096, 1024), (1024, 4096), (32768, 1024))
 """Columns and inner width of the weight: small ones, squares, and an output head."""
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-EXPERT_SIZES = ((128, 64), (256, 128), (1024, 256), (2048, 768))
+ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 40, 64, 128, 256, 512)
+EXPERT_SIZES = ((64, 32), (256, 128), (1024, 256), (2048, 768))
 """Hidden width and width of one expert."""
-EXPERT_ROWS = (1, 2, 4, 8, 32, 128)
+EXPERT_ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 128)
 EXPERT_GROUPS = (2, 8)
-MOST_FLOPS = 6e9
+MOST_FLOPS = 2.5e9
 """A larger product than this takes too long to repeat; its rate is that of the largest below."""
 
 

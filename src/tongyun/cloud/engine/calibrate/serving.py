@@ -1,9 +1,9 @@
 """Measure what serving adds around the engine: the way in, the way out, and who waits for whom.
 
 The real gateway runs in this process over a synthetic tiny model and the real load
-generator in another, as they do when a model is served. Three figures come of it: what a
+generator in another, as they do when a model is served. Four figures come of it: what a
 request takes beyond the engine, how that grows with its prompt, and how much longer a
-step takes for every token that is being streamed.
+step takes because it is served, and for every token that is being streamed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from tongyun.cloud.engine.calibrate import steps
@@ -33,12 +34,13 @@ from tongyun.cloud.workload import Arrival
 from tongyun.model.vocabulary import Vocabulary, byte_characters
 from tongyun.specs.samples import OverheadSample
 
-SHORT, LONG = 17, 1025
+SHORT, LONG = 17, 513
 """Prompt tokens of single requests; lengths that no other request of a round has."""
-SINGLES = 24
-GAP_S = 0.025
-BATCH, OUTPUT = 16, 64
-BURST_PROMPT = 33
+SINGLES = 16
+GAP_S = 0.08
+BATCHES, OUTPUT = (1, 16), 64
+"""Requests that stream together; every one has a prompt of `STREAMED + batch` tokens."""
+STREAMED = 32
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,8 @@ class _Seen:
 
     came_s: dict[str, tuple[int, float]] = field(default_factory=dict)
     first_s: dict[str, float] = field(default_factory=dict)
-    steps: list[tuple[float, int]] = field(default_factory=list)
+    steps: list[tuple[float, int, int]] = field(default_factory=list)
+    """When a step ended, the tokens it gave, and the prompt length behind the first of them."""
 
     def inside_s(self, prompt: int) -> float:
         """Median seconds from the engine's queue to the first token of prompts of this length."""
@@ -58,10 +61,10 @@ class _Seen:
         ]
         return statistics.median(waits)
 
-    def period_s(self, batch: int) -> float:
-        """Median seconds between two steps that each gave `batch` tokens."""
-        pairs = zip(self.steps, self.steps[1:], strict=False)
-        return statistics.median(b[0] - a[0] for a, b in pairs if a[1] == b[1] == batch)
+    def period_s(self, batch: int, prompt: int) -> float:
+        """Median seconds between two steps that each gave `batch` tokens to prompts of this length."""
+        same = (batch, prompt)
+        return statistics.median(b[0] - a[0] for a, b in pairwise(self.steps) if a[1:] == b[1:] == same)
 
 
 class _Witnessed(LiveEngine):
@@ -88,20 +91,22 @@ class _Bytes:
 
 
 def serving(bench: Bench) -> Iterator[OverheadSample]:
-    """Seconds of a request's way in and out, of each prompt token on it, and of each streamed token."""
+    """Seconds of a request's way in and out, of each prompt token on it, and what serving adds to steps."""
     seen = _Seen()
     with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(bench, seen)), sock) as url:
-        short, long, _ = _in_another_process(_load, url, bench.quick)
+        short, long, *_ = _in_another_process(_load, url, bench.quick)
     ways = [
         statistics.median(r.ttft_s for r in records if r.ttft_s is not None) - seen.inside_s(prompt)
         for records, prompt in ((short, SHORT), (long, LONG))
     ]
     each = max(0.0, (ways[1] - ways[0]) / (LONG - SHORT))
-    waited = max(0.0, seen.period_s(BATCH) - _bare_s(bench))
+    few, many = (seen.period_s(n, STREAMED + n) - _bare_s(bench, n) for n in BATCHES)
+    token = max(0.0, (many - few) / (BATCHES[1] - BATCHES[0]))
     found = {
         "request": max(0.0, ways[0] - each * SHORT),
         "prompt_token": each,
-        "streamed_token": waited / BATCH,
+        "served_step": max(0.0, few - token * BATCHES[0]),
+        "streamed_token": token,
     }
     yield from (OverheadSample(what=what, count=1, seconds=s) for what, s in found.items() if s > 0)
 
@@ -113,7 +118,8 @@ def _gateway(bench: Bench, seen: _Seen) -> Gateway:
     def start(sink: Sink) -> LiveEngine:
         def noting(events: Sequence[TokenEvent]) -> None:
             now_s = time.perf_counter()
-            seen.steps.append((now_s, len(events)))
+            length, _ = seen.came_s.get(events[0].request_id, (0, 0.0))
+            seen.steps.append((now_s, len(events), length))
             for event in events:
                 seen.first_s.setdefault(event.request_id, now_s)
             sink(events)
@@ -134,18 +140,17 @@ def _gateway(bench: Bench, seen: _Seen) -> Gateway:
     return Gateway(served=served, start_engine=start)
 
 
-def _bare_s(bench: Bench) -> float:
+def _bare_s(bench: Bench, batch: int) -> float:
     """The step of the same batch without a server around it."""
-    config = steps.synthetic(2)
-    rounds = (steps.Round(batch=BATCH, prompt=BURST_PROMPT, output=OUTPUT),)
-    return next(steps.measure(bench, config, rounds=rounds, prompts=())).seconds
+    rounds = (steps.Round(batch=batch, prompt=STREAMED + batch, output=OUTPUT),)
+    return next(steps.measure(bench, steps.synthetic(2), rounds=rounds, prompts=())).seconds
 
 
 def _load(url: str, quick: bool) -> list[tuple[RequestRecord, ...]]:
-    """Three loads, one after the other: short prompts alone, long prompts alone, and a burst."""
+    """Loads one after the other: short prompts alone, long prompts alone, and bursts of each batch."""
     singles = 6 if quick else SINGLES
     loads = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
-    loads.append([Arrival(0.0, BURST_PROMPT, OUTPUT)] * BATCH)
+    loads += [[Arrival(0.0, STREAMED + batch, OUTPUT)] * batch for batch in BATCHES]
     options = LoadOptions(warmup_requests=2)
     return [measure(Target(url=url), load, options).records for load in loads]
 
