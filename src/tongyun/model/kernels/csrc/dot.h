@@ -60,16 +60,30 @@ __attribute__((noinline)) void dot_tile(const float* const* x, const T* w, long 
       for (int m = 0; m < M; ++m) s[m][n] += load_tail(x[m] + i, k - i) * b;
     }
   for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m * ld + n] += sum(s[m][n]);
+    for (int n = 0; n < N; n += 4) {
+      const auto at = [&](int i) { return n + i < N ? s[m][n + i < N ? n + i : 0] : vf{}; };
+      const v4 four = sum4(at(0), at(1), at(2), at(3));
+      float* to = acc + m * ld + n;
+      if (n + 4 <= N) {
+        v4 old;
+        std::memcpy(&old, to, sizeof old);
+        old += four;
+        std::memcpy(to, &old, sizeof old);
+      } else {
+        for (int i = 0; n + i < N; ++i) to[i] += four[i];
+      }
+    }
 }
 
 // Columns of w beside each other in a tile of M rows: enough independent sums to hide
 // the latency of a multiply-add, few enough to stay in registers.
-constexpr int columns(int m) { return m == 1 ? 8 : m == 2 ? 6 : m == 3 ? 4 : 3; }
+constexpr int columns(int m) { return m == 1 ? 8 : m == 4 ? 3 : 4; }
 
-// x[m] · w[n] for M rows of x and `rows` whole rows of w, in the order they lie in memory.
+// x[m] · w[n] for M rows of x and `rows` whole rows of w, in the order they lie in memory;
+// `ahead` are the rows of the next such call, in case these are the last ones.
 template <int M, class T>
-inline void dot_rows(const float* const* x, const T* w, long ldw, long K, long rows, float* acc, long ld) {
+inline void dot_rows(const float* const* x, const T* w, long ldw, long K, long rows, float* acc, long ld,
+                     Ahead<T> ahead) {
   constexpr int N = columns(M);
   auto group = [&](auto columns, long n) {
     constexpr int C = decltype(columns)::value;
@@ -77,24 +91,25 @@ inline void dot_rows(const float* const* x, const T* w, long ldw, long K, long r
     for (long k0 = 0; k0 < K; k0 += KB) {
       for (int m = 0; m < M; ++m) at[m] = x[m] + k0;
       const T* from = w + n * ldw + k0;
-      const Ahead<T> next{sizeof(T) == 2 ? from + C * ldw : nullptr};
+      const Ahead<T> next{ahead.rows ? ahead.rows + n * ldw + k0 : nullptr, ahead.phase, ahead.step};
       dot_tile<M, C, false>(at, from, ldw, int(std::min<long>(KB, K - k0)), acc + n, ld, nullptr, next, ldw);
     }
   };
   long n = 0;
   for (; n + N <= rows; n += N) group(std::integral_constant<int, N>{}, n);
-  for (; n + 2 <= rows; n += 2) group(std::integral_constant<int, 2>{}, n);
+  for (; n + 4 <= rows; n += 4) group(std::integral_constant<int, 4>{}, n);
   for (; n < rows; ++n) group(std::integral_constant<int, 1>{}, n);
 }
 
 // acc[m][n] += x[m] · w[n] for 1 … MR rows of x and `rows` rows of w.
 template <class T>
-inline void dot_block(int m, const float* const* x, const T* w, long ldw, long K, long rows, float* acc, long ld) {
+inline void dot_block(int m, const float* const* x, const T* w, long ldw, long K, long rows, float* acc, long ld,
+                      Ahead<T> ahead) {
   switch (m) {
-    case 1: return dot_rows<1>(x, w, ldw, K, rows, acc, ld);
-    case 2: return dot_rows<2>(x, w, ldw, K, rows, acc, ld);
-    case 3: return dot_rows<3>(x, w, ldw, K, rows, acc, ld);
-    default: return dot_rows<4>(x, w, ldw, K, rows, acc, ld);
+    case 1: return dot_rows<1>(x, w, ldw, K, rows, acc, ld, ahead);
+    case 2: return dot_rows<2>(x, w, ldw, K, rows, acc, ld, ahead);
+    case 3: return dot_rows<3>(x, w, ldw, K, rows, acc, ld, ahead);
+    default: return dot_rows<4>(x, w, ldw, K, rows, acc, ld, ahead);
   }
 }
 
@@ -111,7 +126,7 @@ inline void dot_tile_of(int m, const float* const* x, const T* w, long ldw, int 
 
 // Rows of x cut into the fewest tiles, as even as can be: 5 is 3 + 2, not 4 + 1.
 struct Tiles {
-  explicit Tiles(long rows) : rows(rows), count((rows + MR - 1) / MR) {}
+  explicit Tiles(long rows, long most = MR) : rows(rows), count((rows + most - 1) / most) {}
   long begin(long tile) const { return rows * tile / count; }
   int size(long tile) const { return int(begin(tile + 1) - begin(tile)); }
   long rows, count;
@@ -186,7 +201,8 @@ void dot_panel(const float* const* x, long M, const T* const* w, int segments, l
         dot_few(x, tiles, w[s], rows, K, acc + s * rows, ld, keep);
       else
         for (long t = 0; t < tiles.count; ++t)
-          dot_block(tiles.size(t), x + tiles.begin(t), w[s], K, K, rows, acc + tiles.begin(t) * ld + s * rows, ld);
+          dot_block(tiles.size(t), x + tiles.begin(t), w[s], K, K, rows, acc + tiles.begin(t) * ld + s * rows, ld,
+                    Ahead<T>{sizeof(T) == 2 ? w[s] + columns(tiles.size(t)) * K : nullptr});
     emit(0L, M, acc);
     return;
   }
@@ -208,7 +224,7 @@ void dot_panel(const float* const* x, long M, const T* const* w, int segments, l
     for (int s = 0; s < segments; ++s) {
       for (long i = length * t / tiles.count; i < length * (t + 1) / tiles.count; i += 64 / sizeof(T))
         __builtin_prefetch(w[s] + next + i, 0, 2);
-      dot_block(m, x + tiles.begin(t), from[s], K, K, rows, acc + s * rows, ld);
+      dot_block(m, x + tiles.begin(t), from[s], K, K, rows, acc + s * rows, ld, Ahead<float>{});
     }
     emit(tiles.begin(t), m, acc);
   }

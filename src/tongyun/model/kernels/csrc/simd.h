@@ -88,26 +88,30 @@ inline vf load_tail(const T* p, int n) {
   return load(tmp);
 }
 
-// Halves added until one is left: the same order for every width of tile.
-inline float sum(vf v) {
-  typedef float v4 __attribute__((vector_size(16)));
-  v4 a;
+typedef float v4 __attribute__((vector_size(16)));
+
+// The sums of four vectors, each added in the same order wherever it stands: neighbours,
+// then pairs of neighbours, then the quarters of the register.
+inline v4 sum4(vf a, vf b, vf c, vf d) {
 #if defined(__AVX512F__)
-  typedef float v8 __attribute__((vector_size(32)));
-  v8 lo, hi;
-  std::memcpy(&lo, &v, 32);
-  std::memcpy(&hi, (const char*)&v + 32, 32);
-  lo += hi;
+  const auto half = [](vf v) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  };
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+#elif defined(__AVX2__)
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 #else
-  const vf lo = v;
+  v4 s{};
+  const vf all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    for (int q = 0; q < W; q += 4) s[i] += (all[i][q] + all[i][q + 1]) + (all[i][q + 2] + all[i][q + 3]);
+  return s;
 #endif
-  v4 b;
-  std::memcpy(&a, &lo, 16);
-  std::memcpy(&b, (const char*)&lo + 16, 16);
-  a += b;
-  a += __builtin_shufflevector(a, a, 2, 3, 2, 3);
-  return a[0] + a[1];
 }
+
+inline float sum(vf v) { return sum4(v, vf{}, vf{}, vf{})[0]; }
 
 inline float largest(vf v) {
   float m = v[0];
@@ -117,6 +121,19 @@ inline float largest(vf v) {
 
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+// The largest of n ≥ 1 elements.
+inline float largest(const float* p, long n) {
+  float most = p[0];
+  long i = 0;
+  if (n >= W) {
+    vf all = load(p);
+    for (i = W; i + W <= n; i += W) all = max(all, load(p + i));
+    most = largest(all);
+  }
+  for (; i < n; ++i) most = p[i] > most ? p[i] : most;
+  return most;
+}
 
 // e^x to about 2 ulp: 2^n × polynomial on [-ln2/2, ln2/2] (coefficients: Cephes' expf).
 // Below -87.3 the result is e^-87.3, which every caller adds to something far larger.
