@@ -100,10 +100,18 @@ def ranges(rows: Mapping[str, tuple[float, float, float]], *, unit: str) -> str:
 
 
 def _above(value: float) -> float:
-    """The next of 1, 2, 5 times a power of ten in fifths, at or above `value`."""
+    """Five round steps that reach `value`."""
     step = value / 5 if value > 0 else 1.0
-    power = 10 ** math.floor(math.log10(step))
-    return 5 * power * next((nice for nice in (1, 2, 2.5, 5, 10) if nice * power >= step * 0.999999), 10)
+    power = 10.0 ** math.floor(math.log10(step))
+    nice = next(
+        (
+            times
+            for times in (1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
+            if times * power >= step * 0.999999
+        ),
+        10.0,
+    )
+    return 5 * power * nice
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

@@ -139,7 +139,8 @@ def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, s
     shard, stage = place
     operators = step(question.model, shape, shard, question.precision, stage=stage)
     footprint = streamed_bytes(operators)
-    rows = [(op, *(_number(part) for part in parts_s(op, chip, footprint))) for op in operators]
+    parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
+    rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]
     hosts = _host(chip, _number(shape.sequences))
     seconds = 0.0
     for each in [*(op.repeat * (work + launch) for op, work, launch in rows), *hosts.values()]:

@@ -14,6 +14,7 @@ from tongyun.codesign.plan import Answer, Figures, Offer
 from tongyun.codesign.steady import USABLE_MEMORY
 from tongyun.report import number, quantity
 from tongyun.specs import Figure
+from tongyun.specs.form import facts
 from tongyun.units import GB, Source
 
 FIGURES = (
@@ -65,7 +66,7 @@ def _best(answer: Answer) -> str:
     if best is None:
         return f"<h2>No plan</h2><p>{escape(answer.limit or '')}</p>"
     cards = "".join(
-        f'<div class="card"><b>{escape(_ranged(best, key, unit))}</b>'
+        f'<div class="card"><b>{escape(_value(best, key, unit))}</b><em>{escape(_span(best, key, unit))}</em>'
         f"<span>{escape(name)}</span><small>{escape(what)}</small></div>"
         for name, key, unit, what in FIGURES
     )
@@ -93,6 +94,19 @@ def _ranged(offer: Offer, key: str, unit: str) -> str:
     return quantity(values[0], unit, low=min(values), high=max(values))
 
 
+def _value(offer: Offer, key: str, unit: str) -> str:
+    value = getattr(offer.figures, key)
+    return "no price" if value is None else quantity(value, unit)
+
+
+def _span(offer: Offer, key: str, unit: str) -> str:
+    """Least to most over the corners; empty where there is one."""
+    values = [getattr(figures, key) for figures in _corners(offer)]
+    if None in values or min(values) == max(values):
+        return ""
+    return f"{quantity(min(values), unit)} – {quantity(max(values), unit)}"
+
+
 def _pareto(answer: Answer) -> str:
     if not answer.pareto:
         return ""
@@ -114,8 +128,9 @@ def _pareto(answer: Answer) -> str:
     heads = ["plan", "replicas", "batch", "tokens/step", *(name for name, _, _, _ in FIGURES), "in limits"]
     return (
         "<h2>Pareto</h2><p>Plans within memory and TTFT that no other beats in both. "
-        '<i class="key best"></i>best <i class="key in"></i>within the limits '
-        f'<i class="key out"></i>TPOT too long.</p>{drawn}'
+        '<span class="name"><i class="key best"></i>best</span> '
+        '<span class="name"><i class="key in"></i>within the limits</span> '
+        f'<span class="name"><i class="key out"></i>TPOT too long</span></p>{drawn}'
         f"<details><summary>All {len(rows)} of them</summary>{_table(heads, rows)}</details>"
     )
 
@@ -131,7 +146,7 @@ def _explained(explanation: Explanation) -> str:
     memory = explanation.memory
     sizes = (memory.weights, float(memory.kv[0]), float(memory.activations[0]))
     stage = f" of stage {explanation.stage}" if explanation.plan.shard.pp > 1 else ""
-    bounds = "".join(f'<i class="key {bound}"></i>{bound} ' for bound in _BOUNDS)
+    bounds = " ".join(f'<span class="name"><i class="key {bound}"></i>{bound}</span>' for bound in _BOUNDS)
     return (
         "<h2>Where each microsecond goes</h2>"
         f"<p>TPOT {quantity(sum(parts.values()), 's')} = {quantity(parts['decode'], 's')} in decode steps + "
@@ -186,11 +201,12 @@ def _sizes(line: object) -> Iterable[float]:
 
 
 def _compared(answers: Sequence[Answer]) -> str:
-    rows, prices = [], {}
+    rows, prices, refused = [], {}, []
     for answer in answers:
         label = f"{answer.question.chips} × {answer.question.chip.name}"
         if answer.best is None:
-            rows.append([label, f"no: {answer.limit}", *[""] * len(FIGURES), ""])
+            rows.append([label, "none", *[""] * len(FIGURES), ""])
+            refused.append(f"<p>{escape(label)}: no plan. {escape(answer.limit or '')}.</p>")
             continue
         best = answer.best
         cells = [_ranged(best, key, unit) for _, key, unit, _ in FIGURES]
@@ -200,7 +216,7 @@ def _compared(answers: Sequence[Answer]) -> str:
             prices[label] = (usd[0], min(usd), max(usd))
     heads = ["chips", "best plan", *(name for name, _, _, _ in FIGURES), "source"]
     drawn = f"<p>Dollars per million output tokens:</p>{ranges(prices, unit='$')}" if prices else ""
-    return f"<h2>Compared under the same limits</h2>{drawn}{_table(heads, rows)}"
+    return f"<h2>Compared under the same limits</h2>{drawn}{_table(heads, rows)}{''.join(refused)}"
 
 
 def _counted(answer: Answer) -> str:
@@ -210,24 +226,24 @@ def _counted(answer: Answer) -> str:
 
 def _sources(answer: Answer) -> str:
     question = answer.question
-    rows = [_figure_row(key, figure) for key, figure in question.chip.figures()]
+    rows = [_figure_row(key, figure, dimension.si_unit) for key, figure, dimension in facts(question.chip)]
     if question.price is not None:
-        rows.append(_figure_row(f"price.chip_hour ({question.price.basis})", question.price.chip_hour))
+        rows.append(_figure_row(f"price.chip_hour ({question.price.basis})", question.price.chip_hour, "$/h"))
     note = "" if question.chip.note is None else f"<p>{escape(question.chip.note)}</p>"
     return (
         "<h2>Sources and assumptions</h2>"
         "<p>Requests are alike and arrive at random; engines prefill in chunks beside decoding; operators do "
         "not overlap; "
         f"{1 - USABLE_MEMORY:.0%} of a chip's memory is left to the runtime. Everything else "
-        f"rests on these figures of {escape(question.chip.title)}, in SI:</p>{note}"
+        f"rests on these figures of {escape(question.chip.title)}:</p>{note}"
         f"<details open><summary>Figures</summary>"
-        f"{_table(['figure', 'value', 'range', 'kind', 'source'], rows)}</details>"
+        f"{_table(['figure', 'value and range', 'kind', 'source'], rows)}</details>"
     )
 
 
-def _figure_row(key: str, figure: Figure) -> list[str]:
-    span = f"{number(figure.low)}–{number(figure.high)}" if figure.has_range else ""
-    return [key, number(figure.value, 4), span, figure.source.value, figure.reference]
+def _figure_row(key: str, figure: Figure, unit: str) -> list[str]:
+    value = quantity(figure.value, unit, low=figure.low, high=figure.high)
+    return [key, value, figure.source.value, figure.reference]
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -257,10 +273,12 @@ pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   display: flex; flex-direction: column; }
-.card b { font-size: 17px; } .card small { color: var(--soft); }
+.card b { font-size: 18px; } .card em { font-style: normal; font-size: 13px; color: var(--soft); }
+.card small { color: var(--soft); }
 .tag { border: 1px solid var(--line); border-radius: 10px; padding: 0 8px; font-size: 12px;
   color: var(--soft); }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .name { white-space: nowrap; }
+td { white-space: nowrap; } td:last-child { white-space: normal; min-width: 180px; }
 table { border-collapse: collapse; font-size: 13px; margin: 8px 0; font-variant-numeric: tabular-nums; }
 th { text-align: left; color: var(--soft); font-weight: 600; }
 th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }

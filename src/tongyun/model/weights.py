@@ -25,10 +25,12 @@ from tongyun.errors import InputError, SpecError
 from tongyun.model.bundled import bundled_models
 from tongyun.model.config import ModelConfig
 from tongyun.model.kernels import TorchOps
+from tongyun.model.memory import empty_for_streaming
 from tongyun.model.qwen3 import Qwen3
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LARGE_BYTES = 4 * 2**20
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -197,7 +199,11 @@ def _as_stored(parameter: Parameter, checkpoint: Checkpoint) -> Parameter:
 
 
 def _join(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
-    joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    if len(tensors) == 1:
+        return tensors[0].view(shape)
+    rows = sum(len(tensor) for tensor in tensors)
+    joined = empty_for_streaming((rows, *tensors[0].shape[1:]), tensors[0].dtype)
+    torch.cat(tensors, out=joined)
     return joined.view(shape)
 
 
@@ -250,7 +256,19 @@ def load_model(
     config = ModelConfig.load(directory)
     check_runnable(directory)
     model = _empty(config, ops, activation_dtype or _default_activation(device))
-    return _fill(model, read_weights(directory, config), device)
+    weights = read_weights(directory, config)
+    return _fill(model, _settle(weights) if device == "cpu" else weights, device)
+
+
+def _settle(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy large mapped tensors to large pages where memory is plentiful; each step reads them all."""
+    import psutil
+
+    if psutil.virtual_memory().available < 3 * sum(tensor.nbytes for tensor in weights.values()):
+        return weights
+    large = [name for name, tensor in weights.items() if tensor.nbytes >= LARGE_BYTES]
+    copies = {name: empty_for_streaming(tuple(weights[name].shape), weights[name].dtype) for name in large}
+    return weights | {name: copy.copy_(weights[name]) for name, copy in copies.items()}
 
 
 def random_model(
@@ -283,7 +301,7 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
     weights = {}
     for parameter in parameters(config):
         mean, std = (1.0, 0.1) if len(parameter.shape) == 1 else (0.0, 0.02)
-        tensor = torch.empty(parameter.shape, dtype=torch.bfloat16)
+        tensor = empty_for_streaming(parameter.shape, torch.bfloat16)
         weights[parameter.name] = tensor.normal_(mean, std, generator=generator)
     return weights
 

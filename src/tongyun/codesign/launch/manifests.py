@@ -26,12 +26,12 @@ def kubernetes(engine: str, deployment: Deployment) -> str:
         raise Infeasible(
             f"{deployment.question.chip.name}: the Kubernetes resource name of this chip is not known"
         )
+    workload = _deployment(engine, deployment) if deployment.nodes == 1 else _workers(engine, deployment)
     head = deployment.header(
         f"flags as {engine} {VERSIONS[engine]} reads them",
         *notes(engine, deployment),
         *(() if deployment.platform.engines[engine] else (f"no image is published: replace {NO_IMAGE}",)),
     )
-    workload = _deployment(engine, deployment) if deployment.nodes == 1 else _workers(engine, deployment)
     return head + "---\n".join(to_yaml(part) for part in (workload, _service(engine, deployment)))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,28 +49,34 @@ def lay_out(
 
     Raises ValueError where a piece's blocks do not reach its last token.
     """
-    start_P = np.array([start for start, _, _ in pieces], dtype=np.int64)
-    length_P = np.array([length for _, length, _ in pieces], dtype=np.int64)
+    start_P = np.array([start for start, _, _ in pieces])
+    length_P = np.array([length for _, length, _ in pieces])
     needed_P = -(-(start_P + length_P) // block_tokens)
-    blocks_PB = np.zeros((len(pieces), int(needed_P.max())), dtype=np.int64)
+    blocks_PB = np.zeros((len(pieces), needed_P.max()), dtype=np.int32)
     for row, needed, (_, _, blocks) in zip(blocks_PB, needed_P.tolist(), pieces, strict=True):
         if len(blocks) < needed:
             raise ValueError(f"a piece needs {needed} blocks and lists {len(blocks)}")
         row[:needed] = blocks[:needed]
-    rows_P1 = np.concatenate(([0], length_P.cumsum()))
-    piece_T = np.repeat(np.arange(len(pieces)), length_P)
-    positions_T = np.arange(rows_P1[-1]) - rows_P1[piece_T] + start_P[piece_T]
+    rows_P1 = np.zeros(len(pieces) + 1, dtype=np.int32)
+    length_P.cumsum(out=rows_P1[1:])
+    if rows_P1[-1] == len(pieces):
+        piece_T, positions_T = np.arange(len(pieces)), start_P
+    else:
+        piece_T = np.repeat(np.arange(len(pieces)), length_P)
+        positions_T = np.arange(rows_P1[-1]) - rows_P1[piece_T] + start_P[piece_T]
     slots_T = blocks_PB[piece_T, positions_T // block_tokens] * block_tokens + positions_T % block_tokens
 
-    def tensor(array: NDArray[np.int64], kind: type = np.int64) -> Tensor:
-        return torch.from_numpy(array.astype(kind, copy=False)).to(device)
+    def tensor(array: NDArray[np.integer[Any]]) -> Tensor:
+        found = torch.from_numpy(array)
+        return found if device_type == "cpu" else found.to(device)
 
+    device_type = torch.device(device).type
     return Layout(
         positions_T=tensor(positions_T),
         slots_T=tensor(slots_T),
-        rows_P1=tensor(rows_P1, np.int32),
-        starts_P=tensor(start_P, np.int32),
-        blocks_PB=tensor(blocks_PB, np.int32),
+        rows_P1=tensor(rows_P1),
+        starts_P=tensor(start_P.astype(np.int32)),
+        blocks_PB=tensor(blocks_PB),
         lengths=tuple(length_P.tolist()),
         starts=tuple(start_P.tolist()),
         block_tokens=block_tokens,

@@ -35,17 +35,35 @@ struct Pages {
   long run(long token, long end) const { return std::min(end, (token / s.block + 1) * s.block) - token; }
 };
 
+// Context tokens that lie together.
+template <class T>
+struct Run {
+  const T* at;
+  long tokens;
+};
+
+// out[m] = Σ p[m][t] v[t] over all runs, for N registers' worth of columns. Not inlined for
+// the reason given at dot_tile.
 template <int M, int N, class T>
-inline void weigh_slab(const float* p, long ldp, const T* v, long ldv, long n, float* out, long ldo) {
+__attribute__((noinline)) void weigh_slab(const float* p, long ldp, const std::vector<Run<T>>& runs, long column,
+                                          long width, float* out, long ldo) {
   vf acc[M][N];
   for (int m = 0; m < M; ++m)
-    for (int j = 0; j < N; ++j) acc[m][j] = load(out + m * ldo + j * W);
-  for (long t = 0; t < n; ++t) {
-    vf b[N];
-    for (int j = 0; j < N; ++j) b[j] = load(v + t * ldv + j * W);
-    for (int m = 0; m < M; ++m) {
-      vf a = splat(p[m * ldp + t]);
-      for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
+    for (int j = 0; j < N; ++j) acc[m][j] = vf{};
+  for (size_t r = 0; r < runs.size(); ++r) {
+    const T* v = runs[r].at + column;
+    const T* next = r + 1 < runs.size() ? runs[r + 1].at + column : v;
+    for (long t = 0; t < runs[r].tokens; ++t, v += width, next += width, ++p) {
+      __builtin_prefetch(next);
+      vf b[N];
+      for (int j = 0; j < N; ++j) {
+        b[j] = load(v + j * W);
+        pin(b[j]);
+      }
+      for (int m = 0; m < M; ++m) {
+        vf a = splat(p[m * ldp]);
+        for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
+      }
     }
   }
   for (int m = 0; m < M; ++m)
@@ -53,20 +71,24 @@ inline void weigh_slab(const float* p, long ldp, const T* v, long ldv, long n, f
 }
 
 template <int M, class T>
-inline void weigh_rows(const float* p, long ldp, const T* v, long width, long n, float* out, long ldo) {
+inline void weigh_rows(const float* p, long ldp, const std::vector<Run<T>>& runs, long width, float* out, long ldo) {
   constexpr int N = M == 1 ? 8 : M == 2 ? 4 : 2;
   long d = 0;
-  for (; d + N * W <= width; d += N * W) weigh_slab<M, N>(p, ldp, v + d, width, n, out + d, ldo);
-  for (; d < width; d += W) weigh_slab<M, 1>(p, ldp, v + d, width, n, out + d, ldo);
+  for (; d + N * W <= width; d += N * W) weigh_slab<M, N>(p, ldp, runs, d, width, out + d, ldo);
+  for (; d < width; d += W) weigh_slab<M, 1>(p, ldp, runs, d, width, out + d, ldo);
 }
 
-// out[m] += Σ p[m][t] v[t] over n tokens that lie together.
 template <class T>
-inline void weigh(long m, const float* p, long ldp, const T* v, long width, long n, float* out, long ldo) {
-  long i = 0;
-  for (; i + 4 <= m; i += 4) weigh_rows<4>(p + i * ldp, ldp, v, width, n, out + i * ldo, ldo);
-  for (; i + 2 <= m; i += 2) weigh_rows<2>(p + i * ldp, ldp, v, width, n, out + i * ldo, ldo);
-  for (; i < m; ++i) weigh_rows<1>(p + i * ldp, ldp, v, width, n, out + i * ldo, ldo);
+inline void weigh(long m, const float* p, long ldp, const std::vector<Run<T>>& runs, long width, float* out,
+                  long ldo) {
+  switch (m) {
+    case 1: return weigh_rows<1>(p, ldp, runs, width, out, ldo);
+    case 2: return weigh_rows<2>(p, ldp, runs, width, out, ldo);
+    case 3: return weigh_rows<3>(p, ldp, runs, width, out, ldo);
+    case 4: return weigh_rows<4>(p, ldp, runs, width, out, ldo);
+    case 5: return weigh_rows<5>(p, ldp, runs, width, out, ldo);
+    default: return weigh_rows<6>(p, ldp, runs, width, out, ldo);
+  }
 }
 
 // exp((p - most) × scale) over the first n of `padded` scores, zeros behind; returns the sum.
@@ -91,32 +113,38 @@ inline float soften(float* p, long n, long padded, float most, float scale) {
 template <class T, class Limit>
 void attend_span(const float* const* q, long rows, const Pages<T>& pages, long begin, long end, const Limit& limit,
                  float* partials) {
-  static thread_local std::vector<float> buffer;
+  static thread_local Scratch buffer;
   const long width = pages.s.width, length = end - begin, ld = SPAN + W;
   const long each = Partial::floats(width);
-  float* p = scratch(buffer, rows * ld);
+  float* p = buffer.floats(rows * ld);
   for (long r = 0; r < rows; ++r) std::fill(p + r * ld, p + r * ld + length, 0.0f);
-  Tiles tiles(rows);
+  // Scores. Tiles of three rows and four tokens: blocks hold a multiple of four, usually.
+  Tiles tiles(rows, 3);
   for (long t = begin; t < end;) {
     const long n = pages.run(t, end);
+    const T* next = t + n < end ? pages.at(pages.keys, t + n) : pages.at(pages.values, begin);
     for (long i = 0; i < tiles.count; ++i)
-      dot_block(tiles.size(i), q + tiles.begin(i), pages.at(pages.keys, t), width, int(width), n,
-                p + tiles.begin(i) * ld + (t - begin), ld);
+      dot_block(tiles.size(i), q + tiles.begin(i), pages.at(pages.keys, t), width, width, n,
+                p + tiles.begin(i) * ld + (t - begin), ld, Ahead<T>{next, int(i), int(tiles.count)});
     t += n;
   }
   const float scale = 1.0f / std::sqrt(float(width));
   for (long r = 0; r < rows; ++r) {
     const long n = std::clamp(limit(r) - begin, 0L, length);
     float* part = partials + r * each;
-    const float most = n ? *std::max_element(p + r * ld, p + r * ld + n) : 0.0f;
+    const float most = n ? largest(p + r * ld, n) : 0.0f;
     part[0] = most * scale;
     part[1] = soften(p + r * ld, n, length, most, scale);
-    std::fill(part + 2, part + each, 0.0f);
   }
+  std::vector<Run<T>> runs;
   for (long t = begin; t < end;) {
-    const long n = pages.run(t, end);
-    weigh(rows, p + (t - begin), ld, pages.at(pages.values, t), width, n, partials + 2, each);
-    t += n;
+    runs.push_back({pages.at(pages.values, t), pages.run(t, end)});
+    t += runs.back().tokens;
+  }
+  Tiles sums(rows, 6);
+  for (long i = 0; i < sums.count; ++i) {
+    const long r = sums.begin(i);
+    weigh(sums.size(i), p + r * ld, ld, runs, width, partials + r * each + 2, each);
   }
 }
 
@@ -197,8 +225,8 @@ void paged_attention(const float* q, const float* k, const float* v, T* keys, T*
   const long tile_floats = tile_tokens * group * each;
   if (longest == 1 || long(tiles.size()) >= 2L * thread_count()) {
     parallel(long(tiles.size()), cost, [&](long i) {
-      static thread_local std::vector<float> sums_buffer, partial_buffer;
-      float *sums = scratch(sums_buffer, tile_floats), *partials = scratch(partial_buffer, tile_floats);
+      static thread_local Scratch sums_buffer, partial_buffer;
+      float *sums = sums_buffer.floats(tile_floats), *partials = partial_buffer.floats(tile_floats);
       std::fill(sums, sums + tile_floats, 0.0f);
       for (long j = 0; j < spans(tiles[i]); ++j) {
         span(tiles[i], j, partials);
@@ -209,8 +237,8 @@ void paged_attention(const float* q, const float* k, const float* v, T* keys, T*
     return;
   }
   // Few queries with long contexts: spans in parallel, merged afterwards in the same order.
-  static thread_local std::vector<float> all_buffer;
-  float* all = scratch(all_buffer, tiles.size() * longest * tile_floats);
+  static thread_local Scratch all_buffer;
+  float* all = all_buffer.floats(tiles.size() * longest * tile_floats);
   parallel(long(tiles.size()) * longest, cost, [&](long i) {
     const Tile& tile = tiles[i / longest];
     if (i % longest < spans(tile)) span(tile, i % longest, all + i * tile_floats);

@@ -20,9 +20,9 @@ void experts(const float* x, const T* gate_up, const T* down, const int64_t* cho
   std::vector<long> next(first.begin(), first.end() - 1);
   for (long i = 0; i < slots; ++i) slot[next[chosen[i]]++] = i;
 
-  static thread_local std::vector<float> inner_buffer, out_buffer;
-  float* inner = scratch(inner_buffer, slots * I);
-  float* out = scratch(out_buffer, slots * D);
+  static thread_local Scratch inner_buffer, out_buffer;
+  float* inner = inner_buffer.floats(slots * I);
+  float* out = out_buffer.floats(slots * D);
   std::vector<const float*> from(slots), middle(slots);
   for (long i = 0; i < slots; ++i) {
     from[i] = x + slot[i] / s.per_token * D;
@@ -46,7 +46,7 @@ void experts(const float* x, const T* gate_up, const T* down, const int64_t* cho
     const auto [e, i0] = items[index];
     const long n = std::min(P / 2, I - i0), at = first[e], m = first[e + 1] - at;
     const T* w[2] = {gate_up + (e * 2 * I + i0) * D, gate_up + (e * 2 * I + I + i0) * D};
-    dot_panel(from.data() + at, m, w, 2, n, D, [&](long m0, long rows, const float* acc) {
+    dot_panel(from.data() + at, m, w, 2, n, D, n * D, [&](long m0, long rows, const float* acc) {
       for (long i = 0; i < rows; ++i)
         gated(acc + i * 2 * n, acc + i * 2 * n + n, inner + (at + m0 + i) * I + i0, n);
     });
@@ -57,7 +57,7 @@ void experts(const float* x, const T* gate_up, const T* down, const int64_t* cho
     const auto [e, o] = items[index];
     const long n = std::min(P, D - o), at = first[e], m = first[e + 1] - at;
     const T* w[1] = {down + (e * D + o) * I};
-    dot_panel(middle.data() + at, m, w, 1, n, I, [&](long m0, long rows, const float* acc) {
+    dot_panel(middle.data() + at, m, w, 1, n, I, n * I, [&](long m0, long rows, const float* acc) {
       for (long i = 0; i < rows; ++i)
         std::copy(acc + i * n, acc + (i + 1) * n, out + slot[at + m0 + i] * D + o);
     });

@@ -17,7 +17,7 @@ void linear(const float* x, const T* w, const float* add, float* y, long M, long
   parallel((O + P - 1) / P, double(M) * O * K, [&](long item) {
     const long o = item * P, n = std::min(P, O - o);
     const T* from[1] = {w + o * K};
-    dot_panel(rows.data(), M, from, 1, n, K, [&](long m0, long m, const float* acc) {
+    dot_panel(rows.data(), M, from, 1, n, K, thread_count() * P * K, [&](long m0, long m, const float* acc) {
       for (long i = 0; i < m; ++i) {
         float* to = y + (m0 + i) * O + o;
         const float* a = acc + i * n;
@@ -39,7 +39,7 @@ void linear_swiglu(const float* x, const T* w, float* y, long M, long I, long K)
   parallel((I + P - 1) / P, 2.0 * M * I * K, [&](long item) {
     const long i0 = item * P, n = std::min(P, I - i0);
     const T* from[2] = {w + i0 * K, w + (I + i0) * K};
-    dot_panel(rows.data(), M, from, 2, n, K, [&](long m0, long m, const float* acc) {
+    dot_panel(rows.data(), M, from, 2, n, K, thread_count() * P * K, [&](long m0, long m, const float* acc) {
       for (long i = 0; i < m; ++i) gated(acc + i * 2 * n, acc + i * 2 * n + n, y + (m0 + i) * I + i0, n);
     });
   });

@@ -66,11 +66,7 @@ void swiglu(const float* x, float* y, long rows, long inner) {
 void argmax(const float* x, int64_t* out, long rows, long width) {
   parallel(rows, 0.25 * rows * width, [&](long r) {
     const float* p = x + r * width;
-    vf most = splat(-INFINITY);
-    long i = 0;
-    for (; i + W <= width; i += W) most = max(most, load(p + i));
-    float best = largest(most);
-    for (; i < width; ++i) best = p[i] > best ? p[i] : best;
+    const float best = largest(p, width);
     long at = 0;
     while (at < width && p[at] != best) ++at;
     out[r] = at < width ? at : 0;

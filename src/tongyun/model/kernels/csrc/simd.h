@@ -56,6 +56,16 @@ inline void store(bf16* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
+// Keeps a loaded vector in its register: g++ otherwise loads it again for every use, and a
+// tile is then bound by loads instead of multiply-adds.
+inline void pin(vf& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+}
+
 inline float widen(float x) { return x; }
 inline float widen(bf16 x) {
   uint32_t u = uint32_t(x.bits) << 16;
@@ -78,14 +88,30 @@ inline vf load_tail(const T* p, int n) {
   return load(tmp);
 }
 
-// Pairwise, so that the order is the same for every width of tile.
-inline float sum(vf v) {
-  float t[W];
-  store(t, v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] += t[i + half];
-  return t[0];
+typedef float v4 __attribute__((vector_size(16)));
+
+// The sums of four vectors, each added in the same order wherever it stands: neighbours,
+// then pairs of neighbours, then the quarters of the register.
+inline v4 sum4(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+  const auto half = [](vf v) {
+    return _mm256_add_ps(_mm512_castps512_ps256((__m512)v), _mm512_extractf32x8_ps((__m512)v, 1));
+  };
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(half(a), half(b)), _mm256_hadd_ps(half(c), half(d)));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+#elif defined(__AVX2__)
+  const __m256 s = _mm256_hadd_ps(_mm256_hadd_ps((__m256)a, (__m256)b), _mm256_hadd_ps((__m256)c, (__m256)d));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+#else
+  v4 s{};
+  const vf all[4] = {a, b, c, d};
+  for (int i = 0; i < 4; ++i)
+    for (int q = 0; q < W; q += 4) s[i] += (all[i][q] + all[i][q + 1]) + (all[i][q + 2] + all[i][q + 3]);
+  return s;
+#endif
 }
+
+inline float sum(vf v) { return sum4(v, vf{}, vf{}, vf{})[0]; }
 
 inline float largest(vf v) {
   float m = v[0];
@@ -95,6 +121,19 @@ inline float largest(vf v) {
 
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline vf min(vf a, vf b) { return a < b ? a : b; }
+
+// The largest of n ≥ 1 elements.
+inline float largest(const float* p, long n) {
+  float most = p[0];
+  long i = 0;
+  if (n >= W) {
+    vf all = load(p);
+    for (i = W; i + W <= n; i += W) all = max(all, load(p + i));
+    most = largest(all);
+  }
+  for (; i < n; ++i) most = p[i] > most ? p[i] : most;
+  return most;
+}
 
 // e^x to about 2 ulp: 2^n × polynomial on [-ln2/2, ln2/2] (coefficients: Cephes' expf).
 // Below -87.3 the result is e^-87.3, which every caller adds to something far larger.
