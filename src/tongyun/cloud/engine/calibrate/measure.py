@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from tongyun.chip.calibrated import engine_precision
-from tongyun.cloud.engine.calibrate import attention, machine, memory, products, sampling, serving, steps
+from tongyun.cloud.engine.calibrate import (
+    attention,
+    machine,
+    memory,
+    passes,
+    products,
+    sampling,
+    serving,
+    steps,
+)
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
@@ -102,6 +111,7 @@ def _operators(
         list(products.experts(bench)),
         list(attention.attention(bench)),
         list(memory.bandwidth(bench)),
+        list(passes.passes(bench)),
         list(sampling.drawing(bench)),
     ]
     probes = [probe for kind in kinds for probe in kind]
@@ -111,11 +121,16 @@ def _operators(
             [probe.call for probe in probes], lambda visit: tell("operators", SHARES[0] * visit / visits)
         )
     left = iter(seconds)
-    matmul, grouped, attending, reading, drawn = (
+    matmul, grouped, attending, reading, passing, drawn = (
         tuple(probe.sample(next(left)) for probe in kind) for kind in kinds
     )
     readings = Readings(
-        machine=setting.machine(), matmul=matmul, grouped_matmul=grouped, memory=reading, attention=attending
+        machine=setting.machine(),
+        matmul=matmul,
+        grouped_matmul=grouped,
+        memory=reading,
+        attention=attending,
+        passes=passing,
     )
     return readings, sampling.logit_byte(*drawn)
 
