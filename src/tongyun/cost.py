@@ -39,16 +39,19 @@ def step_cost(
     """
     operators = step(config, shape, shard, precision, stage=stage)
     timing = steps_s(operators, chip)
-    seconds = timing.seconds + chip.step_host_s + sequence_s(chip) * shape.sequences
+    seconds = timing.seconds + chip.step_host_s + host_s(chip, shape)
     watts_busy = chip.tdp_w - chip.idle_w
     joules = shard.stage_ranks * (chip.idle_w * seconds + watts_busy * timing.busy_s)
     return Cost(seconds=seconds, joules=joules, sources=sources_of(operators, chip))
 
 
-def sequence_s(chip: Chip) -> float:
-    """Seconds that each sequence of a step adds on the host; zero where none was measured."""
+def host_s(chip: Chip, shape: StepShape) -> Number:
+    """Seconds that sequences and their further tokens add on the host; zero where none was measured."""
     samples = measured(chip)
-    return 0.0 if samples is None else samples.overhead.get("sequence", 0.0)
+    if samples is None:
+        return 0.0
+    each, further = (samples.overhead.get(what, 0.0) for what in ("sequence", "token"))
+    return each * shape.sequences + further * (shape.tokens - shape.sequences)
 
 
 def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]:

@@ -14,7 +14,7 @@ import torch
 from tongyun.chip.calibrated import nonnegative
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate import machine, products
-from tongyun.cloud.engine.calibrate.measure import STAGES, Setting, measure
+from tongyun.cloud.engine.calibrate.measure import Setting, measure
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.specs import ChipSpec, find_chip, load, save
@@ -117,10 +117,14 @@ def test_the_digest_follows_the_kernels(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_stopwatch_reads_seconds_of_one_call() -> None:
-    watch = Stopwatch(device=torch.device("cpu"), budget_s=0.02)
-    assert 0.002 <= watch.seconds(lambda: time.sleep(0.002)) < 0.02
+    watch = Stopwatch(device=torch.device("cpu"), visits=2)
+    calls: list[str] = []
+    rounds: list[int] = []
+    slow, quick = watch.seconds([lambda: time.sleep(0.002), lambda: calls.append("now")], rounds.append)
+    assert 0.002 <= slow < 0.02
     # A call far below the clock's grain is timed in bursts.
-    assert 0 < watch.seconds(lambda: None) < 1e-5
+    assert 0 < quick < 1e-5 and len(calls) > 100
+    assert rounds == [1, 2]
 
 
 def test_overheads_are_found_and_never_negative() -> None:
@@ -131,17 +135,17 @@ def test_overheads_are_found_and_never_negative() -> None:
 
 
 def test_experts_are_measured_with_equal_rows_each() -> None:
-    routing = products._balanced(12, 8, torch.device("cpu"))
-    counts = torch.bincount(routing.chosen_TN.flatten(), minlength=8)
-    assert counts.tolist() == [3] * 8
-    assert (routing.chosen_TN[:, 0] != routing.chosen_TN[:, 1]).all()
+    chosen_TN, weight_TN = products._balanced(12, 8, torch.device("cpu"))
+    assert torch.bincount(chosen_TN.flatten(), minlength=8).tolist() == [3] * 8
+    assert (chosen_TN[:, 0] != chosen_TN[:, 1]).all()
+    assert weight_TN.sum(1).tolist() == [1.0] * 12
 
 
 @pytest.mark.slow
 def test_a_quick_calibration_of_this_machine_is_whole() -> None:
-    stages: list[str] = []
-    spec = measure(QUICK, stages.append)
-    assert tuple(stages) == STAGES
+    done: list[float] = []
+    spec = measure(QUICK, lambda what, share: done.append(share))
+    assert done == sorted(done) and done[-1] == 1.0
     save(spec, local_path())
     assert find_chip("local") == spec
     calibration = spec.calibration

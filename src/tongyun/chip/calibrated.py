@@ -9,13 +9,15 @@ What each kind of sample means:
               `groups` experts, written as the up-projection (n = 2 × width, k = hidden)
     memory    streaming through `footprint_bytes` again and again, all threads
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
+    passes    operators without products over [rows, width]
     overhead  seconds that one of `what` adds: a step, an operator, a sparse layer, a
-              sequence, a byte that norms and element-wise operators move, a byte of logits
+              sequence, a further token of a sequence, a byte of logits
 
-Times are interpolated straight in logarithms. Below the smallest sample a time stays, above
-the largest it grows in proportion. Weights and KV beyond the caches are priced by how fast
-each streams at the footprint of the whole step (KV by the attention samples that go through
-more than a cache holds); the slower of that and the sample holds.
+Times of products are interpolated straight in logarithms: below the smallest sample a time
+stays, above the largest it grows in proportion. Attention and passes are sums of parts,
+fitted to their samples. What does not fit the caches depends on the footprint of the whole
+step: weights are fetched ahead, so the slower of arithmetic and streaming holds; keys and
+values are not, so their stalls come on top.
 """
 
 from __future__ import annotations
@@ -31,14 +33,13 @@ from numpy.typing import NDArray
 
 from tongyun.model.graph import Kind, Operator, Precision
 from tongyun.specs import Calibration, Chip
-from tongyun.specs.samples import AttentionSample, GroupedMatmulSample
+from tongyun.specs.samples import AttentionSample, GroupedMatmulSample, PassSample
 from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
 TINY = 1e-12
 CACHED_BYTES = 2e6
 """Keys and values that any outer cache holds: samples within tell arithmetic, not memory."""
-LONG_CONTEXT = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +135,27 @@ def nonnegative(matrix: Array, target: Array) -> Array:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stall:
+    """Seconds a byte waits, over the logarithm of a footprint in bytes: straight, flat at both ends."""
+
+    log_x: Array
+    y: Array
+
+    @classmethod
+    def through(cls, points: Iterable[tuple[float, float]]) -> Stall:
+        """Through (bytes, seconds a byte); several at one footprint give their median, none is a dip."""
+        at: dict[float, list[float]] = defaultdict(list)
+        for x, y in points:
+            at[x].append(y)
+        xs = sorted(at)
+        return cls(log_x=np.log(xs), y=np.maximum.accumulate([float(np.median(at[x])) for x in xs]))
+
+    def __call__(self, x: Number) -> Array:
+        log_x = np.log(np.maximum(np.asarray(x, dtype=np.float64), 1.0))
+        return np.asarray(np.interp(log_x, self.log_x, self.y))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One machine's samples, ready to be asked."""
 
@@ -142,10 +164,10 @@ class Measured:
     """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
     memory: Curve
     """Seconds to stream a byte, by the bytes of the footprint it belongs to."""
-    kv: Curve | None
-    """Seconds to stream a byte of keys and values, likewise."""
     decode: Linear | None
     prefill: Linear | None
+    stall: Stall
+    passes: Mapping[str, Linear]
     overhead: Mapping[str, float]
 
     def launch_s(self, op: Operator, usual_s: float) -> float:
@@ -160,10 +182,13 @@ class Measured:
             return self._experts_s(op, dtype, footprint_bytes)
         if op.kind is Kind.ATTENTION:
             return self._attention_s(op, footprint_bytes)
-        what = "logit_byte" if op.kind is Kind.SAMPLE else "passed_byte"
-        if op.kind in (Kind.NORM, Kind.ELEMENTWISE, Kind.EMBED, Kind.SAMPLE) and what in self.overhead:
-            return self.overhead[what] * op.moved_bytes
-        return None
+        if op.kind is Kind.SAMPLE and "logit_byte" in self.overhead:
+            return self.overhead["logit_byte"] * op.moved_bytes
+        if op.name == "experts_activation" and self.grouped:
+            # Measured as part of the experts.
+            return 0.0 * op.m
+        found = self.passes.get(_pass_name(op))
+        return None if found is None else found(1.0, op.m, op.m * op.n)
 
     def _stream_s(self, op: Operator, footprint_bytes: Number) -> Number:
         """The operator's weights at the bandwidth of the whole step's footprint."""
@@ -186,8 +211,14 @@ class Measured:
         if one is None or many is None:
             return one if many is None else many
         queries = op.m / np.maximum(op.n * np.asarray(op.groups, dtype=np.float64), TINY)
-        stream = 0.0 if self.kv is None else kv_bytes * self.kv(footprint_bytes)
-        return np.maximum(np.where(queries > 1, many, one), stream)
+        return np.where(queries > 1, many, one) + kv_bytes * self.stall(footprint_bytes)
+
+
+def _pass_name(op: Operator) -> str:
+    """The kind of pass an operator is, as samples name it."""
+    if op.kind is Kind.NORM:
+        return "norm"
+    return "rotate" if op.name == "rotate" else op.name.rpartition("_")[2]
 
 
 def engine_precision(calibration: Calibration) -> Precision:
@@ -214,13 +245,15 @@ def measured(chip: Chip) -> Measured | None:
     products: dict[DType, list[tuple[float, float, float]]] = defaultdict(list)
     for s in samples.matmul:
         products[s.dtype].append((s.n * s.k, s.m, s.seconds))
+    decode = _attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= CACHED_BYTES])
     return Measured(
         matmul={dtype: Surface.through(points) for dtype, points in products.items()},
         grouped=_grouped(samples.grouped_matmul),
         memory=Curve.through(((s.footprint_bytes, 1 / s.bytes_per_s) for s in samples.memory), grows=False),
-        kv=_kv(samples.attention),
-        decode=_attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= CACHED_BYTES]),
+        decode=decode,
         prefill=_attention([s for s in samples.attention if s.queries > 1]),
+        stall=_stall([s for s in samples.attention if s.queries == 1], decode),
+        passes=_passes(samples.passes),
         overhead={s.what: s.seconds / s.count for s in samples.overhead},
     )
 
@@ -251,12 +284,24 @@ def _call_s(samples: list[GroupedMatmulSample]) -> float:
     return min(max(fixed[0], 0.0), least / 2) if fixed else 0.0
 
 
-def _kv(samples: Iterable[AttentionSample]) -> Curve | None:
-    """From long contexts, where reading keys and values is nearly all there is to do."""
-    long = [s for s in samples if s.queries == 1 and s.context >= LONG_CONTEXT]
-    return (
-        Curve.through(((_kv_bytes(s), s.seconds / _kv_bytes(s)) for s in long), grows=False) if long else None
-    )
+def _stall(samples: Iterable[AttentionSample], decode: Linear | None) -> Stall:
+    """What decoding takes beyond its arithmetic, for each byte of keys and values, by how many there are."""
+    points = [(0.5 * CACHED_BYTES, 0.0), (CACHED_BYTES, 0.0)]
+    for s in samples:
+        if decode is not None and _kv_bytes(s) > CACHED_BYTES:
+            rest_s = s.seconds - float(decode(*_counts(s)))
+            points.append((_kv_bytes(s), max(rest_s, 0.0) / _kv_bytes(s)))
+    return Stall.through(points)
+
+
+def _passes(samples: Iterable[PassSample]) -> dict[str, Linear]:
+    at: dict[str, list[PassSample]] = defaultdict(list)
+    for s in samples:
+        at[s.what].append(s)
+    return {
+        what: Linear.fit([(1.0, s.rows, s.rows * s.width) for s in rows], [s.seconds for s in rows])
+        for what, rows in at.items()
+    }
 
 
 def _attention(samples: list[AttentionSample]) -> Linear | None:

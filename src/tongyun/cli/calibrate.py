@@ -56,20 +56,18 @@ def _measure(chosen: Setting, quiet: bool) -> ChipSpec:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from tongyun.cloud.engine.calibrate.measure import STAGES, measure
+    from tongyun.cloud.engine.calibrate.measure import measure
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     # A bar that redraws from a thread of its own would disturb what is measured.
     with Progress(*columns, console=Console(stderr=True), disable=quiet, auto_refresh=False) as progress:
-        task = progress.add_task("calibrate", total=len(STAGES))
+        task = progress.add_task("calibrate", total=1.0)
 
-        def tell(stage: str) -> None:
-            progress.update(task, description=f"calibrate: {stage}", completed=STAGES.index(stage))
+        def tell(what: str, done: float) -> None:
+            progress.update(task, description=f"calibrate: {what}", completed=done)
             progress.refresh()
 
-        spec = measure(chosen, tell)
-        progress.update(task, description="calibrate", completed=len(STAGES))
-    return spec
+        return measure(chosen, tell)
 
 
 def _figures(spec: ChipSpec, path: Path) -> dict[str, object]:

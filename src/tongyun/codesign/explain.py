@@ -17,7 +17,7 @@ from tongyun.chip.roofline import PRODUCTS, parts_s, rate_dtype, streamed_bytes
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import Load, Memory, distinct_stages, load_at, memory_by_stage
-from tongyun.cost import sequence_s, step_cost
+from tongyun.cost import host_s, step_cost
 from tongyun.model.graph import COLLECTIVES, Kind, Operator, StepShape
 from tongyun.model.shard import Shard
 from tongyun.model.steps import step
@@ -141,7 +141,7 @@ def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, s
     footprint = streamed_bytes(operators)
     parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
     rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]
-    hosts = _host(chip, _number(shape.sequences))
+    hosts = _host(chip, shape)
     seconds = 0.0
     for each in [*(op.repeat * (work + launch) for op, work, launch in rows), *hosts.values()]:
         seconds += each
@@ -220,9 +220,9 @@ def _sources(op: Operator, chip: Chip, bound: str) -> frozenset[Source]:
     return frozenset({Source.ANALYTIC}) | chip.sources_of(*sorted(keys))
 
 
-def _host(chip: Chip, sequences: float) -> dict[str, float]:
+def _host(chip: Chip, shape: StepShape) -> dict[str, float]:
     """The host's seconds that are not zero, in the order in which `step_cost` adds them."""
-    spent = {"host_step": chip.step_host_s, "host_sequences": sequence_s(chip) * sequences}
+    spent = {"host_step": chip.step_host_s, "host_sequences": _number(host_s(chip, shape))}
     return {name: seconds for name, seconds in spent.items() if seconds}
 
 

@@ -44,7 +44,8 @@ class Operator:
 
     All counts are for one execution on one rank. `m`, `n`, `k` are the matmul's rows,
     columns and inner size (for a grouped matmul `m` is the rows over all groups; for
-    attention `m` is query rows over all heads, `n` heads, `k` head width, `groups` sequences).
+    attention `m` is query rows over all heads, `n` heads, `k` head width, `groups` sequences;
+    for a norm or an activation `m` is rows and `n` their width).
     """
 
     name: str

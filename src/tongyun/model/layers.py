@@ -7,7 +7,7 @@ Symbols: T new tokens of the step, D hidden, N experts a token runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tongyun.model.config import Experts, Latent, ModelConfig
 from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
@@ -98,6 +98,8 @@ class Layers:
             name=name,
             kind=Kind.NORM,
             repeat=repeat,
+            m=rows,
+            n=width,
             read_bytes=2 * rows * width * self.act,
             weight_bytes=weight_bytes,
             write_bytes=2 * rows * width * self.act,
@@ -151,6 +153,8 @@ class Layers:
             name="rotate",
             kind=Kind.ELEMENTWISE,
             repeat=part.layers,
+            m=tokens,
+            n=width,
             read_bytes=tokens * width * self.act,
             weight_bytes=scales,
             write_bytes=tokens * part.heads * config.head_dim * self.act
@@ -325,7 +329,8 @@ class Layers:
 
     def _activation(self, names: str, rows: Number, width: int, repeat: int) -> Operator:
         read, write = 2 * rows * width * self.act, rows * width * self.act
-        return elementwise(f"{names}_activation", Kind.ELEMENTWISE, read, write, repeat=repeat)
+        passed = elementwise(f"{names}_activation", Kind.ELEMENTWISE, read, write, repeat=repeat)
+        return replace(passed, m=rows, n=width)
 
     def _dense(self) -> list[Operator]:
         part, tokens, hidden = self.part, self.shape.tokens, self.config.hidden

@@ -59,6 +59,16 @@ class AttentionSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PassSample:
+    """An operator without products (`norm`, `rotate`, `activation`) took `seconds` over [rows, width]."""
+
+    what: str
+    rows: int
+    width: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class OverheadSample:
     """Something with a fixed price took `seconds`: `what` happened `count` times in all."""
 

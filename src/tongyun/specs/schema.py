@@ -46,6 +46,7 @@ from tongyun.specs.samples import (
     MatmulSample,
     MemorySample,
     OverheadSample,
+    PassSample,
 )
 from tongyun.specs.workload import WorkloadSpec
 from tongyun.units import DType, Source
@@ -65,6 +66,7 @@ class Calibration:
     grouped_matmul: tuple[GroupedMatmulSample, ...] = has(Samples(GroupedMatmulSample), default=())
     memory: tuple[MemorySample, ...] = has(Samples(MemorySample), default=())
     attention: tuple[AttentionSample, ...] = has(Samples(AttentionSample), default=())
+    passes: tuple[PassSample, ...] = has(Samples(PassSample), default=())
     overhead: tuple[OverheadSample, ...] = has(Samples(OverheadSample), default=())
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.model.kernels.attention import lay_out
 from tongyun.specs.samples import AttentionSample
+from tongyun.units import DType
 
 BLOCK_TOKENS = 16
 
@@ -34,33 +35,37 @@ PREFILLS = tuple((1, queries, context) for queries in (8, 32, 128, 512) for cont
 QUICK = ((1, 1, 63), (8, 1, 63), (1, 64, 0))
 
 
-def attention(bench: Bench) -> Iterator[AttentionSample]:
-    """Seconds of storing the step's keys and values and attending, for one layer."""
+def attention(bench: Bench) -> Iterator[Probe[AttentionSample]]:
+    """Storing the step's keys and values and attending, for one layer."""
     for heads in HEADS if not bench.quick else HEADS[:1]:
         for batch, queries, context in DECODES + PREFILLS if not bench.quick else QUICK:
-            yield AttentionSample(
-                dtype=bench.kv_type,
-                batch=batch,
-                queries=queries,
-                context=context,
-                heads=heads.queries,
-                kv_heads=heads.keys,
-                head_dim=heads.width,
-                seconds=_seconds(bench, heads, batch, queries, context),
+            yield Probe(
+                call=_call(bench, heads, batch, queries, context),
+                sample=partial(_sample, bench.kv_type, heads, batch, queries, context),
             )
 
 
-def _seconds(bench: Bench, heads: Heads, batch: int, queries: int, context: int) -> float:
+def _sample(
+    kv_type: DType, heads: Heads, batch: int, queries: int, context: int, seconds: float
+) -> AttentionSample:
+    return AttentionSample(
+        dtype=kv_type,
+        batch=batch,
+        queries=queries,
+        context=context,
+        heads=heads.queries,
+        kv_heads=heads.keys,
+        head_dim=heads.width,
+        seconds=seconds,
+    )
+
+
+def _call(bench: Bench, heads: Heads, batch: int, queries: int, context: int) -> Callable[[], Tensor]:
     each = -(-(context + queries) // BLOCK_TOKENS)
     # Blocks of one sequence lie apart in a cache that has been in use; a stride of `batch` does that.
     pieces = [(context, queries, range(i, i + each * batch, batch)) for i in range(batch)]
     layout = lay_out(pieces, BLOCK_TOKENS, bench.device)
-    keys, values = (_cache(bench, each * batch, heads) for _ in range(2))
+    keys, values = (bench.cache(each * batch, heads.keys, BLOCK_TOKENS, heads.width) for _ in range(2))
     q_THd = bench.activation(batch * queries, heads.queries, heads.width)
     k_TKd, v_TKd = (bench.activation(batch * queries, heads.keys, heads.width) for _ in range(2))
-    return bench.seconds(lambda: bench.ops.paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout))
-
-
-def _cache(bench: Bench, blocks: int, heads: Heads) -> Tensor:
-    shape = (blocks, heads.keys, BLOCK_TOKENS, heads.width)
-    return torch.zeros(shape, dtype=bench.kv_dtype, device=bench.device)
+    return partial(bench.ops.paged_attention, q_THd, k_TKd, v_TKd, keys, values, layout)

@@ -1,18 +1,33 @@
-"""What every measurement needs: the device, the engine's operations, a stopwatch and random tensors."""
+"""What every measurement needs: the device, the engine's operations, and random tensors.
+
+A `Probe` is one thing to be timed and what its seconds are a sample of. Probes of all kinds
+are timed together, so that a slow moment of the machine falls on all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.calibrate.stopwatch import Call
 from tongyun.model.kernels import TorchOps
 from tongyun.units import DType
 
 TORCH_TYPES = {DType.F32: torch.float32, DType.BF16: torch.bfloat16}
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Generic[S]):
+    """A call, and the sample its seconds make."""
+
+    call: Call
+    sample: Callable[[float], S]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +39,11 @@ class Bench:
     weight_type: DType
     kv_type: DType
     activation_type: DType
-    stopwatch: Stopwatch
     quick: bool = False
 
     @property
     def kv_dtype(self) -> torch.dtype:
         return TORCH_TYPES[self.kv_type]
-
-    def seconds(self, call: Callable[[], object]) -> float:
-        """Median seconds of one call."""
-        with torch.inference_mode():
-            return self.stopwatch.seconds(call)
 
     def weight(self, *shape: int) -> Tensor:
         """Random weights in the stored type; values do not change how long a product takes."""
@@ -43,7 +52,10 @@ class Bench:
     def activation(self, *shape: int) -> Tensor:
         return self._random(shape, TORCH_TYPES[self.activation_type])
 
+    def cache(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self.kv_dtype, device=self.device)
+
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         generator = torch.Generator(device=self.device).manual_seed(0)
-        values = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32)
-        return values.mul_(0.02).to(dtype)
+        values = torch.empty(shape, device=self.device, dtype=dtype)
+        return values.uniform_(-0.05, 0.05, generator=generator)

@@ -9,22 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from tongyun.chip.calibrated import engine_precision
-from tongyun.cloud.engine.calibrate import attention, machine, memory, products, sampling, serving, steps
-from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate import (
+    attention,
+    machine,
+    memory,
+    passes,
+    products,
+    sampling,
+    serving,
+    steps,
+)
+from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
 from tongyun.specs import ChipSpec
+from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
 
-STAGES = ("linear layers", "experts", "attention", "memory", "whole steps", "serving")
+VISITS = 5
+SHARES = (0.55, 0.8)
+"""Of the time, what is over when the operators are done, and when the steps are."""
 
-Tell = Callable[[str], None]
+Tell = Callable[[str, float], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +61,6 @@ class Setting:
             weight_type=DType.BF16,
             kv_type=DType.BF16 if gpu else DType.F32,
             activation_type=DType.BF16 if gpu else DType.F32,
-            stopwatch=Stopwatch(device=device, budget_s=0.002 if self.quick else 0.01),
             quick=self.quick,
         )
 
@@ -76,29 +88,57 @@ def setting(*, device: str | None, threads: int | None, kernels: str | None, qui
 
 
 def measure(setting: Setting, tell: Tell) -> ChipSpec:
-    """Measure this machine; `tell` is called with the name of each stage of `STAGES` as it begins."""
+    """Measure this machine; `tell` is called with what is being measured and the share that is done."""
+    visits = 1 if setting.quick else VISITS
     with _threads_as_before():
         bench = setting.bench()
-        tell(STAGES[0])
-        matmul = tuple(products.linear(bench)) + tuple(products.exact(bench))
-        tell(STAGES[1])
-        grouped = tuple(products.experts(bench))
-        tell(STAGES[2])
-        attending = tuple(attention.attention(bench))
-        drawn = tuple(sampling.drawing(bench))
-        tell(STAGES[3])
-        reading = tuple(memory.bandwidth(bench))
-        tell(STAGES[4])
-        whole = tuple(steps.steps(bench))
-        tell(STAGES[5])
+        tell("operators", 0.0)
+        bare, drawn = _operators(setting, bench, visits, tell)
+        tell("whole steps", SHARES[0])
+        rests = _rests(bare, steps.steps(bench, visits))
+        tell("serving", SHARES[1])
         around = tuple(serving.serving(bench))
-    bare = Readings(
-        machine=setting.machine(), matmul=matmul, grouped_matmul=grouped, memory=reading, attention=attending
+    tell("done", 1.0)
+    return chip_spec(replace(bare, overhead=rests + drawn + around))
+
+
+def _operators(
+    setting: Setting, bench: Bench, visits: int, tell: Tell
+) -> tuple[Readings, tuple[OverheadSample, ...]]:
+    """All probes in turns, put into the samples of their kinds."""
+    kinds: list[list[Probe[Any]]] = [
+        [*products.linear(bench), *products.exact(bench)],
+        list(products.experts(bench)),
+        list(attention.attention(bench)),
+        list(memory.bandwidth(bench)),
+        list(passes.passes(bench)),
+        list(sampling.drawing(bench)),
+    ]
+    probes = [probe for kind in kinds for probe in kind]
+    watch = Stopwatch(device=bench.device, visits=visits)
+    with torch.inference_mode():
+        seconds = watch.seconds(
+            [probe.call for probe in probes], lambda visit: tell("operators", SHARES[0] * visit / visits)
+        )
+    left = iter(seconds)
+    matmul, grouped, attending, reading, passing, drawn = (
+        tuple(probe.sample(next(left)) for probe in kind) for kind in kinds
     )
+    readings = Readings(
+        machine=setting.machine(),
+        matmul=matmul,
+        grouped_matmul=grouped,
+        memory=reading,
+        attention=attending,
+        passes=passing,
+    )
+    return readings, sampling.logit_byte(*drawn)
+
+
+def _rests(bare: Readings, whole: list[steps.StepSample]) -> tuple[OverheadSample, ...]:
     chip = chip_spec(bare).at()
     assert chip.calibration is not None
-    rests = overheads(whole, chip, engine_precision(chip.calibration))
-    return chip_spec(replace(bare, overhead=rests + drawn + around))
+    return overheads(whole, chip, engine_precision(chip.calibration))
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""What a step costs beyond its products, told from measured steps of synthetic models.
+"""What a step costs beyond its operators, told from measured steps of synthetic models.
 
-Each measured step leaves a rest when its priced products are taken away. The rest is
+Each measured step leaves a rest when its priced operators are taken away. The rest is
 split, by least squares with no negative part, into what every step, operator, sparse
-layer, sequence and byte passed on adds. It measures the engine on this machine; no
+layer, sequence and further token of a sequence adds. It measures the engine on this machine; no
 served model takes part in it.
 """
 
@@ -13,15 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from tongyun.chip.calibrated import nonnegative
-from tongyun.chip.roofline import PRODUCTS, streamed_bytes, work_s
+from tongyun.chip.roofline import streamed_bytes, work_s
 from tongyun.cloud.engine.calibrate.steps import StepSample
-from tongyun.model.graph import Kind, Operator, Precision
+from tongyun.model.graph import Operator, Precision, StepShape
 from tongyun.model.steps import step
 from tongyun.specs import Chip
 from tongyun.specs.samples import OverheadSample
 
-TERMS = ("step", "operator", "sparse_layer", "sequence", "passed_byte")
-PASSING = frozenset({Kind.NORM, Kind.ELEMENTWISE, Kind.EMBED})
+TERMS = ("step", "operator", "sparse_layer", "sequence", "token")
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
@@ -30,21 +29,20 @@ def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -
     for sample in samples:
         operators = step(sample.config, sample.shape, precision=precision)
         footprint = streamed_bytes(operators)
-        products = [op for op in operators if op.kind in PRODUCTS]
-        known_s = sum(op.repeat * float(work_s(op, chip, footprint)) for op in products)
+        known_s = sum(op.repeat * float(work_s(op, chip, footprint)) for op in operators)
         weight = 1 / sample.seconds
         rests.append((sample.seconds - known_s) * weight)
-        rows.append([count * weight for count in _counts(operators, float(sample.shape.sequences))])
+        rows.append([count * weight for count in _counts(operators, sample.shape)])
     found = zip(TERMS, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
     return tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in found if s > 0)
 
 
-def _counts(operators: tuple[Operator, ...], sequences: float) -> list[float]:
+def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
     """How often each of `TERMS` is in a step."""
     return [
         1.0,
         float(sum(op.repeat for op in operators)),
         float(sum(op.repeat for op in operators if op.name == "router")),
-        sequences,
-        float(sum(op.repeat * op.moved_bytes for op in operators if op.kind in PASSING)),
+        float(shape.sequences),
+        float(shape.tokens - shape.sequences),
     ]

@@ -143,7 +143,7 @@ def _gateway(bench: Bench, seen: _Seen) -> Gateway:
 def _bare_s(bench: Bench, batch: int) -> float:
     """The step of the same batch without a server around it."""
     rounds = (steps.Round(batch=batch, prompt=STREAMED + batch, output=OUTPUT),)
-    return next(steps.measure(bench, steps.synthetic(2), rounds=rounds, prompts=())).seconds
+    return next(steps.Engine(bench, steps.synthetic(2)).samples(rounds, ())).seconds
 
 
 def _load(url: str, quick: bool) -> list[tuple[RequestRecord, ...]]:

@@ -21,6 +21,7 @@ from tongyun.specs.samples import (
     MatmulSample,
     MemorySample,
     OverheadSample,
+    PassSample,
 )
 from tongyun.specs.schema import MatmulSpec, MemorySpec, OverheadSpec, PowerSpec
 from tongyun.store import home
@@ -39,6 +40,7 @@ class Readings:
     grouped_matmul: tuple[GroupedMatmulSample, ...]
     memory: tuple[MemorySample, ...]
     attention: tuple[AttentionSample, ...]
+    passes: tuple[PassSample, ...] = ()
     overhead: tuple[OverheadSample, ...] = ()
 
     @property
@@ -92,6 +94,7 @@ def chip_spec(readings: Readings) -> ChipSpec:
             grouped_matmul=readings.grouped_matmul,
             memory=readings.memory,
             attention=readings.attention,
+            passes=readings.passes,
             overhead=readings.overhead,
         ),
     )

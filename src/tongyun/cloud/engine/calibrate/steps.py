@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.clock import WallClock
@@ -52,9 +52,9 @@ class Round:
 
 
 ROUNDS = (
-    Round(batch=1, prompt=32, output=40),
-    Round(batch=8, prompt=32, output=40),
-    Round(batch=32, prompt=16, output=40),
+    Round(batch=1, prompt=32, output=16),
+    Round(batch=8, prompt=32, output=16),
+    Round(batch=32, prompt=16, output=16),
 )
 PROMPTS = (8, 32, 128, 512)
 """Prompts that are computed alone, one step each."""
@@ -81,22 +81,41 @@ def synthetic(layers: int, *, hidden: int = 64, sparse: bool = False) -> ModelCo
     )
 
 
-def steps(bench: Bench) -> Iterator[StepSample]:
-    """Median seconds of the engine's steps, by what they hold, over the synthetic models."""
+def steps(bench: Bench, visits: int, visited: Callable[[int], object] = lambda _: None) -> list[StepSample]:
+    """Seconds of the engine's steps, by what they hold, over the synthetic models.
+
+    As with probes, every model is visited several times and the mean over visits counts.
+    """
     shapes = [(layers, 64, sparse) for sparse in (False, True) for layers in (2, 10)] + [(4, 256, False)]
-    for layers, hidden, sparse in shapes if not bench.quick else [(1, 64, False), (3, 64, True)]:
-        yield from measure(bench, synthetic(layers, hidden=hidden, sparse=sparse))
+    chosen = shapes if not bench.quick else [(1, 64, False), (3, 64, True)]
+    engines = [
+        Engine(bench, synthetic(layers, hidden=hidden, sparse=sparse)) for layers, hidden, sparse in chosen
+    ]
+    readings: list[list[StepSample]] = []
+    for visit in range(visits):
+        readings.append([sample for engine in engines for sample in engine.samples()])
+        visited(visit + 1)
+    return [
+        replace(same[0], seconds=statistics.fmean(sample.seconds for sample in same))
+        for same in zip(*readings, strict=True)
+    ]
 
 
-def measure(
-    bench: Bench, config: ModelConfig, *, rounds: Sequence[Round] = ROUNDS, prompts: Sequence[int] = PROMPTS
-) -> Iterator[StepSample]:
-    """Steps of one model: a sample of full batches decoding for each round, one of each prompt."""
-    recorder = _Recorder(executor(bench, config))
-    for each in rounds if not bench.quick else rounds[:2]:
-        yield _decodes(config, recorder, each)
-    for prompt in prompts if not bench.quick else prompts[:2]:
-        yield _prompts(config, recorder, prompt, repeats=5 if bench.quick else 9)
+class Engine:
+    """The real executor and scheduler on random weights of one shape."""
+
+    def __init__(self, bench: Bench, config: ModelConfig) -> None:
+        self.bench, self.config = bench, config
+        self._recorder = _Recorder(executor(bench, config))
+
+    def samples(
+        self, rounds: Sequence[Round] = ROUNDS, prompts: Sequence[int] = PROMPTS
+    ) -> Iterator[StepSample]:
+        """A sample of full batches decoding for each round, and one of each prompt."""
+        for each in rounds if not self.bench.quick else rounds[:2]:
+            yield _decodes(self.config, self._recorder, each)
+        for prompt in prompts if not self.bench.quick else prompts[:2]:
+            yield _prompts(self.config, self._recorder, prompt)
 
 
 def executor(bench: Bench, config: ModelConfig) -> TorchExecutor:
@@ -145,9 +164,9 @@ def _decodes(config: ModelConfig, recorder: _Recorder, each: Round) -> StepSampl
     return StepSample(config=config, pieces=middle, seconds=statistics.median(s for _, s in decodes))
 
 
-def _prompts(config: ModelConfig, recorder: _Recorder, prompt: int, *, repeats: int) -> StepSample:
+def _prompts(config: ModelConfig, recorder: _Recorder, prompt: int) -> StepSample:
     readings = []
-    for _ in range(repeats + 1):
+    for _ in range(4):
         loop = engine(config, recorder)
         loop.add(_request("r", [i % config.vocab for i in range(prompt)], 1))
         readings.append(_timed(loop))
