@@ -11,7 +11,7 @@ What each kind of sample means:
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
     passes    operators without products over [rows, width]
     overhead  seconds that one of `what` adds: a step, an operator, a sparse layer, a
-              sequence, a further token of a sequence, a byte of logits
+              sequence, a further token of a sequence, a byte written, a byte of logits
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts,
@@ -175,7 +175,15 @@ class Measured:
         return usual_s + (self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0)
 
     def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
-        """Seconds of one execution without its launch; None for what this machine has no sample of."""
+        """Seconds of one execution without its launch; None for what this machine has no sample of.
+
+        Samples write the same memory again and again; a step writes fresh memory, which
+        costs a little more for every byte.
+        """
+        known = self._known_s(op, dtype, footprint_bytes)
+        return None if known is None else known + self.overhead.get("written_byte", 0.0) * op.write_bytes
+
+    def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
             return np.maximum(self.matmul[dtype](op.n * op.k, op.m), self._stream_s(op, footprint_bytes))
         if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
