@@ -13,7 +13,7 @@ static std::vector<const float*> row_pointers(const float* x, long M, long K) {
 template <class T>
 void linear(const float* x, const T* w, const float* add, float* y, long M, long O, long K) {
   const auto rows = row_pointers(x, M, K);
-  const long P = panel_rows(M, K);
+  const long P = panel_rows<T>(K);
   parallel((O + P - 1) / P, double(M) * O * K, [&](long item) {
     const long o = item * P, n = std::min(P, O - o);
     const T* from[1] = {w + o * K};
@@ -35,7 +35,7 @@ void linear(const float* x, const T* w, const float* add, float* y, long M, long
 template <class T>
 void linear_swiglu(const float* x, const T* w, float* y, long M, long I, long K) {
   const auto rows = row_pointers(x, M, K);
-  const long P = std::max(12L, panel_rows(M, K) / 2 / 12 * 12);
+  const long P = std::max(12L, panel_rows<T>(K) / 2 / 12 * 12);
   parallel((I + P - 1) / P, 2.0 * M * I * K, [&](long item) {
     const long i0 = item * P, n = std::min(P, I - i0);
     const T* from[2] = {w + i0 * K, w + (I + i0) * K};

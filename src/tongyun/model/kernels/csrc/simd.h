@@ -73,13 +73,6 @@ inline float widen(bf16 x) {
   std::memcpy(&f, &u, 4);
   return f;
 }
-inline void narrow(float* p, float x) { *p = x; }
-inline void narrow(bf16* p, float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, 4);
-  p->bits = uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
-}
-
 // The first n < W elements, zeros behind them.
 template <class T>
 inline vf load_tail(const T* p, int n) {
