@@ -11,7 +11,7 @@ What each kind of sample means:
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
     passes    operators without products over [rows, width]
     overhead  seconds that one of `what` adds: a step, an operator, a sparse layer, a
-              sequence, a further token of a sequence, a byte of logits
+              sequence, a further token of a sequence, a byte written, a byte of logits
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts,
@@ -23,7 +23,7 @@ values are not, so their stalls come on top.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from tongyun.model.graph import Kind, Operator, Precision
 from tongyun.specs import Calibration, Chip
-from tongyun.specs.samples import AttentionSample, GroupedMatmulSample, PassSample
+from tongyun.specs.samples import AttentionSample, GroupedMatmulSample, MatmulSample, PassSample
 from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
@@ -99,6 +99,59 @@ class Surface:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Products:
+    """Seconds of [m, k] × [k, n]: curves over rows at some inner widths k, and at some n for each.
+
+    Straight in logarithms between samples. In proportion beyond the largest n and k, and
+    to fewer columns too, but never less than the quickest call; flat below the smallest k.
+    """
+
+    widths: tuple[int, ...]
+    columns: tuple[tuple[int, ...], ...]
+    curves: tuple[tuple[Curve, ...], ...]
+    least_s: float
+
+    @classmethod
+    def through(cls, samples: Iterable[MatmulSample]) -> Products:
+        at: dict[int, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+        least = np.inf
+        for s in samples:
+            at[s.k][s.n].append((s.m, s.seconds))
+            least = min(least, s.seconds)
+        widths = tuple(sorted(at))
+        return cls(
+            widths=widths,
+            columns=tuple(tuple(sorted(at[k])) for k in widths),
+            curves=tuple(tuple(Curve.through(at[k][n]) for n in sorted(at[k])) for k in widths),
+            least_s=float(least),
+        )
+
+    def __call__(self, m: Number, n: float, k: float) -> Array:
+        low, part, beyond = _place(self.widths, k)
+        logs = (1 - part) * np.log(self._at(low, m, n))
+        if part:
+            logs = logs + part * np.log(self._at(low + 1, m, n))
+        return np.asarray(np.maximum(np.exp(logs) * max(beyond, 1.0), self.least_s))
+
+    def _at(self, width: int, m: Number, n: float) -> Array:
+        """At one of the sampled inner widths."""
+        low, part, beyond = _place(self.columns[width], n)
+        logs = (1 - part) * np.log(self.curves[width][low](m))
+        if part:
+            logs = logs + part * np.log(self.curves[width][low + 1](m))
+        return np.asarray(np.exp(logs) * beyond)
+
+
+def _place(levels: Sequence[int], value: float) -> tuple[int, float, float]:
+    """The level below a value, the way to the next in logarithms, and the factor by which it is outside."""
+    inside = min(max(value, levels[0]), levels[-1])
+    logs = np.log(levels)
+    place = float(np.interp(np.log(inside), logs, np.arange(len(levels))))
+    low = min(int(place), len(levels) - 1)
+    return low, place - low, value / inside
+
+
+@dataclass(frozen=True, kw_only=True)
 class Linear:
     """Seconds as a sum of parts, each a coefficient times something counted."""
 
@@ -159,7 +212,7 @@ class Stall:
 class Measured:
     """One machine's samples, ready to be asked."""
 
-    matmul: Mapping[DType, Surface]
+    matmul: Mapping[DType, Products]
     grouped: Mapping[DType, tuple[float, Surface]]
     """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
     memory: Curve
@@ -175,9 +228,17 @@ class Measured:
         return usual_s + (self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0)
 
     def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
-        """Seconds of one execution without its launch; None for what this machine has no sample of."""
+        """Seconds of one execution without its launch; None for what this machine has no sample of.
+
+        Samples write the same memory again and again; a step writes fresh memory, which
+        costs a little more for every byte.
+        """
+        known = self._known_s(op, dtype, footprint_bytes)
+        return None if known is None else known + self.overhead.get("written_byte", 0.0) * op.write_bytes
+
+    def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
-            return np.maximum(self.matmul[dtype](op.n * op.k, op.m), self._stream_s(op, footprint_bytes))
+            return np.maximum(self.matmul[dtype](op.m, op.n, op.k), self._stream_s(op, footprint_bytes))
         if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
             return self._experts_s(op, dtype, footprint_bytes)
         if op.kind is Kind.ATTENTION:
@@ -242,12 +303,12 @@ def measured(chip: Chip) -> Measured | None:
     samples = chip.calibration
     if samples is None or not samples.memory:
         return None
-    products: dict[DType, list[tuple[float, float, float]]] = defaultdict(list)
+    products: dict[DType, list[MatmulSample]] = defaultdict(list)
     for s in samples.matmul:
-        products[s.dtype].append((s.n * s.k, s.m, s.seconds))
+        products[s.dtype].append(s)
     decode = _attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= CACHED_BYTES])
     return Measured(
-        matmul={dtype: Surface.through(points) for dtype, points in products.items()},
+        matmul={dtype: Products.through(rows) for dtype, rows in products.items()},
         grouped=_grouped(samples.grouped_matmul),
         memory=Curve.through(((s.footprint_bytes, 1 / s.bytes_per_s) for s in samples.memory), grows=False),
         decode=decode,

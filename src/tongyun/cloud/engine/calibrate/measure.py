@@ -33,9 +33,9 @@ from tongyun.specs import ChipSpec
 from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
 
-VISITS = 5
-SHARES = (0.55, 0.8)
-"""Of the time, what is over when the operators are done, and when the steps are."""
+VISITS = 6
+ENGINE_SHARE = 0.8
+"""Of the time, what operators and steps take; the rest is serving's."""
 
 Tell = Callable[[str, float], object]
 
@@ -89,23 +89,20 @@ def setting(*, device: str | None, threads: int | None, kernels: str | None, qui
 
 def measure(setting: Setting, tell: Tell) -> ChipSpec:
     """Measure this machine; `tell` is called with what is being measured and the share that is done."""
-    visits = 1 if setting.quick else VISITS
     with _threads_as_before():
         bench = setting.bench()
-        tell("operators", 0.0)
-        bare, drawn = _operators(setting, bench, visits, tell)
-        tell("whole steps", SHARES[0])
-        rests = _rests(bare, steps.steps(bench, visits))
-        tell("serving", SHARES[1])
+        tell("operators and steps", 0.0)
+        bare, extra = _engine(setting, bench, lambda share: tell("operators and steps", ENGINE_SHARE * share))
+        tell("serving", ENGINE_SHARE)
         around = tuple(serving.serving(bench))
     tell("done", 1.0)
-    return chip_spec(replace(bare, overhead=rests + drawn + around))
+    return chip_spec(replace(bare, overhead=extra + around))
 
 
-def _operators(
-    setting: Setting, bench: Bench, visits: int, tell: Tell
+def _engine(
+    setting: Setting, bench: Bench, visited: Callable[[float], object]
 ) -> tuple[Readings, tuple[OverheadSample, ...]]:
-    """All probes in turns, put into the samples of their kinds."""
+    """All operators and whole steps, in turns; and what steps take beyond their operators."""
     kinds: list[list[Probe[Any]]] = [
         [*products.linear(bench), *products.exact(bench)],
         list(products.experts(bench)),
@@ -114,17 +111,19 @@ def _operators(
         list(passes.passes(bench)),
         list(sampling.drawing(bench)),
     ]
-    probes = [probe for kind in kinds for probe in kind]
-    watch = Stopwatch(device=bench.device, visits=visits)
-    with torch.inference_mode():
-        seconds = watch.seconds(
-            [probe.call for probe in probes], lambda visit: tell("operators", SHARES[0] * visit / visits)
-        )
-    left = iter(seconds)
+    watch = Stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
+    whole = steps.Steps(bench)
+    visits = 1 if setting.quick else VISITS
+    for visit in range(visits):
+        with torch.inference_mode():
+            watch.visit()
+        whole.visit()
+        visited((visit + 1) / visits)
+    left = iter(watch.seconds())
     matmul, grouped, attending, reading, passing, drawn = (
         tuple(probe.sample(next(left)) for probe in kind) for kind in kinds
     )
-    readings = Readings(
+    bare = Readings(
         machine=setting.machine(),
         matmul=matmul,
         grouped_matmul=grouped,
@@ -132,7 +131,7 @@ def _operators(
         attention=attending,
         passes=passing,
     )
-    return readings, sampling.logit_byte(*drawn)
+    return bare, _rests(bare, whole.samples()) + sampling.logit_byte(*drawn)
 
 
 def _rests(bare: Readings, whole: list[steps.StepSample]) -> tuple[OverheadSample, ...]:

@@ -2,7 +2,7 @@
 
 Each measured step leaves a rest when its priced operators are taken away. The rest is
 split, by least squares with no negative part, into what every step, operator, sparse
-layer, sequence and further token of a sequence adds. It measures the engine on this machine; no
+layer, sequence, further token of a sequence and written byte adds. It measures the engine on this machine; no
 served model takes part in it.
 """
 
@@ -20,7 +20,7 @@ from tongyun.model.steps import step
 from tongyun.specs import Chip
 from tongyun.specs.samples import OverheadSample
 
-TERMS = ("step", "operator", "sparse_layer", "sequence", "token")
+TERMS = ("step", "operator", "sparse_layer", "sequence", "token", "written_byte")
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
@@ -45,4 +45,5 @@ def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
         float(sum(op.repeat for op in operators if op.name == "router")),
         float(shape.sequences),
         float(shape.tokens - shape.sequences),
+        float(sum(op.repeat * op.write_bytes for op in operators)),
     ]

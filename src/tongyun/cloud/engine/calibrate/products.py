@@ -17,20 +17,21 @@ from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.specs.samples import GroupedMatmulSample, MatmulSample
 from tongyun.units import DType
 
-LINEAR_SIZES = ((64, 64), (256, 128), (512, 512), (1024, 1024), (4096, 1024), (1024, 4096), (32768, 1024))
-"""Columns and inner width of the weight: small ones, squares, and an output head."""
+COLUMNS, WIDTHS = (64, 512, 4096), (64, 128, 256, 512, 1024, 4096)
+"""Of the weight: its rows are the product's columns, its width is what is summed over."""
 ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 40, 64, 128, 256, 512)
 EXPERT_SIZES = ((64, 32), (256, 128), (1024, 256), (2048, 768))
 """Hidden width and width of one expert."""
 EXPERT_ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 128)
 EXPERT_GROUPS = (2, 8)
-MOST_FLOPS = 2.5e9
+MOST_FLOPS = 1.2e9
 """A larger product than this takes too long to repeat; its rate is that of the largest below."""
 
 
 def linear(bench: Bench) -> Iterator[Probe[MatmulSample]]:
     """`ops.linear` over rows and weight sizes."""
-    for n, k in LINEAR_SIZES if not bench.quick else LINEAR_SIZES[:2]:
+    sizes = [(n, k) for k in WIDTHS for n in COLUMNS]
+    for n, k in sizes if not bench.quick else sizes[::6]:
         weight_OD = bench.weight(n, k)
         for m in ROWS if not bench.quick else ROWS[::5]:
             if 2.0 * m * n * k <= MOST_FLOPS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.calibrate.bench import Bench
@@ -81,24 +81,26 @@ def synthetic(layers: int, *, hidden: int = 64, sparse: bool = False) -> ModelCo
     )
 
 
-def steps(bench: Bench, visits: int, visited: Callable[[int], object] = lambda _: None) -> list[StepSample]:
-    """Seconds of the engine's steps, by what they hold, over the synthetic models.
+class Steps:
+    """Steps of the synthetic models: as with probes, a few at every visit, and their mean counts."""
 
-    As with probes, every model is visited several times and the mean over visits counts.
-    """
-    shapes = [(layers, 64, sparse) for sparse in (False, True) for layers in (2, 10)] + [(4, 256, False)]
-    chosen = shapes if not bench.quick else [(1, 64, False), (3, 64, True)]
-    engines = [
-        Engine(bench, synthetic(layers, hidden=hidden, sparse=sparse)) for layers, hidden, sparse in chosen
-    ]
-    readings: list[list[StepSample]] = []
-    for visit in range(visits):
-        readings.append([sample for engine in engines for sample in engine.samples()])
-        visited(visit + 1)
-    return [
-        replace(same[0], seconds=statistics.fmean(sample.seconds for sample in same))
-        for same in zip(*readings, strict=True)
-    ]
+    def __init__(self, bench: Bench) -> None:
+        wide = [] if bench.quick else [synthetic(4, hidden=256)]
+        few, many = (1, 3) if bench.quick else (2, 10)
+        shapes = [synthetic(layers, sparse=sparse) for sparse in (False, True) for layers in (few, many)]
+        self._engines = [Engine(bench, config) for config in shapes + wide]
+        self._visits: list[list[StepSample]] = []
+
+    def visit(self) -> None:
+        """Run every composition once more."""
+        self._visits.append([sample for engine in self._engines for sample in engine.samples()])
+
+    def samples(self) -> list[StepSample]:
+        """Seconds of each composition: the mean over the visits so far."""
+        return [
+            replace(same[0], seconds=statistics.fmean(sample.seconds for sample in same))
+            for same in zip(*self._visits, strict=True)
+        ]
 
 
 class Engine:

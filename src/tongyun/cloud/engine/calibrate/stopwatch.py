@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -20,28 +19,26 @@ LONG_ENOUGH_S = 50e-6
 LONG_S = 3e-3
 """A call of this length needs no other before it to warm up the caches."""
 
+MOST_REPEATS = 15
+
 Call = Callable[[], object]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Stopwatch:
-    """Times calls on `device`; `budget_s` is what one visit may cost beyond a first call."""
+    """Times calls on `device`, each a little at every visit; `budget_s` is what one takes at a visit."""
 
-    device: torch.device
-    budget_s: float = 2e-3
-    visits: int = 5
-    most: int = 15
+    def __init__(self, calls: Sequence[Call], device: torch.device, *, budget_s: float = 2e-3) -> None:
+        self._calls, self._device, self._budget_s = calls, device, budget_s
+        self._readings: list[list[float]] = [[] for _ in calls]
 
-    def seconds(
-        self, calls: Sequence[Call], visited: Callable[[int], object] = lambda _: None
-    ) -> list[float]:
-        """Seconds of one call of each, over all visits; `visited` is told after every round."""
-        readings: list[list[float]] = [[] for _ in calls]
-        for visit in range(self.visits):
-            for call, read in zip(calls, readings, strict=True):
-                read.append(self._visit(call, read[-1] if read else None))
-            visited(visit + 1)
-        return [statistics.fmean(read) for read in readings]
+    def visit(self) -> None:
+        """Time every call once more."""
+        for call, readings in zip(self._calls, self._readings, strict=True):
+            readings.append(self._visit(call, readings[-1] if readings else None))
+
+    def seconds(self) -> list[float]:
+        """Seconds of one call of each: the mean over the visits so far."""
+        return [statistics.fmean(readings) for readings in self._readings]
 
     def _visit(self, call: Call, known_s: float | None) -> float:
         """Median of a few readings; on a GPU the queue is emptied before and after each."""
@@ -49,12 +46,8 @@ class Stopwatch:
             call()
         once = self._burst(call, 1) if known_s is None else known_s
         burst = max(1, int(LONG_ENOUGH_S / max(once, 1e-9)))
-        repeats = min(max(int(self.budget_s / max(once * burst, 1e-9)), 1), self.most)
-        return statistics.median(self._readings(call, burst, repeats))
-
-    def _readings(self, call: Call, burst: int, repeats: int) -> Iterator[float]:
-        for _ in range(repeats):
-            yield self._burst(call, burst)
+        repeats = min(max(int(self._budget_s / max(once * burst, 1e-9)), 1), MOST_REPEATS)
+        return statistics.median(self._burst(call, burst) for _ in range(repeats))
 
     def _burst(self, call: Call, times: int) -> float:
         self._settle()
@@ -65,5 +58,5 @@ class Stopwatch:
         return (time.perf_counter() - begun) / times
 
     def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
