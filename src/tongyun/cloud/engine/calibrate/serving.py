@@ -1,9 +1,9 @@
 """Measure what serving adds around the engine: the way in, the way out, and who waits for whom.
 
 The real gateway runs in this process over a synthetic tiny model and the real load
-generator in another, as they do when a model is served. Four figures come of it: what a
-request takes beyond the engine, how that grows with its prompt, and how much longer a
-step takes because it is served, and for every token that is being streamed.
+generator in another, as they do when a model is served. What comes of it: what a request
+takes beyond the engine, how that grows with its prompt, and how much longer a step takes
+when it is served.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from tongyun.chip.calibrated import nonnegative
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
@@ -31,6 +34,7 @@ from tongyun.cloud.load import LoadOptions, measure
 from tongyun.cloud.probe import Target
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.workload import Arrival
+from tongyun.model.config import ModelConfig
 from tongyun.model.vocabulary import Vocabulary, byte_characters
 from tongyun.specs.samples import OverheadSample
 
@@ -38,6 +42,8 @@ SHORT, LONG = 17, 513
 """Prompt tokens of single requests; lengths that no other request of a round has."""
 SINGLES = 16
 GAP_S = 0.08
+Records = tuple[RequestRecord, ...]
+
 BATCHES, OUTPUT = (1, 16), 64
 """Requests that stream together; every one has a prompt of `STREAMED + batch` tokens."""
 STREAMED = 32
@@ -92,28 +98,71 @@ class _Bytes:
 
 def serving(bench: Bench) -> Iterator[OverheadSample]:
     """Seconds of a request's way in and out, of each prompt token on it, and what serving adds to steps."""
-    seen = _Seen()
-    with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(bench, seen)), sock) as url:
-        short, long, *_ = _in_another_process(_load, url, bench.quick)
-    ways = [
-        statistics.median(r.ttft_s for r in records if r.ttft_s is not None) - seen.inside_s(prompt)
-        for records, prompt in ((short, SHORT), (long, LONG))
-    ]
-    each = max(0.0, (ways[1] - ways[0]) / (LONG - SHORT))
-    few, many = (seen.period_s(n, STREAMED + n) - _bare_s(bench, n) for n in BATCHES)
-    token = max(0.0, (many - few) / (BATCHES[1] - BATCHES[0]))
-    found = {
-        "request": max(0.0, ways[0] - each * SHORT),
-        "prompt_token": each,
-        "served_step": max(0.0, few - token * BATCHES[0]),
-        "streamed_token": token,
-    }
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
+        rounds = [_round(bench, config, pool) for config in _shapes(bench)]
+    found = _ways(rounds[0]) | _slower(rounds)
     yield from (OverheadSample(what=what, count=1, seconds=s) for what, s in found.items() if s > 0)
 
 
-def _gateway(bench: Bench, seen: _Seen) -> Gateway:
-    config = steps.synthetic(2)
-    loop = steps.engine(config, steps.executor(bench, config))
+def _shapes(bench: Bench) -> list[ModelConfig]:
+    few, many = (1, 3) if bench.quick else (2, 10)
+    return [steps.synthetic(few), steps.synthetic(many, sparse=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """One synthetic model, served and not."""
+
+    seen: _Seen
+    short: Records
+    long: Records
+    bare_s: tuple[float, ...]
+    """The step of each of `BATCHES` without a server around it."""
+
+
+def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Round:
+    seen, engine = _Seen(), steps.Engine(bench, config)
+    before = [_bare_s(engine, batch) for batch in BATCHES]
+    with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(engine, seen)), sock) as url:
+        short, long, *_ = pool.submit(_load, url, bench.quick).result()
+    after = [_bare_s(engine, batch) for batch in BATCHES]
+    bare = tuple((a + b) / 2 for a, b in zip(before, after, strict=True))
+    return _Round(seen=seen, short=short, long=long, bare_s=bare)
+
+
+def _bare_s(engine: steps.Engine, batch: int) -> float:
+    each = steps.Round(batch=batch, prompt=STREAMED + batch, output=OUTPUT)
+    return next(engine.samples((each,), ())).seconds
+
+
+def _ways(one: _Round) -> dict[str, float]:
+    """What a request spends outside the engine, and each of its prompt tokens."""
+    short, long = (
+        statistics.median(r.ttft_s for r in records if r.ttft_s is not None) - one.seen.inside_s(prompt)
+        for records, prompt in ((one.short, SHORT), (one.long, LONG))
+    )
+    each = max(0.0, (long - short) / (LONG - SHORT))
+    return {"request": max(0.0, short - each * SHORT), "prompt_token": each}
+
+
+def _slower(rounds: Sequence[_Round]) -> dict[str, float]:
+    """What a served step takes more: fixed, for each streamed token, and for each second of its own.
+
+    The last is what a step loses because caches and cores are shared with a server.
+    """
+    rows, rests = [], []
+    for one in rounds:
+        for batch, bare in zip(BATCHES, one.bare_s, strict=True):
+            period = one.seen.period_s(batch, STREAMED + batch)
+            rows.append([1 / period, batch / period, bare / period])
+            rests.append((period - bare) / period)
+    parts = nonnegative(np.array(rows), np.array(rests)).tolist()
+    return dict(zip(("served_step", "streamed_token", "served_second"), parts, strict=True))
+
+
+def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
+    config, loop = engine.config, engine.loop()
 
     def start(sink: Sink) -> LiveEngine:
         def noting(events: Sequence[TokenEvent]) -> None:
@@ -124,9 +173,9 @@ def _gateway(bench: Bench, seen: _Seen) -> Gateway:
                 seen.first_s.setdefault(event.request_id, now_s)
             sink(events)
 
-        engine = _Witnessed(loop, noting)
-        engine.seen = seen
-        return engine
+        live = _Witnessed(loop, noting)
+        live.seen = seen
+        return live
 
     symbols = {character: byte for byte, character in enumerate(byte_characters())}
     served = Served(
@@ -140,24 +189,10 @@ def _gateway(bench: Bench, seen: _Seen) -> Gateway:
     return Gateway(served=served, start_engine=start)
 
 
-def _bare_s(bench: Bench, batch: int) -> float:
-    """The step of the same batch without a server around it."""
-    rounds = (steps.Round(batch=batch, prompt=STREAMED + batch, output=OUTPUT),)
-    return next(steps.Engine(bench, steps.synthetic(2)).samples(rounds, ())).seconds
-
-
-def _load(url: str, quick: bool) -> list[tuple[RequestRecord, ...]]:
+def _load(url: str, quick: bool) -> list[Records]:
     """Loads one after the other: short prompts alone, long prompts alone, and bursts of each batch."""
     singles = 6 if quick else SINGLES
     loads = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
     loads += [[Arrival(0.0, STREAMED + batch, OUTPUT)] * batch for batch in BATCHES]
     options = LoadOptions(warmup_requests=2)
     return [measure(Target(url=url), load, options).records for load in loads]
-
-
-def _in_another_process(
-    work: Callable[[str, bool], list[tuple[RequestRecord, ...]]], url: str, quick: bool
-) -> list[tuple[RequestRecord, ...]]:
-    """A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, url, quick).result()

@@ -110,6 +110,10 @@ class Engine:
         self.bench, self.config = bench, config
         self._recorder = _Recorder(executor(bench, config))
 
+    def loop(self) -> EngineLoop:
+        """The engine's loop on wall time, nothing in it yet."""
+        return engine(self.config, self._recorder)
+
     def samples(
         self, rounds: Sequence[Round] = ROUNDS, prompts: Sequence[int] = PROMPTS
     ) -> Iterator[StepSample]:
