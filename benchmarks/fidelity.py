@@ -21,7 +21,7 @@ from tongyun.cli import up
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate.measure import setting
 from tongyun.cloud.workload import Arrival
-from tongyun.codesign.fidelity import Compared, compare
+from tongyun.codesign.fidelity import Compared, compare, keep
 from tongyun.codesign.predict import Deployment
 from tongyun.report import column, quantity, table, to_json
 from tongyun.specs import names
@@ -63,7 +63,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
             measured = up.put(url, arrivals, seed=args.seed, quiet=args.json).report
             yield Row(
                 model=config.name,
-                level=f"{level:.0%}",
+                level=f"{level:.0%} of capacity",
                 rate_per_s=level * capacity,
                 requests=len(arrivals),
                 figures=compare(predicted, measured),
@@ -122,7 +122,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = [row for model in args.model or [None, RANDOM] for row in measure(model, args)]
+    rows = []
+    for model in args.model or [None, RANDOM]:
+        for row in measure(model, args):
+            keep(row.model, f"{row.level}, {args.isl}+{args.osl} tokens", row.figures)
+            rows.append(row)
     if args.json:
         print(to_json(rows))
     else:

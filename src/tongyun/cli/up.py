@@ -132,6 +132,7 @@ def up(
             prediction=prediction,
             run=put(url, arrivals, seed=seed, quiet=json),
         )
+        _keep(outcome, load)
         _tell(outcome, as_json=json)
         if not (once or json):
             _stay(url, server)
@@ -302,6 +303,13 @@ def put(url: str, arrivals: list[Arrival], *, seed: int, quiet: bool) -> LoadRun
         return measure(target, arrivals, options)
     with watched(len(arrivals)) as observer:
         return measure(target, arrivals, options, observer)
+
+
+def _keep(outcome: Outcome, load: Load) -> None:
+    from tongyun.codesign.fidelity import keep
+
+    level = f"{USE:.0%} of capacity" if load.rate_per_s is None else f"{load.rate_per_s:g}/s"
+    keep(outcome.deployment.config.name, f"{level}, {load.isl}+{load.osl} tokens", outcome.compared)
 
 
 def _stay(url: str, server: subprocess.Popen[str]) -> None:

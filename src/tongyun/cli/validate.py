@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 PUBLISHED = ("model", "chip", "type", "cut", "in/out", "phase", "published", "predicted", "range", "ratio")
 MEASURED = ("model", "load", "figure", "predicted", "measured", "error")
-COMPARED = "compared"
-"""Kind of the rows in a run record that hold one figure both ways."""
 
 
 def validate(
@@ -44,6 +42,7 @@ Measured = tuple[str, ...]
 
 def latest() -> dict[tuple[str, str, str], tuple[Measured, Header]]:
     """The last measurement of each (model, load, figure) in this machine's records, with its run."""
+    from tongyun.codesign.fidelity import COMPARED
     from tongyun.report import quantity
     from tongyun.store import home, runs
 

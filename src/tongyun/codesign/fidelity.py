@@ -6,10 +6,14 @@ neither the engine nor how either was obtained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 
 from tongyun.cloud.latency import LatencyReport, Percentiles
+from tongyun.store import Writer, home
+
+COMPARED = "compared"
+"""Kind of the rows in a run record that hold one figure both ways."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +34,12 @@ class Compared:
 def compare(predicted: LatencyReport, measured: LatencyReport) -> tuple[Compared, ...]:
     """The figures a user of an endpoint feels; those that either run does not have are left out."""
     return tuple(_rows(predicted, measured))
+
+
+def keep(model: str, load: str, figures: Sequence[Compared]) -> None:
+    """Add what was compared under a load to this machine's run records, for `tongyun validate`."""
+    with Writer.create(home() / "runs") as record:
+        record.append_all(COMPARED, ({"model": model, "load": load, **asdict(each)} for each in figures))
 
 
 def _rows(predicted: LatencyReport, measured: LatencyReport) -> Iterator[Compared]:
