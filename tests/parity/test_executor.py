@@ -8,10 +8,13 @@ import pytest
 import torch
 from driver import Driven, drive, prompt, request, tiny
 
+from tongyun.cloud.engine.protocol import TokenScore
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, TorchExecutor, give_cache, open_executor
 from tongyun.cloud.sched.request import Batch, Request
 from tongyun.errors import InputError
 from tongyun.model.kernels import TorchOps
+from tongyun.model.kernels.build import BuildFailed, load_kernels
+from tongyun.model.kernels.native import NativeOps
 from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedCache, block_bytes
 from tongyun.model.weights import random_model, write_random_checkpoint
@@ -132,3 +135,39 @@ def test_bf16_arithmetic_as_on_a_gpu() -> None:
     shared = scores[0].keys() & scores[1].keys()
     assert len(shared) >= 15
     assert max(abs(scores[0][t] - scores[1][t]) for t in shared) < 0.02
+
+
+def test_native_log_probabilities_are_the_same_bits_in_every_batch() -> None:
+    """Alone, in chunks beside others, or on top of another request's prefix: not close, equal."""
+    try:
+        ops = NativeOps(load_kernels(), threads=2)
+    except BuildFailed as error:
+        pytest.skip(f"no native kernels here: {error}")
+    asks = SamplingOptions(temperature=0.0, logprobs=True, top_logprobs=5)
+    text = prompt(7, 22)
+
+    def run(way: str) -> list[TokenScore]:
+        model = random_model(tiny(sparse=True), ops=ops, seed=3)
+        engine = TorchExecutor(model, PagedCache(model.config, blocks=64, block_tokens=4))
+        others = [
+            Driven(request(f"b{i}", prompt(i, 5 + i)), tuple(range(16 + 8 * i, 24 + 8 * i))) for i in range(5)
+        ]
+        driven = Driven(request("a", text, asks), blocks=tuple(range(10)))
+        if way == "prefix":
+            owner = Driven(request("o", text[:16] + prompt(8, 3)), blocks=(0, 1, 2, 3, 60, 61))
+            drive(engine, (owner, None))
+            driven.done = 16
+        if way == "mixed":
+            drive(engine, *((other, None) for other in others), (driven, 9))
+            drive(engine, (driven, 3), *((other, None) for other in others[:2]))
+        scores = []
+        for step in range(6):
+            beside = others[: 5 - step] if way == "mixed" else []
+            result = drive(engine, *((other, None) for other in beside), (driven, None))
+            assert result.scores is not None
+            scores.append(result.scores["a"])
+        return scores
+
+    alone = run("alone")
+    assert run("mixed") == alone
+    assert run("prefix") == alone

@@ -16,6 +16,7 @@ import torch
 from driver import Driven, drive, prompt, request, tiny
 
 from tongyun.cloud.engine.torch_executor import TorchExecutor
+from tongyun.errors import InputError
 from tongyun.model.kernels import TorchOps, choose_ops
 from tongyun.model.paged import PagedCache
 from tongyun.model.weights import load_model, write_random_checkpoint
@@ -60,9 +61,11 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(params=["torch", "native"])
 def case(request: pytest.FixtureRequest, checkpoint: tuple[Path, Any]) -> Iterator[Case]:
-    if request.param == "native":
-        pytest.importorskip("ninja")
-    yield Case(*checkpoint, ops=choose_ops(request.param))
+    try:
+        ops = choose_ops(request.param)
+    except InputError as error:
+        pytest.skip(str(error))
+    yield Case(*checkpoint, ops=ops)
 
 
 def test_logits_of_one_prompt(case: Case) -> None:
