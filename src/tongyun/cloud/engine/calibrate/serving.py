@@ -106,8 +106,8 @@ def serving(bench: Bench) -> Iterator[OverheadSample]:
 
 
 def _shapes(bench: Bench) -> list[ModelConfig]:
-    few, many = (1, 3) if bench.quick else (2, 10)
-    return [steps.synthetic(few), steps.synthetic(many, sparse=True)]
+    """One that is nothing but overhead, and one whose products keep all threads busy."""
+    return [steps.synthetic(1 if bench.quick else 2), steps.synthetic(4, hidden=64 if bench.quick else 512)]
 
 
 @dataclass(frozen=True, kw_only=True)
