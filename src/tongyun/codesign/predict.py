@@ -44,8 +44,6 @@ class Serving:
     """A step that is served takes so much longer than one that is not."""
     token_s: float = 0.0
     """And so much for each token that is being streamed meanwhile."""
-    second_s: float = 0.0
-    """And so much for each second it would take unserved."""
 
     def way_s(self, prompt_tokens: int) -> float:
         """All that a request's first token spends outside the engine."""
@@ -60,7 +58,6 @@ class Serving:
             request_s=found.get("request", 0.0),
             prompt_token_s=found.get("prompt_token", 0.0),
             step_s=found.get("served_step", 0.0),
-            second_s=found.get("served_second", 0.0),
             token_s=found.get("streamed_token", 0.0),
         )
 
@@ -109,10 +106,9 @@ class _Served:
 
     def execute(self, batch: Batch) -> StepResult:
         result = self._inner.execute(batch)
-        serving, alone_s = self._serving, result.duration_s
-        waited_s = serving.step_s + serving.token_s * self._sent + serving.second_s * alone_s
+        waited_s = self._serving.step_s + self._serving.token_s * self._sent
         self._sent = len(result.tokens)
-        return replace(result, duration_s=alone_s + waited_s)
+        return replace(result, duration_s=result.duration_s + waited_s)
 
 
 @dataclass(frozen=True, kw_only=True)
