@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from tongyun.chip.calibrated import nonnegative
-from tongyun.chip.roofline import PRODUCTS, streamed_bytes, work_s
+from tongyun.chip.rates import PRODUCTS
+from tongyun.chip.roofline import streamed_bytes, work_s
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.model.graph import Kind, Operator, Precision
 from tongyun.model.steps import step
