@@ -15,6 +15,7 @@ import typer
 from tongyun.cli.planned import as_json, show
 
 if TYPE_CHECKING:
+    from tongyun.codesign.demand import Demand
     from tongyun.codesign.explain import Explanation
     from tongyun.codesign.plan import Answer
     from tongyun.codesign.space import Question
@@ -25,14 +26,27 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Option(help="Hugging Face id in the catalogue, or a directory.")],
-    isl: Annotated[int, typer.Option(help="Input tokens of a request.")],
-    osl: Annotated[int, typer.Option(help="Output tokens of a request.")],
+    isl: Annotated[int | None, typer.Option(help="Input tokens of a request.")] = None,
+    osl: Annotated[int | None, typer.Option(help="Output tokens of a request.")] = None,
     chip: Annotated[
         str | None, typer.Option(help="Catalogue name, `local` (calibrated), or a TOML file.")
     ] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
-    ttft_ms: Annotated[float | None, typer.Option(help="Most time to first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(help="Most mean time between tokens.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second to serve, on as few of the chips as can.")
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Lengths and arrivals: a catalogue name or a TOML file.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Recorded requests: Azure's .csv or Mooncake's .jsonl.")
+    ] = None,
+    ttft_ms: Annotated[
+        float | None, typer.Option(help="Most time to first token; with a rate, at p99.")
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Most mean time between tokens; with a rate, at p99.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Weights and arithmetic; default as released: bf16, fp8, mxfp4.")
     ] = None,
@@ -49,7 +63,11 @@ def plan(
     ] = None,
     launch: Annotated[Path | None, typer.Option(help="Folder for files that start the best plan.")] = None,
     engine: Annotated[
-        str | None, typer.Option(help="Which of them: vllm, sglang, kubernetes, ray; default all.")
+        str | None,
+        typer.Option(
+            help="Whose kernels are priced: any, vllm, sglang, trtllm. "
+            "With --launch also which files: vllm, sglang, kubernetes, ray; default all."
+        ),
     ] = None,
     checkpoint: Annotated[
         str | None, typer.Option(help="Weights for --launch that are stored in --dtype already.")
@@ -88,11 +106,54 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
         for flag in ("explain", "launch"):
             if given[flag]:
                 raise InputError(f"--{flag} is about one chip's plan: name it with --chip")
-    for flag in ("engine", "checkpoint"):
-        if given[flag] is not None and given["launch"] is None:
-            raise InputError(f"--{flag} says what --launch writes, which is not given")
+    if given["checkpoint"] is not None and given["launch"] is None:
+        raise InputError("--checkpoint says what --launch writes, which is not given")
+    _check_engine(given["engine"], writes=given["launch"] is not None)
     rest = [] if compare is None else named(compare, chips)
     return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
+
+
+def _check_engine(engine: str | None, *, writes: bool) -> None:
+    """An engine has kernels to price, or files to write where files are asked for."""
+    from tongyun.chip.silicon import tables
+    from tongyun.codesign.launch import TARGETS
+    from tongyun.errors import InputError, unknown
+
+    accepted = {*tables()["library"], *(TARGETS if writes else ())}
+    if engine is not None and engine not in accepted:
+        raise InputError(unknown("engine", engine, accepted))
+
+
+def _kernels(engine: str | None) -> str:
+    """The library whose kernels are priced: the engine's own, or none in particular."""
+    from tongyun.chip.silicon import tables
+
+    return engine if engine is not None and engine in tables()["library"] else "any"
+
+
+def _demand(given: dict[str, Any]) -> Demand | None:
+    """What is to be served, from at most one of a workload and a trace; None: as much as can be."""
+    from tongyun.codesign.demand import of_rate, of_trace, of_workload
+    from tongyun.errors import InputError
+
+    sources = [flag for flag in ("workload", "trace") if given.get(flag) is not None]
+    sized = [flag for flag in ("isl", "osl") if given[flag] is not None]
+    if len(sources) > 1 or (sources and sized):
+        flags = ", ".join(f"--{flag}" for flag in (*sources, *sized))
+        raise InputError(f"{flags}: give --isl and --osl, or one of --workload and --trace")
+    if not sources:
+        if len(sized) < 2:
+            raise InputError("how long are requests? give --isl and --osl, --workload, or --trace")
+        rate = given.get("rate")
+        return None if rate is None else of_rate(rate, given["isl"], given["osl"])
+    if given["workload"] is not None:
+        from tongyun.cloud.workload import Workload
+        from tongyun.specs import find_workload
+
+        return of_workload(Workload.from_spec(find_workload(given["workload"])), given["rate"])
+    from tongyun.cloud.trace import read_trace
+
+    return of_trace(read_trace(given["trace"]), given["rate"], name=str(given["trace"]))
 
 
 def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
@@ -179,7 +240,8 @@ def _write_launch(given: dict[str, Any], answer: Answer) -> None:
         weights=given["model"] if is_path else answer.question.model.name,
         checkpoint=given["checkpoint"],
     )
-    targets = list(TARGETS) if given["engine"] is None else [given["engine"]]
+    engine = given["engine"]
+    targets = [engine] if engine in TARGETS else list(TARGETS)
     found = launch_files(deployment, targets)
     for place in write_files(found.files, given["launch"], force=given["force"]):
         typer.echo(f"wrote {place}", err=True)
@@ -229,12 +291,15 @@ def ask(
     config = ModelConfig.from_hf(raw, name=name, file=given["model"])
     spec = find_chip(given["chip"])
     dtype, kv_dtype = dtypes
+    demand = _demand(given)
     return Question(
         model=config,
         chip=spec,
         chips=given["chips"],
-        isl=given["isl"],
-        osl=given["osl"],
+        isl=given["isl"] if demand is None else demand.isl,
+        osl=given["osl"] if demand is None else demand.osl,
+        demand=demand,
+        engine=_kernels(given.get("engine")),
         precision=_precision(config, spec, dtype, kv_dtype),
         ttft_s=ttft_s,
         tpot_s=tpot_s,

@@ -68,10 +68,19 @@ def _offer_json(offer: Offer) -> dict[str, Any]:
         },
         **{key: getattr(offer.figures, key) for key in _RANGED},
         "tok_s_per_user": offer.figures.tok_s_per_user,
+        **_tails_json(offer),
         "range": {key: _range(offer, key) for key in _RANGED} if offer.slow else None,
         "meets": offer.meets,
         "source": Source.mix(offer.sources),
     }
+
+
+def _tails_json(offer: Offer) -> dict[str, Any]:
+    """Percentiles over requests, and how far the formulas were from play; nothing without a demand."""
+    from dataclasses import asdict
+
+    tails = offer.figures.tails
+    return {} if tails is None else {**asdict(tails), "play_error": offer.play_error}
 
 
 def _range(offer: Offer, key: str) -> list[float] | None:
@@ -118,9 +127,23 @@ def _best_table(best: Offer) -> Table:
     for key, name, unit in _FIGURES:
         low, high = _range(best, key) or (None, None)
         rows.append([name, quantity(getattr(figures, key), unit, low=low, high=high)])
+    rows += _tail_rows(best)
     rows.append(["source", source_tag(best.sources)])
     columns = [column("best", left=True), column("", left=True, wrap=True)]
     return table("", columns, rows, caption=None if best.slow is None else "(slow–fast corner of the spec)")
+
+
+def _tail_rows(best: Offer) -> list[list[str]]:
+    from tongyun.report import quantity
+
+    tails = best.figures.tails
+    if tails is None:
+        return []
+    names = (("ttft_p50_s", "TTFT p50"), ("ttft_p90_s", "TTFT p90"), ("ttft_p99_s", "TTFT p99"))
+    rows = [[name, quantity(getattr(tails, key), "s")] for key, name in (*names, ("tpot_p99_s", "TPOT p99"))]
+    if best.play_error is not None:
+        rows.append(["formulas against play", f"{best.play_error:.0%} off at most"])
+    return rows
 
 
 _FIGURES = (

@@ -48,6 +48,16 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tails:
+    """Percentiles over requests, where a demand was given."""
+
+    ttft_p50_s: float
+    ttft_p90_s: float
+    ttft_p99_s: float
+    tpot_p99_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Figures:
     """What a plan gives at one corner of the chip's ranges."""
 
@@ -58,6 +68,7 @@ class Figures:
     usd_per_mtoken: float | None
     usd_per_mtoken_total: float | None
     """Per million tokens, input and output together."""
+    tails: Tails | None = None
 
     @property
     def tok_s_per_user(self) -> float:
@@ -74,6 +85,8 @@ class Offer:
     fast: Figures | None
     meets: bool
     sources: frozenset[Source]
+    play_error: float | None = None
+    """Largest relative error of the formulas' percentiles against play, where it was played."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +104,13 @@ class Answer:
 
 def plan(question: Question) -> Answer:
     """Search every candidate. Pareto holds plans within memory and TTFT that no other beats in
-    both tokens per second per user and per chip; `best` also keeps TPOT."""
+    both tokens per second per user and per chip; `best` also keeps TPOT. With a demand, the fewest
+    chips that serve it with both limits kept at p99."""
+    if question.demand is not None:
+        # Imported here because it builds on this module's types.
+        from tongyun.codesign.served import serve
+
+        return serve(question)
     return _Search(question).answer()
 
 

@@ -12,6 +12,7 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.codesign.demand import Demand
 from tongyun.errors import InputError
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Precision
@@ -44,6 +45,8 @@ class Question:
     ttft_s: float | None = None
     tpot_s: float | None = None
     price: PriceSpec | None = None
+    demand: Demand | None = None
+    """What to serve; None: as much as the chips can."""
     engine: str = "any"
     """The serving engine whose kernels are priced; `any` is none in particular."""
 

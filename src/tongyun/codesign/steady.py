@@ -55,6 +55,10 @@ class Steady:
     """Of the replica's chips, per output token."""
     prefill_use: Array
     """ρ: below 1, or prefill falls behind."""
+    decode_s: Array
+    """A group's step without prefill, all stages."""
+    mixed_s: Array
+    """A group's step with prefill, all stages."""
     sources: frozenset[Source]
 
 
@@ -130,6 +134,9 @@ class Pricing:
             tokens_per_s=tokens / (steps * step_s),
             joules_per_token=joules * steps / tokens,
             prefill_use=load.use,
+            decode_s=shard.pp
+            * _largest([self._decode.at(shard, first).seconds for first, _ in stages.values()]),
+            mixed_s=shard.pp * mixed_s,
             sources=frozenset().union(*(cost.sources for _, cost in costs)),
         )
 
