@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from tongyun.chip.calibrated import measured
 from tongyun.chip.collective import Group
-from tongyun.chip.roofline import PRODUCTS, rate_dtype, steps_s
+from tongyun.chip.kernels import kernels
+from tongyun.chip.rates import PRODUCTS, rate_dtype
+from tongyun.chip.roofline import steps_s
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import COLLECTIVES, Operator, Precision, StepShape
 from tongyun.model.shard import Shard
@@ -65,7 +67,9 @@ def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]
             group = Group.of(op.ranks, chip)
             keys |= {"scale_up"} if group.inside > 1 else set()
             keys |= {"scale_out"} if group.nodes > 1 else set()
-    return frozenset({Source.ANALYTIC}) | chip.sources_of(*sorted(keys))
+    modelled = kernels(chip)
+    fitted = frozenset() if modelled is None else modelled.sources
+    return frozenset({Source.ANALYTIC}) | fitted | chip.sources_of(*sorted(keys))
 
 
 def usd_per_mtoken(tokens_per_s: Number, chips: int, usd_per_chip_hour: float) -> Number:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from tongyun.errors import Infeasible
 from tongyun.model.graph import Kind, Operator
@@ -37,7 +38,12 @@ class Group:
 
 
 def link_bytes_per_s(link: Link, ranks: int) -> float:
-    """Achieved bandwidth of one rank towards `ranks - 1` peers.
+    """Achieved bandwidth of one rank towards `ranks - 1` peers."""
+    return link.bytes_per_s * link.achieved * link_share(link, ranks)
+
+
+def link_share(link: Link, ranks: int) -> float:
+    """Part of its bandwidth that one rank can use towards `ranks - 1` peers.
 
     A mesh or a set of ports gives each peer its own share, so that few peers leave ports
     idle; a torus offers a group one of its axes.
@@ -49,7 +55,7 @@ def link_bytes_per_s(link: Link, ranks: int) -> float:
         share = (ranks - 1) / link.ports
     elif link.topology in ("torus2d", "torus3d"):
         share = 1 / int(link.topology[-2])
-    return link.bytes_per_s * link.achieved * min(1.0, share)
+    return min(1.0, share)
 
 
 def gather_s(payload_bytes: Number, ranks: int, link: Link) -> Number:
@@ -67,42 +73,97 @@ def all_reduce_s(payload_bytes: Number, ranks: int, link: Link) -> Number:
     return 2 * gather_s(payload_bytes, ranks, link)
 
 
-def collective_s(operator: Operator, chip: Chip) -> Number:
-    """Seconds of one execution of a collective operator on this chip's links."""
+class Domain(Protocol):
+    """Collectives among ranks of one scale-up domain; sizes as `Operator.payload_bytes` counts them."""
+
+    def all_reduce_s(self, payload_bytes: Number, ranks: int) -> Number: ...
+
+    def gather_s(self, payload_bytes: Number, ranks: int) -> Number: ...
+
+    def all_to_all_s(self, payload_bytes: Number, ranks: int) -> Number: ...
+
+    def send_s(self, payload_bytes: Number) -> Number: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rings:
+    """A domain priced by its link alone: rings, and turns for an all-to-all."""
+
+    link: Link
+
+    def all_reduce_s(self, payload_bytes: Number, ranks: int) -> Number:
+        return all_reduce_s(payload_bytes, ranks, self.link)
+
+    def gather_s(self, payload_bytes: Number, ranks: int) -> Number:
+        return gather_s(payload_bytes, ranks, self.link)
+
+    def all_to_all_s(self, payload_bytes: Number, ranks: int) -> Number:
+        return _turns(payload_bytes / ranks, ranks, self.link)
+
+    def send_s(self, payload_bytes: Number) -> Number:
+        return payload_bytes / link_bytes_per_s(self.link, 2) + self.link.latency_s
+
+
+def collective_s(operator: Operator, chip: Chip, domain: Domain | None = None) -> Number:
+    """Seconds of one execution of a collective operator on this chip's links.
+
+    `domain` prices what stays inside the scale-up domain; None: rings over its link.
+    """
     if operator.ranks == 1:
         return 0.0 * operator.payload_bytes
     group = Group.of(operator.ranks, chip)
-    return _BY_KIND[operator.kind](operator.payload_bytes, group, chip)
+    inside = domain
+    if group.inside > 1 or group.nodes == 1:
+        inside = Rings(link=_up(chip)) if domain is None else domain
+    return _BY_KIND[operator.kind](operator.payload_bytes, group, Ways(inside=inside, chip=chip))
 
 
-def _all_reduce(payload: Number, group: Group, chip: Chip) -> Number:
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """What a collective may cross: the domain, and the network between domains."""
+
+    inside: Domain | None
+    chip: Chip
+
+    @property
+    def within(self) -> Domain:
+        assert self.inside is not None, "a group with several ranks in a domain has one"
+        return self.inside
+
+    @property
+    def between(self) -> Link:
+        if self.chip.scale_out is None:
+            raise Infeasible(f"{self.chip.name}: no scale-out link beyond its scale-up domain")
+        return self.chip.scale_out
+
+
+def _all_reduce(payload: Number, group: Group, ways: Ways) -> Number:
     """Inside every node first, so that only P/inside of each rank crosses between nodes."""
     total: Number = 0.0
     if group.inside > 1:
-        total = total + all_reduce_s(payload, group.inside, _up(chip))
+        total = total + ways.within.all_reduce_s(payload, group.inside)
     if group.nodes > 1:
-        total = total + all_reduce_s(payload / group.inside, group.nodes, _out(chip))
+        total = total + all_reduce_s(payload / group.inside, group.nodes, ways.between)
     return total
 
 
-def _gather(payload: Number, group: Group, chip: Chip) -> Number:
+def _gather(payload: Number, group: Group, ways: Ways) -> Number:
     """Across nodes each rank fetches its share, P/inside; inside the node all shares are exchanged."""
     total: Number = 0.0
     if group.nodes > 1:
-        total = total + gather_s(payload / group.inside, group.nodes, _out(chip))
+        total = total + gather_s(payload / group.inside, group.nodes, ways.between)
     if group.inside > 1:
-        total = total + gather_s(payload, group.inside, _up(chip))
+        total = total + ways.within.gather_s(payload, group.inside)
     return total
 
 
-def _all_to_all(payload: Number, group: Group, chip: Chip) -> Number:
+def _all_to_all(payload: Number, group: Group, ways: Ways) -> Number:
     """Each destination gets P/n in a turn of its own; what leaves the node crosses scale-out, afterwards."""
-    ranks = group.inside * group.nodes
     total: Number = 0.0
     if group.inside > 1:
-        total = total + _turns(payload / ranks, group.inside, _up(chip))
+        total = total + ways.within.all_to_all_s(payload / group.nodes, group.inside)
     if group.nodes > 1:
-        total = total + _turns(payload / group.nodes, group.nodes, _out(chip))
+        total = total + _turns(payload / group.nodes, group.nodes, ways.between)
     return total
 
 
@@ -110,9 +171,10 @@ def _turns(piece_bytes: Number, peers: int, link: Link) -> Number:
     return (peers - 1) * (link.latency_s + piece_bytes / link_bytes_per_s(link, peers))
 
 
-def _send(payload: Number, group: Group, chip: Chip) -> Number:
-    link = _up(chip) if group.nodes == 1 else _out(chip)
-    return payload / link_bytes_per_s(link, 2) + link.latency_s
+def _send(payload: Number, group: Group, ways: Ways) -> Number:
+    if group.nodes == 1:
+        return ways.within.send_s(payload)
+    return Rings(link=ways.between).send_s(payload)
 
 
 def _up(chip: Chip) -> Link:
@@ -121,13 +183,7 @@ def _up(chip: Chip) -> Link:
     return chip.scale_up
 
 
-def _out(chip: Chip) -> Link:
-    if chip.scale_out is None:
-        raise Infeasible(f"{chip.name}: no scale-out link beyond its scale-up domain")
-    return chip.scale_out
-
-
-_BY_KIND: dict[Kind, Callable[[Number, Group, Chip], Number]] = {
+_BY_KIND: dict[Kind, Callable[[Number, Group, Ways], Number]] = {
     Kind.ALL_REDUCE: _all_reduce,
     Kind.ALL_GATHER: _gather,
     Kind.REDUCE_SCATTER: _gather,

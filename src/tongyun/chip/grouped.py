@@ -15,6 +15,10 @@ does not know which token goes where, nor the exchange between ranks (see `excha
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +46,58 @@ def balanced_rows(tokens: Number, chosen: int, experts: int) -> Array:
     edges = np.arange(BINS + 1) / BINS
     share = np.clip(touched / experts - edges[:-1], 0.0, 1 / BINS) * BINS
     return np.asarray(share * choices / touched)
+
+
+def random_rows(tokens: Number, chosen: int, experts: int) -> Array:
+    """Rows for each bin of experts, sorted, when every token picks `chosen` of `experts` at random.
+
+    An expert's rows are binomial, B(tokens, chosen / experts); a bin holds the mean over its
+    share of that distribution, so that the bins conserve the choices. Fractions of tokens
+    lie between whole ones. Last axis: bins.
+    """
+    tokens = np.asarray(tokens, dtype=np.float64)
+    known, table = _binomial_bins(chosen, experts)
+    place = np.clip(np.searchsorted(known, tokens, side="right") - 1, 0, len(known) - 2)
+    part = ((tokens - known[place]) / (known[place + 1] - known[place]))[..., None]
+    near = table[place] * (1 - part) + table[place + 1] * part
+    many = np.maximum(tokens, known[-1])[..., None]
+    return np.where(tokens[..., None] < known[-1], near, _normal_bins(many, chosen / experts))
+
+
+FEW_ROWS = 200.0
+"""Mean rows beyond which the binomial distribution is as good as normal."""
+
+
+@lru_cache(maxsize=64)
+def _binomial_bins(chosen: int, experts: int) -> tuple[Array, Array]:
+    """Token counts from 0 up to `FEW_ROWS` a mean expert, and the bins at each."""
+    share = chosen / experts
+    last = max(2.0, math.ceil(FEW_ROWS / share))
+    known = np.unique(np.round(np.concatenate([[0.0, 1.0, 2.0], np.geomspace(1.0, last, 48)])))
+    return known, np.stack([_binomial_bin(int(tokens), share) for tokens in known])
+
+
+def _binomial_bin(tokens: int, share: float) -> Array:
+    """Mean rows in each of `BINS` equal shares of B(tokens, share), from its quantiles."""
+    if share >= 1 or tokens == 0:
+        return np.full(BINS, tokens * share)
+    rows = np.arange(tokens + 1)
+    steps = np.log(np.maximum(tokens - rows[:-1], 1)) - np.log(rows[1:]) + math.log(share / (1 - share))
+    logs = np.concatenate([[0.0], np.cumsum(steps)])
+    weight = np.exp(logs - logs.max())
+    # Where the distribution function passes a bin's edge, the rows up to there are summed.
+    below = np.concatenate([[0.0], np.cumsum(weight) / weight.sum()])
+    summed = np.concatenate([[0.0], np.cumsum(weight * rows) / weight.sum()])
+    at = np.interp(np.arange(BINS + 1) / BINS, below, summed)
+    at[-1] = tokens * share
+    return np.diff(at) * BINS
+
+
+def _normal_bins(tokens: Array, share: float) -> Array:
+    normal = NormalDist()
+    edges = [normal.pdf(normal.inv_cdf(i / BINS)) if 0 < i < BINS else 0.0 for i in range(BINS + 1)]
+    offsets = -np.diff(np.asarray(edges)) * BINS
+    return np.asarray(tokens * share + offsets * np.sqrt(tokens * share * max(1 - share, 0.0)))
 
 
 def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> Array:
@@ -104,12 +160,11 @@ def grouped_s(
     memory_s = moved / min(silicon.stream_bytes_per_s * stream, silicon.memory_bytes_per_s)
     rate = silicon.math_flops_per_s(compute, efficiency)
     best = np.full(np.broadcast_shapes(memory_s.shape, n.shape, k.shape), np.inf)
+    heights = {tall: np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each for tall, _ in TILES}
     for tall, wide in TILES:
-        tiles = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each * np.ceil(n / wide)
         tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
-        body_s = waves(tiles, silicon.cores) * tile_s
-        best = np.minimum(best, overlapped(body_s, memory_s, STREAMED))
-    return np.asarray(best)
+        best = np.minimum(best, waves(heights[tall] * np.ceil(n / wide), silicon.cores) * tile_s)
+    return overlapped(best, memory_s, STREAMED)
 
 
 def experts_s(
@@ -131,6 +186,35 @@ def experts_s(
     widths this rank keeps after tensor parallelism; `tokens` are those whose results it
     sums. `weight` narrower than `compute` is unpacked on the way.
     """
+    one, passing, two, start_s = experts_parts_s(
+        rows,
+        hidden,
+        inner,
+        silicon,
+        tokens=tokens,
+        experts=experts,
+        weight=weight,
+        compute=compute,
+        gated=gated,
+        library=library,
+    )
+    return np.asarray(start_s + one + two + passing)
+
+
+def experts_parts_s(
+    rows: Array,
+    hidden: Number,
+    inner: Number,
+    silicon: Silicon,
+    *,
+    tokens: Number,
+    experts: Number,
+    weight: DType = DType.BF16,
+    compute: DType = DType.BF16,
+    gated: bool = True,
+    library: Library,
+) -> tuple[Array, Array, Array, float]:
+    """The parts of `experts_s`: first product, what passes over memory, second product, starts."""
     hidden, inner = (np.asarray(x, dtype=np.float64) for x in (hidden, inner))
     up = (2.0 if gated else 1.0) * inner
     kept, launches, passes = library.moe_efficiency, library.moe_launches, library.moe_passes
@@ -156,4 +240,4 @@ def experts_s(
     total = rows.sum(-1) * np.asarray(experts, dtype=np.float64) / BINS
     passing = (total * (up + inner) + (total + tokens) * hidden) * 2.0 * passes
     start_s = launches * (library.launch_s + silicon.fill_s)
-    return np.asarray(start_s + one + two + passing / silicon.stream_bytes_per_s)
+    return one, np.asarray(passing / silicon.stream_bytes_per_s), two, start_s

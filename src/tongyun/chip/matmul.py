@@ -45,7 +45,7 @@ stream (a cache, many experts) overlap better, see `STREAMED`."""
 STREAMED = 3.0
 
 
-def waves(items: Number, cores: int) -> Array:
+def waves(items: Number, cores: float) -> Array:
     """How many times a tile's duration passes until `items` of them are done: at least items/cores and 1."""
     ratio = np.asarray(items, dtype=np.float64) / cores
     return np.asarray(0.5 * np.ceil(ratio) + 0.5 * np.maximum(ratio, 1.0))
@@ -81,7 +81,7 @@ def matmul_s(
     rate = silicon.math_flops_per_s(dtype)
     quantise_s: Number = 0.0
     if dtype.bytes <= 1:
-        launches = library.block_launches if block_scales else library.fp8_launches
+        launches = quantising_launches(dtype, library, block_scales=block_scales)
         pass_bytes = library.block_pass_bytes if block_scales else library.fp8_pass_bytes
         share = library.block_efficiency if block_scales else library.fp8_efficiency
         rate = silicon.math_flops_per_s(dtype, share)
@@ -91,15 +91,27 @@ def matmul_s(
     moved = m * k * dtype.bytes + n * k * (weight or dtype).bytes + m * n * 2.0
     memory_s = moved / silicon.stream_bytes_per_s
     best = np.full(np.broadcast_shapes(m.shape, n.shape, k.shape), np.inf)
+    heights = {rows: np.ceil(m / rows) for rows, _ in TILES}
+    tiles = [heights[rows] * np.ceil(n / columns) for rows, columns in TILES]
+    rates = [tile_rate_s(rows, columns, dtype.bytes, rate, silicon) for rows, columns in TILES]
     for split in SPLITS:
         inner = np.ceil(k / split / INNER) * INNER
         join_s = 0.0 if split == 1 else _join_s(m * n, split, silicon, library)
-        for rows, columns in TILES:
-            items = np.ceil(m / rows) * np.ceil(n / columns) * split
-            tile_s = inner * tile_rate_s(rows, columns, dtype.bytes, rate, silicon) + silicon.fill_s
-            body_s = waves(items, silicon.cores) * tile_s
-            best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP) + join_s)
+        bodies = [
+            waves(items * split, silicon.cores) * (inner * each + silicon.fill_s)
+            for items, each in zip(tiles, rates, strict=True)
+        ]
+        # Overlapping keeps the order, so that the quickest body is the quickest kernel.
+        body_s = np.minimum.reduce(bodies)
+        best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP) + join_s)
     return np.asarray(library.launch_s + quantise_s + best)
+
+
+def quantising_launches(dtype: DType, library: Library, *, block_scales: bool) -> float:
+    """Kernels that bring the activations of a product into its type: none above 8 bits."""
+    if dtype.bytes > 1:
+        return 0.0
+    return library.block_launches if block_scales else library.fp8_launches
 
 
 def tile_rate_s(rows: int, columns: int, operand_bytes: float, rate: float, silicon: Silicon) -> float:

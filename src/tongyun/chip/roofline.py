@@ -1,11 +1,13 @@
-"""The analytic price of an operator on a chip.
+"""The price of an operator on a chip.
+
+An accelerator is priced by the kernel models (`kernels`), a calibrated machine by what was
+measured on it, and any other chip by
 
     t = max(flops / (peak · achieved), bytes / (bandwidth · achieved)) + launch
 
-with the fractions of the spec, or what was measured where the machine was calibrated. A
-collective is priced by its links. Arrays in, arrays out. It knows one rank: neither
-the scheduler nor how stages follow each other, and it assumes no overlap between
-operators.
+with the fractions of its spec and collectives by its links. Arrays in, arrays out. It knows
+one rank: neither the scheduler nor how stages follow each other, and it assumes no
+overlap between operators.
 """
 
 from __future__ import annotations
@@ -17,31 +19,12 @@ import numpy as np
 
 from tongyun.chip.calibrated import measured
 from tongyun.chip.collective import collective_s
-from tongyun.errors import Infeasible
+from tongyun.chip.kernels import kernels
+from tongyun.chip.rates import PRODUCTS as PRODUCTS
+from tongyun.chip.rates import rate_dtype as rate_dtype
 from tongyun.model.graph import COLLECTIVES, Kind, Operator
 from tongyun.specs import Chip
 from tongyun.units import DType, Number
-
-PRODUCTS = frozenset({Kind.MATMUL, Kind.GROUPED_MATMUL, Kind.ATTENTION})
-
-WIDER: dict[DType, tuple[DType, ...]] = {
-    DType.FP4: (DType.FP4, DType.FP8, DType.BF16, DType.F32),
-    DType.FP8: (DType.FP8, DType.BF16, DType.F32),
-    DType.INT4: (DType.INT4, DType.INT8, DType.BF16, DType.F32),
-    DType.INT8: (DType.INT8, DType.BF16, DType.F32),
-    DType.BF16: (DType.BF16, DType.F32),
-    DType.F32: (DType.F32,),
-}
-"""Where a chip has no rate for a type, products are taken in the next wider one it has."""
-
-
-def rate_dtype(chip: Chip, wanted: DType) -> DType:
-    """The type in which this chip takes products asked for in `wanted`."""
-    for dtype in WIDER[wanted]:
-        if dtype in chip.peak_flops_per_s:
-            return dtype
-    known = ", ".join(sorted(chip.peak_flops_per_s))
-    raise Infeasible(f"{chip.name}: no rate for {wanted} or anything wider (has {known})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +51,9 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
 
 def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, float]:
     """Seconds of one execution, as its work (or way over the links) and its launch."""
+    modelled = kernels(chip)
+    if modelled is not None:
+        return modelled.parts_s(op)
     if op.kind in COLLECTIVES:
         return collective_s(op, chip), chip.kernel_launch_s
     return work_s(op, chip, footprint_bytes), launch_s(op, chip)
@@ -89,7 +75,11 @@ def streamed_bytes(operators: Iterable[Operator]) -> Number:
 
 
 def work_s(op: Operator, chip: Chip, footprint_bytes: Number) -> Number:
-    """Seconds of one execution without its launch: as measured, or the slower of computing and moving."""
+    """Seconds of one execution without its launch: as modelled or measured, or the slower of
+    computing and moving."""
+    modelled = kernels(chip)
+    if modelled is not None:
+        return modelled.parts_s(op)[0]
     samples = measured(chip)
     if samples is not None:
         known = samples.work_s(op, rate_dtype(chip, op.compute), footprint_bytes)

@@ -39,8 +39,9 @@ class Silicon:
     name: str
     peak_flops_per_s: Mapping[DType, float]
     memory_bytes_per_s: float
-    cores: int
-    """Streaming multiprocessors: what a tile of work runs on."""
+    cores: float
+    """Streaming multiprocessors: what a tile of work runs on. A fraction where nobody published how
+    many there are and the peak rate stands for them."""
     clock_hz: float
     """Clock at which the peak rates are stated."""
     exponentials_per_cycle: float
@@ -196,8 +197,24 @@ def silicon_of(chip: Chip) -> Silicon:
     )
     if chip.name in known:
         return base
-    cores = max(1, round(base.cores * peaks[DType.BF16] / silicon(NEWEST).peak_flops_per_s[DType.BF16]))
-    return replace(base, cores=cores, switch_reduces=False, **_class(chip.corner))
+    # Not rounded: one core more, each a little slower, would make a faster chip slower.
+    cores = base.cores * peaks[DType.BF16] / silicon(NEWEST).peak_flops_per_s[DType.BF16]
+    fitted = {**_class(chip.corner), **_stated(chip)}
+    return replace(base, cores=cores, switch_reduces=False, **fitted)
+
+
+def is_measured(chip: Chip) -> bool:
+    """Whether this chip, or a sibling with the same cores, is among those the numbers were fitted on."""
+    return chip.name in tables()["chip"] or chip.name in tables()["sibling"]
+
+
+def _stated(chip: Chip) -> dict[str, Any]:
+    """What the spec itself says of fractions reached, which is worth more than another chip's."""
+    link = chip.scale_up
+    wires = {} if link is None else {"link_efficiency": link.achieved, "hop_s": link.latency_s}
+    products = chip.achieved_matmul.get(DType.BF16, min(chip.achieved_matmul.values(), default=None))
+    maths = {} if products is None else {"math_efficiency": products}
+    return {"memory_efficiency": chip.achieved_memory, **maths, **wires}
 
 
 NEWEST = "h100"

@@ -105,7 +105,7 @@ class Explanation:
 def explain(question: Question, plan: Plan) -> Explanation:
     """Lay out the steps of one plan, at the nominal corner of the chip."""
     shard = plan.shard
-    chip = question.chip.at()
+    chip = question.at()
     group = np.array([plan.batch / (shard.dp * shard.pp)])
     budget = np.array([float(plan.step_tokens)])
     load = load_at(question, group, budget)

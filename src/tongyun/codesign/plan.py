@@ -115,7 +115,7 @@ class _Search:
 
     def __init__(self, question: Question) -> None:
         self.question = question
-        self.chip = question.chip.at(Corner.NOMINAL)
+        self.chip = question.at(Corner.NOMINAL)
         self.cuts = cuts(question.model, self.chip, question.chips)
         self.room_bytes = USABLE_MEMORY * self.chip.memory_bytes
 
@@ -227,7 +227,7 @@ class _Search:
     def _at(
         self, corner: Corner, shard: Shard, members: Sequence[int]
     ) -> tuple[list[Figures], frozenset[Source]]:
-        chip: Chip = self.question.chip.at(corner)
+        chip: Chip = self.question.at(corner)
         index = np.asarray(members)
         state = steady(self.question, chip, shard, self.points.batch[index], self.points.budget[index])
         rates = self._rate(shard, state)

@@ -6,7 +6,7 @@ Lists candidates and says why a cut is not one; prices nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -16,7 +16,7 @@ from tongyun.errors import InputError
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Precision
 from tongyun.model.shard import Shard, broken_rule
-from tongyun.specs import Chip, ChipSpec, PriceSpec
+from tongyun.specs import Chip, ChipSpec, Corner, PriceSpec
 
 CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
@@ -44,6 +44,8 @@ class Question:
     ttft_s: float | None = None
     tpot_s: float | None = None
     price: PriceSpec | None = None
+    engine: str = "any"
+    """The serving engine whose kernels are priced; `any` is none in particular."""
 
     def __post_init__(self) -> None:
         if self.chips < 1:
@@ -61,6 +63,10 @@ class Question:
         for name, limit in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
             if limit is not None and not 0 < limit < float("inf"):
                 raise InputError(f"{name} must be a positive time, got {limit} s")
+
+    def at(self, corner: Corner = Corner.NOMINAL) -> Chip:
+        """The chip at one corner of its ranges, with the kernels of the engine asked for."""
+        return replace(self.chip.at(corner), library=self.engine)
 
 
 def default_dtype(config: ModelConfig, chip: ChipSpec) -> str:

@@ -128,7 +128,7 @@ def compare(row: Published) -> Comparison:
         precision=Precision.of(row.dtype),
     )
     predict = {"prefill": _prefill, "decode": _decode, "serving": _serving}[row.phase]
-    rates = {corner: predict(row, question, spec.at(corner)) for corner in Corner}
+    rates = {corner: predict(row, question, question.at(corner)) for corner in Corner}
     values = [rate for rate, _ in rates.values()]
     return Comparison(
         row=row,

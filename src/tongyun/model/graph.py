@@ -39,6 +39,39 @@ COLLECTIVES = frozenset({Kind.ALL_REDUCE, Kind.ALL_GATHER, Kind.REDUCE_SCATTER, 
 
 
 @dataclass(frozen=True, kw_only=True)
+class Attends:
+    """What an attention operator needs beyond its counts to be priced as a kernel."""
+
+    group: Sequences
+    key_heads: int
+    width: int
+    """Numbers of a query-key product."""
+    value_width: int
+    cached_width: int
+    """Numbers kept for a token and key head: keys and values, or the latent vector."""
+    cache: DType
+    is_latent: bool = False
+    window: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """The expert layer that a grouped product or its activation belongs to, as one rank sees it."""
+
+    tokens: Number
+    """Tokens routed, those of all attention groups together."""
+    mine: Number
+    """Tokens whose results this rank sums."""
+    per_token: int
+    count: int
+    """Experts of the layer on all ranks."""
+    local: int
+    """Experts on this rank."""
+    hidden: int
+    inner: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Operator:
     """One operator of one rank, executed `repeat` times in a step (once a layer, usually).
 
@@ -58,6 +91,14 @@ class Operator:
     """Weight matrices touched: experts that receive at least one token, as an expectation."""
     compute: DType = DType.BF16
     """The type in which products are taken; it selects the peak rate."""
+    stored: DType = DType.BF16
+    """The type in which its weights are kept."""
+    block_scales: bool = False
+    """8-bit weights with a scale for each block of 128 × 128."""
+    is_fused: bool = False
+    """Part of its neighbour's kernel: it moves bytes but starts nothing."""
+    attends: Attends | None = None
+    routed: Routed | None = None
     flops: Number = 0
     """Multiplications and additions of products; norms and element-wise work count bytes only."""
     read_bytes: Number = 0
@@ -96,6 +137,9 @@ class Precision:
     expert_compute: DType = DType.BF16
     activations: DType = DType.BF16
     kv: DType = DType.BF16
+    block_scales: bool = False
+    """8-bit weights have a scale for each block of 128 × 128, as in the checkpoints of DeepSeek and
+    Qwen3, instead of one for a row or a tensor."""
     exact: DType | None = None
     """Type in which embedding, head and router are stored; None: that of the activations."""
 
@@ -129,6 +173,7 @@ RECIPES: dict[str, Precision] = {
     "f32": Precision._uniform(DType.F32, DType.F32, DType.F32),
     "bf16": Precision(),
     "fp8": Precision._uniform(DType.FP8, DType.FP8),
+    "fp8_block": replace(Precision._uniform(DType.FP8, DType.FP8), block_scales=True),
     "int8": Precision._uniform(DType.INT8, DType.INT8),
     "int4": Precision._uniform(DType.INT4, DType.BF16),
     "fp4": Precision._uniform(DType.FP4, DType.FP4),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tongyun.model.config import Experts, Latent, ModelConfig
-from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
+from tongyun.model.graph import Attends, Kind, Operator, Precision, Routed, Sequences, StepShape
 from tongyun.model.shard import Slice
 from tongyun.units import DType, Number
 
@@ -22,6 +22,7 @@ class Storage:
     weights: DType
     compute: DType
     activations: DType
+    block_scales: bool = False
 
 
 def matmul(name: str, size: tuple[Number, int, int], store: Storage, *, repeat: int, bias: bool) -> Operator:
@@ -37,6 +38,8 @@ def matmul(name: str, size: tuple[Number, int, int], store: Storage, *, repeat: 
         n=n,
         k=k,
         compute=store.compute,
+        stored=store.weights,
+        block_scales=store.block_scales,
         flops=2 * m * k * n,
         read_bytes=m * k * act,
         weight_bytes=weight_bytes,
@@ -82,7 +85,9 @@ class Layers:
     @property
     def projection(self) -> Storage:
         p = self.precision
-        return Storage(weights=p.weights, compute=p.compute, activations=p.activations)
+        return Storage(
+            weights=p.weights, compute=p.compute, activations=p.activations, block_scales=p.block_scales
+        )
 
     @property
     def exact(self) -> Storage:
@@ -182,6 +187,7 @@ class Layers:
             name="sinks",
             kind=Kind.ELEMENTWISE,
             repeat=layers,
+            is_fused=True,
             weight_bytes=weight_bytes,
             resident_bytes=weight_bytes * layers,
         )
@@ -199,6 +205,15 @@ class Layers:
             k=width,
             groups=group.sequences,
             compute=self.precision.activations,
+            attends=Attends(
+                group=group,
+                key_heads=self.part.kv_heads,
+                width=width,
+                value_width=width,
+                cached_width=2 * width,
+                cache=self.precision.kv,
+                window=window,
+            ),
             flops=4 * heads * width * group.pairs(window),
             read_bytes=tokens * heads * width * self.act
             + 2 * self.part.kv_heads * width * kv * group.keys(window),
@@ -263,6 +278,15 @@ class Layers:
             k=qk,
             groups=group.sequences,
             compute=self.precision.activations,
+            attends=Attends(
+                group=group,
+                key_heads=heads,
+                width=qk,
+                value_width=v,
+                cached_width=qk + v,
+                cache=self.precision.activations,
+                is_latent=True,
+            ),
             flops=2 * heads * (qk + v) * group.pairs(),
             read_bytes=(group.tokens * heads * qk + keys * heads * (qk + v)) * self.act,
             write_bytes=group.tokens * heads * v * self.act,
@@ -282,6 +306,15 @@ class Layers:
             k=wide,
             groups=group.sequences,
             compute=self.precision.activations,
+            attends=Attends(
+                group=group,
+                key_heads=1,
+                width=wide,
+                value_width=rank,
+                cached_width=wide,
+                cache=self.precision.kv,
+                is_latent=True,
+            ),
             flops=2 * heads * (wide + rank) * group.pairs(),
             read_bytes=group.tokens * heads * wide * self.act + group.keys() * wide * self.precision.kv.bytes,
             write_bytes=group.tokens * heads * rank * self.act,
@@ -302,6 +335,7 @@ class Layers:
             k=k,
             groups=heads,
             compute=self.precision.activations,
+            stored=self.precision.weights,
             flops=2 * tokens * heads * k * n,
             read_bytes=tokens * heads * k * self.act,
             weight_bytes=weight_bytes,
@@ -379,9 +413,19 @@ class Layers:
         tokens = self.shape.tokens * part.shard.dp
         rows = tokens * experts.per_token / part.shard.ep
         groups = part.experts * touched_experts(experts, tokens)
+        routed = Routed(
+            tokens=tokens,
+            mine=self.shape.tokens / part.shard.tp if part.shard.dp > 1 else self.shape.tokens,
+            per_token=experts.per_token,
+            count=experts.count,
+            local=part.experts,
+            hidden=hidden,
+            inner=part.expert_width,
+        )
         up = self._grouped("experts_up", rows, groups, (hidden, 2 * part.expert_width))
+        activation = self._activation("experts", rows, part.expert_width, repeat)
         down = self._grouped("experts_down", rows, groups, (part.expert_width, hidden))
-        return [up, self._activation("experts", rows, part.expert_width, repeat), down]
+        return [replace(op, routed=routed) for op in (up, activation, down)]
 
     def _grouped(self, name: str, rows: Number, groups: Number, size: tuple[int, int]) -> Operator:
         """A matmul for each expert that has rows; only those experts' weights are read."""
@@ -397,6 +441,8 @@ class Layers:
             k=k,
             groups=groups,
             compute=self.precision.expert_compute,
+            stored=self.precision.experts,
+            block_scales=self.precision.block_scales,
             flops=2 * rows * k * n,
             read_bytes=rows * k * self.act,
             weight_bytes=groups * each,

@@ -199,6 +199,8 @@ class Chip:
     provenance: Mapping[str, Source]
     """Source of each figure by its dotted key in the file, e.g. `matmul.peak.bf16`."""
     calibration: Calibration | None
+    library: str = "any"
+    """The serving engine whose kernels run on it; `any` is none in particular."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.corner, self.memory_bytes_per_s))

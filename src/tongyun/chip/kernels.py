@@ -1,0 +1,248 @@
+"""Which kernel model prices an operator on a data-centre chip.
+
+`Kernels` takes the operators of a step to `matmul`, `grouped`, `attention` and `exchange`,
+as they run in one serving engine on one chip, and splits each price into the starts of
+its kernels and the rest. Norms and element-wise work are a pass over memory and a
+start. Nothing is below its roofline. Equal shapes are priced once: a plan asks for the
+same products on every cut. Routing is random and even, every expert as likely as
+the next. Calibrated machines and chips that are no accelerators are not priced here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.chip import exchange
+from tongyun.chip.attention import Heads, decode_s, prefill_s
+from tongyun.chip.collective import collective_s, link_share
+from tongyun.chip.grouped import BINS, experts_parts_s, grouped_s, random_rows
+from tongyun.chip.matmul import matmul_s, quantising_launches
+from tongyun.chip.rates import PRODUCTS, rate_dtype
+from tongyun.chip.silicon import Silicon, is_measured, library, silicon_of
+from tongyun.model.graph import COLLECTIVES, Attends, Kind, Operator, Routed
+from tongyun.specs import Chip
+from tongyun.units import Number, Source
+
+Array = NDArray[np.float64]
+Parts = tuple[Number, float]
+MOST_KNOWN = 20_000
+"""Prices kept before all are forgotten."""
+
+
+@lru_cache(maxsize=64)
+def kernels(chip: Chip) -> Kernels | None:
+    """The kernel models of this chip; None for one that is no accelerator or was calibrated."""
+    if chip.kind != "accelerator" or chip.calibration is not None:
+        return None
+    return Kernels(chip)
+
+
+class Kernels:
+    """One chip with one engine's kernels; remembers what it priced."""
+
+    def __init__(self, chip: Chip) -> None:
+        self.chip = chip
+        self.silicon = silicon_of(chip)
+        self.library = library(chip.library)
+        self._known: dict[object, object] = {}
+
+    def parts_s(self, op: Operator) -> Parts:
+        """Seconds of one execution, as its work (or way over the links) and the start of its kernels."""
+        if op.kind in COLLECTIVES:
+            way_s = self._once(("way", op.kind, op.ranks), op.payload_bytes, lambda: self._way_s(op))
+            return np.maximum(way_s - self.library.launch_s, 0.0), self.library.launch_s
+        work_s, start_s = self._priced(op)
+        return np.maximum(work_s, self._least_s(op)), start_s
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """Of the fitted numbers: derived from measurements of this chip, or assumed to be like another's."""
+        return frozenset({Source.DERIVED if is_measured(self.chip) else Source.ASSUMED})
+
+    def _least_s(self, op: Operator) -> Number:
+        """The roofline at peak rates."""
+        moving_s = op.moved_bytes / self.chip.memory_bytes_per_s
+        if op.kind not in PRODUCTS:
+            return moving_s
+        peak = self.chip.peak_flops_per_s[rate_dtype(self.chip, op.compute)]
+        return np.maximum(moving_s, op.flops / peak)
+
+    def _priced(self, op: Operator) -> Parts:
+        if op.kind is Kind.MATMUL:
+            return self._product(op)
+        if op.routed is not None:
+            return self._experts(op, op.routed)
+        if op.kind is Kind.GROUPED_MATMUL:
+            return self._each_head(op)
+        if op.attends is not None:
+            return self._attention(op, op.attends)
+        if op.is_fused:
+            return 0.0, 0.0
+        passing_s = op.moved_bytes / self.silicon.stream_bytes_per_s
+        return self.silicon.fill_s + passing_s, self.library.launch_s
+
+    def _product(self, op: Operator) -> Parts:
+        dtype = rate_dtype(self.chip, op.compute)
+        launches = 1.0 + quantising_launches(dtype, self.library, block_scales=op.block_scales)
+        start_s = launches * self.library.launch_s
+        whole_s = self._once(
+            (op.n, op.k, dtype, op.stored, op.block_scales),
+            op.m,
+            lambda: matmul_s(
+                op.m,
+                op.n,
+                op.k,
+                self.silicon,
+                dtype=dtype,
+                weight=op.stored,
+                block_scales=op.block_scales,
+                library=self.library,
+            ),
+        )
+        return whole_s - start_s, start_s
+
+    def _each_head(self, op: Operator) -> Parts:
+        """A product for each head, all of the same size."""
+        dtype = rate_dtype(self.chip, op.compute)
+
+        def price() -> Array:
+            rows = np.asarray(op.m / op.groups, dtype=np.float64)[..., None] * np.ones(BINS)
+            return grouped_s(
+                rows,
+                op.n,
+                op.k,
+                self.silicon,
+                experts=op.groups,
+                weight=op.stored,
+                compute=dtype,
+                efficiency=1.0,
+            )
+
+        key = ("heads", op.n, op.k, dtype, op.stored, float(np.max(op.groups)))
+        return self._once(key, op.m, price), self.library.launch_s
+
+    def _experts(self, op: Operator, routed: Routed) -> Parts:
+        """The expert layer is one chain of kernels; its starts are counted with the first product."""
+        dtype = rate_dtype(self.chip, op.compute)
+        key = ("experts", routed.per_token, routed.count, routed.local, routed.hidden, routed.inner)
+        up_s, passing_s, down_s, start_s = self._once_all(
+            (*key, dtype, op.stored, np.asarray(routed.mine).tobytes()),
+            routed.tokens,
+            lambda: experts_parts_s(
+                random_rows(routed.tokens, routed.per_token, routed.count),
+                routed.hidden,
+                routed.inner,
+                self.silicon,
+                tokens=routed.mine,
+                experts=routed.local,
+                weight=op.stored,
+                compute=dtype,
+                library=self.library,
+            ),
+        )
+        if op.kind is not Kind.GROUPED_MATMUL:
+            return passing_s, 0.0
+        return (up_s, start_s) if op.n == 2 * routed.inner and op.k == routed.hidden else (down_s, 0.0)
+
+    def _attention(self, op: Operator, attends: Attends) -> Parts:
+        batch, new, context = even(attends)
+        heads = Heads(
+            query=op.n,
+            key=attends.key_heads,
+            width=attends.width,
+            value_width=attends.value_width,
+            cached_width=attends.cached_width,
+            is_latent=attends.is_latent,
+        )
+        lib, chip = self.library, self.silicon
+        cache, window = attends.cache, attends.window
+        is_decode = bool(np.all(np.asarray(new) == 1))
+        key = (
+            "attention",
+            heads,
+            cache,
+            window,
+            is_decode,
+            *(np.asarray(x).tobytes() for x in (new, context)),
+        )
+        if is_decode:
+            whole_s = self._once(
+                key,
+                batch,
+                lambda: decode_s(batch, context, heads, chip, cache=cache, window=window, library=lib),
+            )
+            start_s = lib.decode_launches * (lib.launch_s + chip.fill_s)
+        else:
+            whole_s = self._once(
+                key,
+                batch,
+                lambda: prefill_s(batch, new, context, heads, chip, cache=cache, window=window, library=lib),
+            )
+            start_s = lib.prefill_launches * lib.launch_s
+        return whole_s - start_s, start_s
+
+    def _way_s(self, op: Operator) -> Number:
+        return collective_s(op, self.chip, self)
+
+    # ── the scale-up domain, as `collective` asks for it ─────────────────────────────
+
+    def all_reduce_s(self, payload_bytes: Number, ranks: int) -> Number:
+        """Between captured kernels, by an engine's own kernels where payloads are small."""
+        link = self.chip.scale_up
+        direct = link is not None and not link.topology.startswith("torus")
+        chip = self._wired(ranks)
+        return exchange.all_reduce_s(payload_bytes, ranks, chip, direct=direct, library=self.library)
+
+    def gather_s(self, payload_bytes: Number, ranks: int) -> Number:
+        return exchange.all_gather_s(payload_bytes, ranks, self._wired(ranks), library=self.library)
+
+    def all_to_all_s(self, payload_bytes: Number, ranks: int) -> Number:
+        return exchange.all_to_all_s(payload_bytes, ranks, self._wired(ranks), library=self.library)
+
+    def send_s(self, payload_bytes: Number) -> Number:
+        return exchange.send_s(payload_bytes, self._wired(2), library=self.library)
+
+    def _wired(self, ranks: int) -> Silicon:
+        """The chip with as much of its links as `ranks` peers give it."""
+        link = self.chip.scale_up
+        share = 1.0 if link is None else link_share(link, ranks)
+        return replace(self.silicon, link_bytes_per_s=self.silicon.link_bytes_per_s * share)
+
+    # ── memory of prices ─────────────────────────────────────────────────────────────
+
+    def _once(self, key: object, over: Number, price: Callable[[], Number]) -> Number:
+        found = self._once_all(key, over, lambda: (price(),))
+        return found[0]
+
+    def _once_all(
+        self, key: object, over: Number, price: Callable[[], tuple[Number, ...]]
+    ) -> tuple[Number, ...]:
+        values = np.asarray(over, dtype=np.float64)
+        full = (key, values.shape, values.tobytes())
+        known = self._known.get(full)
+        if known is None:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            known = self._known[full] = price()
+        return known  # type: ignore[return-value]
+
+
+def even(attends: Attends) -> tuple[Number, Number, Number]:
+    """Sequences, new tokens and context of each, alike for all of a step.
+
+    Ragged sequences become as many as long as a token's own on average, Σn²/Σn, behind
+    a token's mean context; tokens and query-key pairs stay as they are.
+    """
+    group = attends.group
+    if not group.ragged:
+        return group.count, group.new, group.context
+    new, context = np.asarray(group.new, dtype=np.float64), np.asarray(group.context, dtype=np.float64)
+    weight = new * group.count
+    tokens = weight.sum(-1)
+    length = (weight * new).sum(-1) / tokens
+    return tokens / length, length, (weight * context).sum(-1) / tokens
