@@ -6,15 +6,18 @@ knows no scheduler and no objective.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import lru_cache
+
 from tongyun.chip.calibrated import measured
 from tongyun.chip.collective import Group
 from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
-from tongyun.chip.roofline import steps_s
+from tongyun.chip.roofline import Timing, steps_s
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import COLLECTIVES, Operator, Precision, StepShape
-from tongyun.model.shard import Shard
-from tongyun.model.steps import PLAIN, WHOLE, step
+from tongyun.model.shard import Shard, slice_of
+from tongyun.model.steps import PLAIN, WHOLE, hand_overs, layer_counts, layer_operators, step
 from tongyun.specs import Chip
 from tongyun.units import HOUR_S, Cost, Number, Source
 
@@ -47,6 +50,51 @@ def step_cost(
     return Cost(seconds=seconds, joules=joules, sources=sources_of(operators, chip))
 
 
+class StepPrices:
+    """What one load costs on many cuts of a model: layers are priced once for all pipeline depths.
+
+    Gives what `step_cost` gives. A calibrated machine's layers depend on the whole step
+    (its footprint decides which memory serves it) and are priced step by step.
+    """
+
+    def __init__(self, config: ModelConfig, shape: StepShape, chip: Chip, precision: Precision) -> None:
+        self._config, self._shape, self._chip, self._precision = config, shape, chip, precision
+        self._known: dict[Shard, tuple[dict[str, Timing], frozenset[Source]]] = {}
+
+    def at(self, shard: Shard, stage: int) -> Cost:
+        """The cost of one step on one stage; see `step_cost`."""
+        chip = self._chip
+        if kernels(chip) is None:
+            return step_cost(self._config, self._shape, chip, shard, self._precision, stage=stage)
+        each, sources = self._layers(shard)
+        counts = layer_counts(slice_of(self._config, shard, stage))
+        seconds: Number = chip.step_host_s
+        busy: Number = 0.0
+        for kind, timing in each.items():
+            if counts[kind]:
+                seconds = seconds + counts[kind] * timing.seconds
+                busy = busy + counts[kind] * timing.busy_s
+        joules = shard.stage_ranks * (chip.idle_w * seconds + (chip.tdp_w - chip.idle_w) * busy)
+        return Cost(seconds=seconds, joules=joules, sources=sources)
+
+    def _layers(self, shard: Shard) -> tuple[dict[str, Timing], frozenset[Source]]:
+        """Timings of a layer of each kind. Depth matters to the hand-over alone."""
+        if shard not in self._known:
+            self._known[shard] = self._deeper(shard) if shard.pp > 1 else self._priced(shard)
+        return self._known[shard]
+
+    def _priced(self, shard: Shard) -> tuple[dict[str, Timing], frozenset[Source]]:
+        found = layer_operators(self._config, self._shape, shard, self._precision)
+        timings = {kind: steps_s(ops, self._chip) for kind, ops in found.items()}
+        return timings, sources_of(tuple(op for ops in found.values() for op in ops), self._chip)
+
+    def _deeper(self, shard: Shard) -> tuple[dict[str, Timing], frozenset[Source]]:
+        each, sources = self._layers(replace(shard, pp=1))
+        hand_over = hand_overs(self._config, self._shape, shard, self._precision)
+        timings = {**each, "hand_over": steps_s(hand_over, self._chip)}
+        return timings, sources | sources_of(hand_over, self._chip)
+
+
 def host_s(chip: Chip, shape: StepShape) -> Number:
     """Seconds that sequences and their further tokens add on the host; zero where none was measured."""
     samples = measured(chip)
@@ -69,7 +117,12 @@ def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]
             keys |= {"scale_out"} if group.nodes > 1 else set()
     modelled = kernels(chip)
     fitted = frozenset() if modelled is None else modelled.sources
-    return frozenset({Source.ANALYTIC}) | fitted | chip.sources_of(*sorted(keys))
+    return frozenset({Source.ANALYTIC}) | fitted | _sources(chip, frozenset(keys))
+
+
+@lru_cache(maxsize=1024)
+def _sources(chip: Chip, keys: frozenset[str]) -> frozenset[Source]:
+    return chip.sources_of(*sorted(keys))
 
 
 def usd_per_mtoken(tokens_per_s: Number, chips: int, usd_per_chip_hour: float) -> Number:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tongyun.chip.calibrated import Curve, Linear
 from tongyun.chip.collective import all_reduce_s, gather_s
-from tongyun.chip.roofline import rate_dtype, steps_s, work_s
+from tongyun.chip.rates import rate_dtype
+from tongyun.chip.roofline import steps_s, work_s
 from tongyun.cost import step_cost, usd_per_mtoken
 from tongyun.errors import Infeasible
 from tongyun.model.config import ModelConfig

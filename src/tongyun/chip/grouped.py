@@ -16,6 +16,8 @@ does not know which token goes where, nor the exchange between ranks (see `excha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
@@ -30,6 +32,7 @@ Array = NDArray[np.float64]
 
 BINS = 32
 TILES = ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256))
+HEIGHTS = tuple(dict.fromkeys(tall for tall, _ in TILES))
 LARGEST_SHARE = 0.8
 """Most tokens one expert draws before normalising, as a share of all tokens."""
 SPARSE = (0.01, 2.0)
@@ -90,14 +93,20 @@ def _binomial_bin(tokens: int, share: float) -> Array:
     summed = np.concatenate([[0.0], np.cumsum(weight * rows) / weight.sum()])
     at = np.interp(np.arange(BINS + 1) / BINS, below, summed)
     at[-1] = tokens * share
-    return np.diff(at) * BINS
+    return np.asarray(np.diff(at) * BINS)
 
 
 def _normal_bins(tokens: Array, share: float) -> Array:
+    spread = np.sqrt(tokens * share * max(1 - share, 0.0))
+    return np.asarray(tokens * share + _normal_offsets() * spread)
+
+
+@lru_cache(maxsize=1)
+def _normal_offsets() -> Array:
+    """Means of `BINS` equal shares of the standard normal distribution, from its density at their edges."""
     normal = NormalDist()
-    edges = [normal.pdf(normal.inv_cdf(i / BINS)) if 0 < i < BINS else 0.0 for i in range(BINS + 1)]
-    offsets = -np.diff(np.asarray(edges)) * BINS
-    return np.asarray(tokens * share + offsets * np.sqrt(tokens * share * max(1 - share, 0.0)))
+    edges = [0.0, *(normal.pdf(normal.inv_cdf(i / BINS)) for i in range(1, BINS)), 0.0]
+    return np.asarray(-np.diff(edges) * BINS)
 
 
 def power_law_rows(tokens: Number, chosen: int, experts: int, alpha: float) -> Array:
@@ -152,19 +161,60 @@ def grouped_s(
     `efficiency` is the share of the chip's inner-loop rate that the library keeps, `stream`
     the bandwidth it reaches over the chip's figure for matmuls.
     """
-    n, k = (np.asarray(x, dtype=np.float64) for x in (n, k))
-    each = np.asarray(experts, dtype=np.float64) / BINS
-    touched = np.minimum(rows, 1.0).sum(-1) * each
-    total = rows.sum(-1) * each
-    moved = touched * n * k * weight.bytes + total * (k * compute.bytes + n * 2.0)
-    memory_s = moved / min(silicon.stream_bytes_per_s * stream, silicon.memory_bytes_per_s)
+    return _products_s(
+        _Filled.of(rows, experts),
+        ((n, k),),
+        silicon,
+        weight=weight,
+        compute=compute,
+        efficiency=efficiency,
+        stream=stream,
+    )[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Filled:
+    """How rows fill experts: shared by all products of a layer."""
+
+    total: Array
+    touched: Array
+    heights: Array
+    """Tiles of rows over all experts, by `HEIGHTS` along the first axis."""
+
+    @classmethod
+    def of(cls, rows: Array, experts: Number) -> _Filled:
+        each = np.asarray(experts, dtype=np.float64) / BINS
+        tall = np.asarray(HEIGHTS, dtype=np.float64).reshape(-1, *(1 for _ in rows.shape))
+        # An expert that expects less than a row has a tile as often as it has one.
+        heights = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each
+        touched = np.minimum(rows, 1.0).sum(-1) * each
+        return cls(total=rows.sum(-1) * each, touched=touched, heights=heights)
+
+
+def _products_s(
+    filled: _Filled,
+    sizes: Sequence[tuple[Number, Number]],
+    silicon: Silicon,
+    *,
+    weight: DType,
+    compute: DType,
+    efficiency: float,
+    stream: float,
+) -> list[Array]:
+    """`grouped_s` of several (columns, inner) sizes over the same rows."""
     rate = silicon.math_flops_per_s(compute, efficiency)
-    best = np.full(np.broadcast_shapes(memory_s.shape, n.shape, k.shape), np.inf)
-    heights = {tall: np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each for tall, _ in TILES}
-    for tall, wide in TILES:
-        tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
-        best = np.minimum(best, waves(heights[tall] * np.ceil(n / wide), silicon.cores) * tile_s)
-    return overlapped(best, memory_s, STREAMED)
+    bytes_per_s = min(silicon.stream_bytes_per_s * stream, silicon.memory_bytes_per_s)
+    found = []
+    for size in sizes:
+        n, k = (np.asarray(x, dtype=np.float64) for x in size)
+        moved = filled.touched * n * k * weight.bytes + filled.total * (k * compute.bytes + n * 2.0)
+        bodies = []
+        for tall, wide in TILES:
+            tiles = filled.heights[HEIGHTS.index(tall)] * np.ceil(n / wide)
+            tile_s = k * tile_rate_s(tall, wide, compute.bytes, rate, silicon) + silicon.fill_s
+            bodies.append(waves(tiles, silicon.cores) * tile_s)
+        found.append(overlapped(np.minimum.reduce(bodies), moved / bytes_per_s, STREAMED))
+    return found
 
 
 def experts_s(
@@ -201,6 +251,11 @@ def experts_s(
     return np.asarray(start_s + one + two + passing)
 
 
+def experts_launches(compute: DType, library: Library) -> float:
+    """Kernels that an expert layer starts."""
+    return library.moe_fp8_launches if compute is DType.FP8 else library.moe_launches
+
+
 def experts_parts_s(
     rows: Array,
     hidden: Number,
@@ -217,27 +272,21 @@ def experts_parts_s(
     """The parts of `experts_s`: first product, what passes over memory, second product, starts."""
     hidden, inner = (np.asarray(x, dtype=np.float64) for x in (hidden, inner))
     up = (2.0 if gated else 1.0) * inner
-    kept, launches, passes = library.moe_efficiency, library.moe_launches, library.moe_passes
+    kept, passes = library.moe_efficiency, library.moe_passes
     if compute is DType.FP8:
-        kept, launches = library.moe_fp8_efficiency, library.moe_fp8_launches
-        passes = library.moe_fp8_passes
+        kept, passes = library.moe_fp8_efficiency, library.moe_fp8_passes
     elif weight.bytes < compute.bytes:
         kept = library.moe_unpack_efficiency
-    one, two = (
-        grouped_s(
-            rows,
-            n,
-            k,
-            silicon,
-            experts=experts,
-            weight=weight,
-            compute=compute,
-            efficiency=kept,
-            stream=library.moe_stream,
-        )
-        for n, k in ((up, hidden), (hidden, inner))
+    filled = _Filled.of(rows, experts)
+    one, two = _products_s(
+        filled,
+        ((up, hidden), (hidden, inner)),
+        silicon,
+        weight=weight,
+        compute=compute,
+        efficiency=kept,
+        stream=library.moe_stream,
     )
-    total = rows.sum(-1) * np.asarray(experts, dtype=np.float64) / BINS
-    passing = (total * (up + inner) + (total + tokens) * hidden) * 2.0 * passes
-    start_s = launches * (library.launch_s + silicon.fill_s)
+    passing = (filled.total * (up + inner) + (filled.total + tokens) * hidden) * 2.0 * passes
+    start_s = experts_launches(compute, library) * (library.launch_s + silicon.fill_s)
     return one, np.asarray(passing / silicon.stream_bytes_per_s), two, start_s

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tongyun.chip import exchange
 from tongyun.chip.attention import Heads, decode_s, prefill_s
 from tongyun.chip.collective import collective_s, link_share
-from tongyun.chip.grouped import BINS, experts_parts_s, grouped_s, random_rows
+from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, random_rows
 from tongyun.chip.matmul import matmul_s, quantising_launches
 from tongyun.chip.rates import PRODUCTS, rate_dtype
 from tongyun.chip.silicon import Silicon, is_measured, library, silicon_of
@@ -30,6 +30,9 @@ from tongyun.units import Number, Source
 
 Array = NDArray[np.float64]
 Parts = tuple[Number, float]
+Prices = tuple[Array, ...]
+WORTH_SORTING = 64
+"""Values from which it pays to price equal ones once."""
 MOST_KNOWN = 20_000
 """Prices kept before all are forgotten."""
 
@@ -49,12 +52,13 @@ class Kernels:
         self.chip = chip
         self.silicon = silicon_of(chip)
         self.library = library(chip.library)
-        self._known: dict[object, object] = {}
+        self._known: dict[object, Prices] = {}
 
     def parts_s(self, op: Operator) -> Parts:
         """Seconds of one execution, as its work (or way over the links) and the start of its kernels."""
         if op.kind in COLLECTIVES:
-            way_s = self._once(("way", op.kind, op.ranks), op.payload_bytes, lambda: self._way_s(op))
+            key = ("way", op.kind, op.ranks)
+            (way_s,) = self._once(key, op.payload_bytes, lambda payload: self._way_s(op, payload))
             return np.maximum(way_s - self.library.launch_s, 0.0), self.library.launch_s
         work_s, start_s = self._priced(op)
         return np.maximum(work_s, self._least_s(op)), start_s
@@ -90,11 +94,11 @@ class Kernels:
         dtype = rate_dtype(self.chip, op.compute)
         launches = 1.0 + quantising_launches(dtype, self.library, block_scales=op.block_scales)
         start_s = launches * self.library.launch_s
-        whole_s = self._once(
+        (whole_s,) = self._once(
             (op.n, op.k, dtype, op.stored, op.block_scales),
             op.m,
-            lambda: matmul_s(
-                op.m,
+            lambda m: matmul_s(
+                m,
                 op.n,
                 op.k,
                 self.silicon,
@@ -110,10 +114,9 @@ class Kernels:
         """A product for each head, all of the same size."""
         dtype = rate_dtype(self.chip, op.compute)
 
-        def price() -> Array:
-            rows = np.asarray(op.m / op.groups, dtype=np.float64)[..., None] * np.ones(BINS)
+        def price(rows: Array) -> Array:
             return grouped_s(
-                rows,
+                rows[..., None] * np.ones(BINS),
                 op.n,
                 op.k,
                 self.silicon,
@@ -124,29 +127,32 @@ class Kernels:
             )
 
         key = ("heads", op.n, op.k, dtype, op.stored, float(np.max(op.groups)))
-        return self._once(key, op.m, price), self.library.launch_s
+        return self._once(key, op.m / op.groups, price)[0], self.library.launch_s
 
     def _experts(self, op: Operator, routed: Routed) -> Parts:
         """The expert layer is one chain of kernels; its starts are counted with the first product."""
         dtype = rate_dtype(self.chip, op.compute)
+        # A rank sums a fixed share of the tokens routed.
+        share = float(np.max(np.asarray(routed.mine) / routed.tokens))
         key = ("experts", routed.per_token, routed.count, routed.local, routed.hidden, routed.inner)
-        up_s, passing_s, down_s, start_s = self._once_all(
-            (*key, dtype, op.stored, np.asarray(routed.mine).tobytes()),
+        up_s, passing_s, down_s = self._once(
+            (*key, dtype, op.stored, share),
             routed.tokens,
-            lambda: experts_parts_s(
-                random_rows(routed.tokens, routed.per_token, routed.count),
+            lambda tokens: experts_parts_s(
+                random_rows(tokens, routed.per_token, routed.count),
                 routed.hidden,
                 routed.inner,
                 self.silicon,
-                tokens=routed.mine,
+                tokens=tokens * share,
                 experts=routed.local,
                 weight=op.stored,
                 compute=dtype,
                 library=self.library,
-            ),
+            )[:3],
         )
         if op.kind is not Kind.GROUPED_MATMUL:
             return passing_s, 0.0
+        start_s = experts_launches(dtype, self.library) * (self.library.launch_s + self.silicon.fill_s)
         return (up_s, start_s) if op.n == 2 * routed.inner and op.k == routed.hidden else (down_s, 0.0)
 
     def _attention(self, op: Operator, attends: Attends) -> Parts:
@@ -162,32 +168,24 @@ class Kernels:
         lib, chip = self.library, self.silicon
         cache, window = attends.cache, attends.window
         is_decode = bool(np.all(np.asarray(new) == 1))
-        key = (
-            "attention",
-            heads,
-            cache,
-            window,
-            is_decode,
-            *(np.asarray(x).tobytes() for x in (new, context)),
+        shapes = np.stack(
+            np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, new, context)))
         )
-        if is_decode:
-            whole_s = self._once(
-                key,
-                batch,
-                lambda: decode_s(batch, context, heads, chip, cache=cache, window=window, library=lib),
-            )
-            start_s = lib.decode_launches * (lib.launch_s + chip.fill_s)
-        else:
-            whole_s = self._once(
-                key,
-                batch,
-                lambda: prefill_s(batch, new, context, heads, chip, cache=cache, window=window, library=lib),
-            )
+        key = ("attention", heads, cache, window, is_decode, shapes.shape, shapes.tobytes())
+
+        def price() -> Array:
+            if is_decode:
+                return decode_s(batch, context, heads, chip, cache=cache, window=window, library=lib)
+            return prefill_s(batch, new, context, heads, chip, cache=cache, window=window, library=lib)
+
+        start_s = lib.decode_launches * (lib.launch_s + chip.fill_s)
+        if not is_decode:
             start_s = lib.prefill_launches * lib.launch_s
+        (whole_s,) = self._known.get(key) or self._keep(key, (price(),))
         return whole_s - start_s, start_s
 
-    def _way_s(self, op: Operator) -> Number:
-        return collective_s(op, self.chip, self)
+    def _way_s(self, op: Operator, payload_bytes: Array) -> Array:
+        return np.asarray(collective_s(replace(op, payload_bytes=payload_bytes), self.chip, self))
 
     # ── the scale-up domain, as `collective` asks for it ─────────────────────────────
 
@@ -215,21 +213,26 @@ class Kernels:
 
     # ── memory of prices ─────────────────────────────────────────────────────────────
 
-    def _once(self, key: object, over: Number, price: Callable[[], Number]) -> Number:
-        found = self._once_all(key, over, lambda: (price(),))
-        return found[0]
-
-    def _once_all(
-        self, key: object, over: Number, price: Callable[[], tuple[Number, ...]]
-    ) -> tuple[Number, ...]:
+    def _once(self, key: object, over: Number, price: Callable[[Array], Array | tuple[Array, ...]]) -> Prices:
+        """`price` of each different value of `over`, laid out as `over` is, and remembered."""
         values = np.asarray(over, dtype=np.float64)
         full = (key, values.shape, values.tobytes())
         known = self._known.get(full)
-        if known is None:
-            if len(self._known) >= MOST_KNOWN:
-                self._known.clear()
-            known = self._known[full] = price()
-        return known  # type: ignore[return-value]
+        if known is not None:
+            return known
+        if values.size < WORTH_SORTING:
+            found = price(values)
+            return self._keep(full, found if isinstance(found, tuple) else (found,))
+        few, places = np.unique(values, return_inverse=True)
+        found = price(few)
+        parts = found if isinstance(found, tuple) else (found,)
+        return self._keep(full, tuple(part[places].reshape(values.shape) for part in parts))
+
+    def _keep(self, key: object, prices: Prices) -> Prices:
+        if len(self._known) >= MOST_KNOWN:
+            self._known.clear()
+        self._known[key] = prices
+        return prices
 
 
 def even(attends: Attends) -> tuple[Number, Number, Number]:

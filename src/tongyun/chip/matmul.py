@@ -54,6 +54,8 @@ def waves(items: Number, cores: float) -> Array:
 def overlapped(a: Number, b: Number, exponent: float) -> Array:
     """(a^p + b^p)^(1/p): two activities side by side that disturb each other."""
     larger = np.maximum(np.maximum(a, b), 1e-30)
+    if exponent == 2.0:
+        return np.asarray(larger * np.sqrt((a / larger) ** 2 + (b / larger) ** 2))
     return np.asarray(larger * ((a / larger) ** exponent + (b / larger) ** exponent) ** (1 / exponent))
 
 
@@ -90,20 +92,18 @@ def matmul_s(
             quantise_s = launches * library.launch_s + passing_s
     moved = m * k * dtype.bytes + n * k * (weight or dtype).bytes + m * n * 2.0
     memory_s = moved / silicon.stream_bytes_per_s
-    best = np.full(np.broadcast_shapes(m.shape, n.shape, k.shape), np.inf)
-    heights = {rows: np.ceil(m / rows) for rows, _ in TILES}
-    tiles = [heights[rows] * np.ceil(n / columns) for rows, columns in TILES]
-    rates = [tile_rate_s(rows, columns, dtype.bytes, rate, silicon) for rows, columns in TILES]
+    shape = np.broadcast_shapes(m.shape, n.shape, k.shape)
+    tall, wide = (np.asarray(side, dtype=np.float64) for side in zip(*TILES, strict=True))
+    each = np.asarray([tile_rate_s(*tile, dtype.bytes, rate, silicon) for tile in TILES])
+    along = (-1, *(1 for _ in shape))
+    tiles = np.ceil(m / tall.reshape(along)) * np.ceil(n / wide.reshape(along))
+    best = np.full(shape, np.inf)
     for split in SPLITS:
         inner = np.ceil(k / split / INNER) * INNER
         join_s = 0.0 if split == 1 else _join_s(m * n, split, silicon, library)
-        bodies = [
-            waves(items * split, silicon.cores) * (inner * each + silicon.fill_s)
-            for items, each in zip(tiles, rates, strict=True)
-        ]
+        bodies = waves(tiles * split, silicon.cores) * (inner * each.reshape(along) + silicon.fill_s)
         # Overlapping keeps the order, so that the quickest body is the quickest kernel.
-        body_s = np.minimum.reduce(bodies)
-        best = np.minimum(best, overlapped(body_s, memory_s, OVERLAP) + join_s)
+        best = np.minimum(best, overlapped(bodies.min(axis=0), memory_s, OVERLAP) + join_s)
     return np.asarray(library.launch_s + quantise_s + best)
 
 

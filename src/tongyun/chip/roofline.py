@@ -20,8 +20,7 @@ import numpy as np
 from tongyun.chip.calibrated import measured
 from tongyun.chip.collective import collective_s
 from tongyun.chip.kernels import kernels
-from tongyun.chip.rates import PRODUCTS as PRODUCTS
-from tongyun.chip.rates import rate_dtype as rate_dtype
+from tongyun.chip.rates import PRODUCTS, rate_dtype
 from tongyun.model.graph import COLLECTIVES, Kind, Operator
 from tongyun.specs import Chip
 from tongyun.units import DType, Number

@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from tongyun.chip.collective import Group, collective_s
-from tongyun.chip.roofline import PRODUCTS, parts_s, rate_dtype, streamed_bytes
+from tongyun.chip.rates import PRODUCTS, rate_dtype
+from tongyun.chip.roofline import parts_s, streamed_bytes
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import Load, Memory, distinct_stages, load_at, memory_by_stage
@@ -131,7 +132,7 @@ def _slowest_stage(question: Question, chip: Chip, shard: Shard, load: Load) -> 
         )
         return float(np.asarray((1 - load.share) * decode + load.share * mixed)[0])
 
-    stages = [stage for stage, _ in distinct_stages(question, shard).values()]
+    stages = [stage for stage, _ in distinct_stages(question.model, shard).values()]
     return max(stages, key=mean_s)
 
 

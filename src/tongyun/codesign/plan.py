@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.space import Question, cuts, grid
-from tongyun.codesign.steady import USABLE_MEMORY, Steady, memory_bytes, steady
+from tongyun.codesign.steady import USABLE_MEMORY, Pricing, Steady
 from tongyun.cost import usd_per_mtoken
 from tongyun.model.shard import Shard
-from tongyun.specs import Chip, Corner
+from tongyun.specs import Corner
 from tongyun.units import GB, MS, Source
 
 Array = NDArray[np.float64]
@@ -137,20 +137,22 @@ class _Search:
     def points(self) -> _Points:
         shape = np.broadcast_shapes(*(axis.shape for axis in grid()))
         columns: dict[str, list[Array]] = {field: [] for field in _POINT_FIELDS}
+        pricing = Pricing(self.question, self.chip, *grid())
         for shard in self.cuts.legal:
-            for field, value in self._grid_of(shard, *grid()).items():
+            for field, value in self._grid_of(pricing, shard).items():
                 columns[field].append(np.broadcast_to(value, shape).ravel())
         flat = {field: np.concatenate(parts) for field, parts in columns.items()}
         return _Points(cut=np.repeat(np.arange(len(self.cuts.legal)), math.prod(shape)), **flat)
 
-    def _grid_of(self, shard: Shard, batch: Array, budget: Array) -> dict[str, Array]:
+    def _grid_of(self, pricing: Pricing, shard: Shard) -> dict[str, Array]:
         """Every point of one cut. A cut that fits memory nowhere is not priced."""
-        needed = memory_bytes(self.question, shard, batch, budget)
+        batch, budget = pricing.batch, pricing.budget
+        needed = pricing.memory_bytes(shard)
         columns = {"batch": batch, "budget": budget, "memory_bytes": needed}
         if (needed > self.room_bytes).all():
             never = np.full((1, 1), np.inf)
             return columns | {"ttft_s": never, "tpot_s": never, "rate": 1 / never, "prefill_use": never}
-        state = steady(self.question, self.chip, shard, batch, budget)
+        state = pricing.steady(shard)
         return columns | {
             "ttft_s": state.ttft_s,
             "tpot_s": state.tpot_s,
@@ -198,10 +200,23 @@ class _Search:
         for point in points:
             by_cut.setdefault(int(self.points.cut[point]), []).append(point)
         ranged = self.question.chip.has_range or _price_has_range(self.question)
+        corners = (Corner.NOMINAL, Corner.SLOW, Corner.FAST) if ranged else (Corner.NOMINAL,)
+        index = np.asarray(points, dtype=np.intp)
+        where = {point: place for place, point in enumerate(points)}
+        # All points at once, so that cuts share what layers cost.
+        pricings = [
+            Pricing(
+                self.question, self.question.at(corner), self.points.batch[index], self.points.budget[index]
+            )
+            for corner in corners
+        ]
         for cut, members in by_cut.items():
             shard = self.cuts.legal[cut]
-            corners = (Corner.NOMINAL, Corner.SLOW, Corner.FAST) if ranged else (Corner.NOMINAL,)
-            states = [self._at(corner, shard, members) for corner in corners]
+            places = [where[point] for point in members]
+            states = [
+                self._at(corner, pricing.steady(shard), shard, places)
+                for corner, pricing in zip(corners, pricings, strict=True)
+            ]
             for i, point in enumerate(members):
                 rows = [figures[i] for figures, _ in states]
                 offers[point] = Offer(
@@ -225,11 +240,8 @@ class _Search:
         )
 
     def _at(
-        self, corner: Corner, shard: Shard, members: Sequence[int]
+        self, corner: Corner, state: Steady, shard: Shard, places: Sequence[int]
     ) -> tuple[list[Figures], frozenset[Source]]:
-        chip: Chip = self.question.at(corner)
-        index = np.asarray(members)
-        state = steady(self.question, chip, shard, self.points.batch[index], self.points.budget[index])
         rates = self._rate(shard, state)
         rows = [
             Figures(
@@ -240,7 +252,7 @@ class _Search:
                 usd_per_mtoken=self._usd(float(rates[i]), corner, total=False),
                 usd_per_mtoken_total=self._usd(float(rates[i]), corner, total=True),
             )
-            for i in range(len(members))
+            for i in places
         ]
         price = self.question.price
         paid = frozenset() if price is None else frozenset({price.chip_hour.source})

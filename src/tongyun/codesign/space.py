@@ -18,10 +18,10 @@ from tongyun.model.graph import Precision
 from tongyun.model.shard import Shard, broken_rule
 from tongyun.specs import Chip, ChipSpec, Corner, PriceSpec
 
-CHUNKS = (512, 1024, 2048, 4096, 8192, 16384)
+CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
-BATCHES = np.unique(np.round(np.geomspace(1, 4096, 73))).astype(np.float64)
-"""Decoding sequences of an attention group to try: every whole number at first, then steps of 12 %."""
+BATCHES = np.unique(np.round(np.geomspace(1, 4096, 109))).astype(np.float64)
+"""Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Pipeline depths to try; deeper ones only add hand-overs to every token."""
 MOST_TP = 64

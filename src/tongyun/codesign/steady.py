@@ -22,12 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.space import Question
-from tongyun.cost import step_cost
+from tongyun.cost import StepPrices
+from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Sequences, StepShape
 from tongyun.model.shard import Shard, Slice, slice_of
 from tongyun.model.steps import kv_bytes, weight_bytes
@@ -96,27 +98,73 @@ def load_at(question: Question, batch: Array, budget: Array) -> Load:
     )
 
 
+class Pricing:
+    """A grid of loads on one chip, ready for any number of cuts."""
+
+    def __init__(self, question: Question, chip: Chip, batch: Array, budget: Array) -> None:
+        self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
+        self.load = load_at(question, batch, budget)
+        self._decode, self._mixed = (
+            StepPrices(question.model, shape, chip, question.precision)
+            for shape in (self.load.decode, self.load.mixed)
+        )
+
+    def steady(self, shard: Shard) -> Steady:
+        """Latencies, rate and energy of a replica on this cut."""
+        load, steps = self.load, self.question.osl - 1
+        stages = distinct_stages(self.question.model, shard)
+        costs = [self._stage(shard, stage) for stage, _ in stages.values()]
+        step_s = _largest([cost.seconds for _, cost in costs])
+        mixed_s = _largest([mixed.seconds for mixed, _ in costs])
+        joules = sum(
+            count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True)
+        )
+        tpot_s = shard.pp * step_s
+        tokens = shard.dp * self.batch * self.question.osl
+        with np.errstate(divide="ignore", invalid="ignore"):
+            wait = np.where(load.use < 1, load.use / (2 * (1 - load.use)), np.inf)
+            ttft_s = load.chunks * shard.pp * mixed_s * (1 + wait) + tpot_s / 2
+        return Steady(
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
+            tokens_per_s=tokens / (steps * step_s),
+            joules_per_token=joules * steps / tokens,
+            prefill_use=load.use,
+            sources=frozenset().union(*(cost.sources for _, cost in costs)),
+        )
+
+    def _stage(self, shard: Shard, stage: int) -> tuple[Cost, Cost]:
+        """Cost of a mixed step, and of the mean step."""
+        decode, mixed, share = self._decode.at(shard, stage), self._mixed.at(shard, stage), self.load.share
+        mean = Cost(
+            seconds=(1 - share) * decode.seconds + share * mixed.seconds,
+            joules=(1 - share) * decode.joules + share * mixed.joules,
+            sources=decode.sources | mixed.sources,
+        )
+        return mixed, mean
+
+    def memory_bytes(self, shard: Shard) -> Array:
+        """What the fullest rank of this cut holds; see `memory_bytes`."""
+        return _largest([memory.total for memory in self.memory_by_stage(shard)])
+
+    def memory_by_stage(self, shard: Shard) -> list[Memory]:
+        """The memory of one rank of each different stage."""
+        model, precision = self.question.model, self.question.precision
+        sequences = self.batch + self.load.prompts
+        length = self.question.isl + self.question.osl
+        return [
+            Memory(
+                weights=weight_bytes(model, shard, precision, stage=stage),
+                kv=shard.pp * sequences * float(kv_bytes(model, length, precision, part)),
+                activations=_activation_bytes(self.question, part, self.budget, sequences),
+            )
+            for part, (stage, _) in distinct_stages(model, shard).items()
+        ]
+
+
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
     """Latencies, rate and energy of a replica; `batch` and `budget` broadcast to the grid."""
-    load = load_at(question, batch, budget)
-    stages = distinct_stages(question, shard)
-    costs = [_stage_cost(question, chip, shard, stage, load) for stage, _ in stages.values()]
-    step_s = _largest([cost.seconds for _, cost in costs])
-    mixed_s = _largest([mixed.seconds for mixed, _ in costs])
-    joules = sum(count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True))
-    steps = question.osl - 1
-    tpot_s = shard.pp * step_s
-    with np.errstate(divide="ignore", invalid="ignore"):
-        wait = np.where(load.use < 1, load.use / (2 * (1 - load.use)), np.inf)
-        ttft_s = load.chunks * shard.pp * mixed_s * (1 + wait) + tpot_s / 2
-    return Steady(
-        ttft_s=ttft_s,
-        tpot_s=tpot_s,
-        tokens_per_s=shard.dp * batch * question.osl / (steps * step_s),
-        joules_per_token=joules * steps / (shard.dp * batch * question.osl),
-        prefill_use=load.use,
-        sources=frozenset().union(*(cost.sources for _, cost in costs)),
-    )
+    return Pricing(question, chip, batch, budget).steady(shard)
 
 
 def _largest(arrays: Sequence[Number]) -> Array:
@@ -124,28 +172,15 @@ def _largest(arrays: Sequence[Number]) -> Array:
     return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
 
 
-def distinct_stages(question: Question, shard: Shard) -> dict[Slice, tuple[int, int]]:
+@lru_cache(maxsize=4096)
+def distinct_stages(model: ModelConfig, shard: Shard) -> dict[Slice, tuple[int, int]]:
     """Each different stage once, as its first index and how often it comes."""
     found: dict[Slice, tuple[int, int]] = {}
     for stage in range(shard.pp):
-        part = slice_of(question.model, shard, stage)
+        part = slice_of(model, shard, stage)
         first, count = found.get(part, (stage, 0))
         found[part] = (first, count + 1)
     return found
-
-
-def _stage_cost(question: Question, chip: Chip, shard: Shard, stage: int, load: Load) -> tuple[Cost, Cost]:
-    """Cost of a mixed step, and of the mean step."""
-    decode, mixed = (
-        step_cost(question.model, shape, chip, shard, question.precision, stage=stage)
-        for shape in (load.decode, load.mixed)
-    )
-    mean = Cost(
-        seconds=(1 - load.share) * decode.seconds + load.share * mixed.seconds,
-        joules=(1 - load.share) * decode.joules + load.share * mixed.joules,
-        sources=decode.sources | mixed.sources,
-    )
-    return mixed, mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,22 +199,12 @@ class Memory:
 
 def memory_bytes(question: Question, shard: Shard, batch: Array, budget: Array) -> Array:
     """Weights, KV of every sequence at full length, and activations, on the fullest rank."""
-    return _largest([memory.total for memory in memory_by_stage(question, shard, batch, budget)])
+    return Pricing(question, question.at(), batch, budget).memory_bytes(shard)
 
 
 def memory_by_stage(question: Question, shard: Shard, batch: Array, budget: Array) -> list[Memory]:
     """The memory of one rank of each different stage."""
-    model, precision = question.model, question.precision
-    sequences = batch + load_at(question, batch, budget).prompts
-    length = question.isl + question.osl
-    return [
-        Memory(
-            weights=weight_bytes(model, shard, precision, stage=stage),
-            kv=shard.pp * sequences * float(kv_bytes(model, length, precision, part)),
-            activations=_activation_bytes(question, part, budget, sequences),
-        )
-        for part, (stage, _) in distinct_stages(question, shard).items()
-    ]
+    return Pricing(question, question.at(), batch, budget).memory_by_stage(shard)
 
 
 def _activation_bytes(question: Question, part: Slice, budget: Array, sequences: Array) -> Array:

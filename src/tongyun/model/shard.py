@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.config import ModelConfig
@@ -176,6 +177,7 @@ def _shared_width(config: ModelConfig, shard: Shard) -> int:
     return shared if shard.dp > 1 else shared // shard.tp
 
 
+@lru_cache(maxsize=4096)
 def slice_of(config: ModelConfig, shard: Shard, stage: int = 0) -> Slice:
     """The part of the model on one rank of `stage`; an illegal cut is `Infeasible`."""
     rule = broken_rule(config, shard)

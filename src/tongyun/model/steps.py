@@ -8,6 +8,7 @@ counted cannot drift apart. It knows no chip.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -38,6 +39,56 @@ def step(
     layers = Layers(config=config, part=part, shape=shape, precision=precision)
     operators = [*_entry(layers), *layers.attention(), *layers.feed_forward(), *_exit(layers)]
     return tuple(operators)
+
+
+def layer_operators(
+    config: ModelConfig, shape: StepShape, shard: Shard, precision: Precision
+) -> dict[str, tuple[Operator, ...]]:
+    """The operators of one layer of each kind, of entry, exit and hand-over, each once.
+
+    With `layer_counts` of a stage they make up `step`: pipeline stages differ only in how
+    often each comes, so that many cuts share one price list.
+    """
+    whole = slice_of(config, replace(shard, pp=1))
+
+    def of(**counts: int) -> Layers:
+        none = {"full_layers": 0, "window_layers": 0, "dense_layers": 0, "sparse_layers": 0}
+        part = replace(whole, shard=shard, first=shard.pp == 1, **{**none, **counts})
+        return Layers(config=config, part=part, shape=shape, precision=precision)
+
+    bare = of()
+    return {
+        "entry": tuple(_entry(replace(bare, part=replace(bare.part, first=True)))),
+        "full": tuple(of(full_layers=1).attention()),
+        "windowed": tuple(of(window_layers=1).attention()) if config.window_layers else (),
+        "dense": tuple(of(dense_layers=1).feed_forward()) if whole.dense_layers else (),
+        "sparse": tuple(of(sparse_layers=1).feed_forward()) if whole.sparse_layers else (),
+        "exit": tuple(_exit(bare)),
+        "hand_over": hand_overs(config, shape, shard, precision),
+    }
+
+
+def hand_overs(
+    config: ModelConfig, shape: StepShape, shard: Shard, precision: Precision
+) -> tuple[Operator, ...]:
+    """What passes a step's activations on to the next stage; nothing where there is one stage."""
+    if shard.pp == 1:
+        return ()
+    part = replace(slice_of(config, shard), last=False)
+    return tuple(_exit(Layers(config=config, part=part, shape=shape, precision=precision)))
+
+
+def layer_counts(part: Slice) -> dict[str, int]:
+    """How often each of `layer_operators` comes in a stage."""
+    return {
+        "entry": int(part.first),
+        "full": part.full_layers,
+        "windowed": part.window_layers,
+        "dense": part.dense_layers,
+        "sparse": part.sparse_layers,
+        "exit": int(part.last),
+        "hand_over": int(not part.last),
+    }
 
 
 def _entry(layers: Layers) -> list[Operator]:
@@ -80,7 +131,16 @@ _ONE = StepShape.prefilling(1)
 
 def weight_bytes(config: ModelConfig, shard: Shard, precision: Precision, *, stage: int = 0) -> float:
     """Bytes of weights on one rank of `stage`."""
-    return float(sum(op.resident_bytes for op in step(config, _ONE, shard, precision, stage=stage)))
+    # Cuts that differ in depth hold the same layers; only a lone stage may tie head and embedding.
+    each = _layer_bytes(config, replace(shard, pp=min(shard.pp, 2)), precision)
+    counts = layer_counts(slice_of(config, shard, stage))
+    return float(sum(counts[kind] * resident for kind, resident in each.items()))
+
+
+@lru_cache(maxsize=4096)
+def _layer_bytes(config: ModelConfig, shard: Shard, precision: Precision) -> dict[str, float]:
+    found = layer_operators(config, _ONE, shard, precision)
+    return {kind: float(sum(op.resident_bytes for op in ops)) for kind, ops in found.items()}
 
 
 def parameters(config: ModelConfig) -> int:
