@@ -6,10 +6,11 @@ knows no scheduler and no objective.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
-from tongyun.chip.calibrated import measured
+from tongyun.chip.calibrated import measured, shared
 from tongyun.chip.collective import Group
 from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
@@ -44,7 +45,7 @@ def step_cost(
     """
     operators = step(config, shape, shard, precision, stage=stage)
     timing = steps_s(operators, chip)
-    seconds = timing.seconds + chip.step_host_s + host_s(chip, shape)
+    seconds = timing.seconds + chip.step_host_s + host_s(chip, shape, operators)
     watts_busy = chip.tdp_w - chip.idle_w
     joules = shard.stage_ranks * (chip.idle_w * seconds + watts_busy * timing.busy_s)
     return Cost(seconds=seconds, joules=joules, sources=sources_of(operators, chip))
@@ -95,13 +96,13 @@ class StepPrices:
         return timings, sources | sources_of(hand_over, self._chip)
 
 
-def host_s(chip: Chip, shape: StepShape) -> Number:
-    """Seconds that sequences and their further tokens add on the host; zero where none was measured."""
+def host_s(chip: Chip, shape: StepShape, operators: Iterable[Operator]) -> Number:
+    """Seconds that sequences, their further tokens and waking threads add; zero where not measured."""
     samples = measured(chip)
     if samples is None:
         return 0.0
-    each, further = (samples.overhead.get(what, 0.0) for what in ("sequence", "token"))
-    return each * shape.sequences + further * (shape.tokens - shape.sequences)
+    each, further, woken = (samples.overhead.get(what, 0.0) for what in ("sequence", "token", "shared_step"))
+    return each * shape.sequences + further * (shape.tokens - shape.sequences) + woken * shared(operators)
 
 
 def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]:

@@ -10,8 +10,9 @@ What each kind of sample means:
     memory    streaming through `footprint_bytes` again and again, all threads
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
     passes    operators without products over [rows, width]
-    overhead  seconds that one of `what` adds: a step, an operator, a sparse layer, a
-              sequence, a further token of a sequence, a byte written, a byte of logits
+    overhead  seconds that one of `what` adds: a step, a step shared by threads, an
+              operator, a sparse layer, a sequence, a further token of a sequence, a byte
+              written, a byte of weights, a byte of logits
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts,
@@ -38,6 +39,8 @@ from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
 TINY = 1e-12
+SHARED_MULTIPLY_ADDS = 1e5
+"""From how many multiply-adds the engine's kernels share a product among threads."""
 CACHED_BYTES = 2e6
 """Keys and values that any outer cache holds: samples within tell arithmetic, not memory."""
 
@@ -230,11 +233,14 @@ class Measured:
     def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         """Seconds of one execution without its launch; None for what this machine has no sample of.
 
-        Samples write the same memory again and again; a step writes fresh memory, which
-        costs a little more for every byte.
+        Samples read and write the same memory again and again; a step reads weights that were
+        not read just before and writes fresh memory, which costs a little more for every byte.
         """
         known = self._known_s(op, dtype, footprint_bytes)
-        return None if known is None else known + self.overhead.get("written_byte", 0.0) * op.write_bytes
+        if known is None:
+            return None
+        written, weight = (self.overhead.get(f"{what}_byte", 0.0) for what in ("written", "weight"))
+        return known + written * op.write_bytes + weight * op.weight_bytes
 
     def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
@@ -280,6 +286,19 @@ def _pass_name(op: Operator) -> str:
     if op.kind is Kind.NORM:
         return "norm"
     return "rotate" if op.name == "rotate" else op.name.rpartition("_")[2]
+
+
+def shared(operators: Iterable[Operator]) -> Number:
+    """1 for a step in which some product is large enough for threads to share it, else 0.
+
+    Threads sleep between steps, and waking them, often through a hypervisor, costs a step
+    more than the products that they then help with tell.
+    """
+    most: Number = 0.0
+    for op in operators:
+        if op.kind in (Kind.MATMUL, Kind.GROUPED_MATMUL):
+            most = np.maximum(most, op.flops)
+    return np.where(np.asarray(most) >= 2 * SHARED_MULTIPLY_ADDS, 1.0, 0.0)
 
 
 def engine_precision(calibration: Calibration) -> Precision:

@@ -142,7 +142,7 @@ def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, s
     footprint = streamed_bytes(operators)
     parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
     rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]
-    hosts = _host(chip, shape)
+    hosts = _host(chip, shape, operators)
     seconds = 0.0
     for each in [*(op.repeat * (work + launch) for op, work, launch in rows), *hosts.values()]:
         seconds += each
@@ -221,9 +221,9 @@ def _sources(op: Operator, chip: Chip, bound: str) -> frozenset[Source]:
     return frozenset({Source.ANALYTIC}) | chip.sources_of(*sorted(keys))
 
 
-def _host(chip: Chip, shape: StepShape) -> dict[str, float]:
+def _host(chip: Chip, shape: StepShape, operators: tuple[Operator, ...]) -> dict[str, float]:
     """The host's seconds that are not zero, in the order in which `step_cost` adds them."""
-    spent = {"host_step": chip.step_host_s, "host_sequences": _number(host_s(chip, shape))}
+    spent = {"host_step": chip.step_host_s, "host_sequences": _number(host_s(chip, shape, operators))}
     return {name: seconds for name, seconds in spent.items() if seconds}
 
 

@@ -44,6 +44,8 @@ class Serving:
     """A step that is served takes so much longer than one that is not."""
     token_s: float = 0.0
     """And so much for each token that is being streamed meanwhile."""
+    coming_s: float = 0.0
+    """And so much for each request that comes in."""
 
     def way_s(self, prompt_tokens: int) -> float:
         """All that a request's first token spends outside the engine."""
@@ -59,6 +61,7 @@ class Serving:
             prompt_token_s=found.get("prompt_token", 0.0),
             step_s=found.get("served_step", 0.0),
             token_s=found.get("streamed_token", 0.0),
+            coming_s=found.get("coming_request", 0.0),
         )
 
 
@@ -98,7 +101,10 @@ class PricedStep:
 
 
 class _Served:
-    """A simulated executor whose steps also wait for the gateway to send the tokens of the one before."""
+    """A simulated executor whose steps share the cores with the gateway and its client.
+
+    They send the tokens of the step before, and take in the requests that begin.
+    """
 
     def __init__(self, inner: SimulatedExecutor, serving: Serving) -> None:
         self._inner, self._serving = inner, serving
@@ -106,7 +112,8 @@ class _Served:
 
     def execute(self, batch: Batch) -> StepResult:
         result = self._inner.execute(batch)
-        waited_s = self._serving.step_s + self._serving.token_s * self._sent
+        serving, coming = self._serving, sum(piece.start == piece.cached_tokens for piece in batch.pieces)
+        waited_s = serving.step_s + serving.token_s * self._sent + serving.coming_s * coming
         self._sent = len(result.tokens)
         return replace(result, duration_s=result.duration_s + waited_s)
 

@@ -2,8 +2,9 @@
 
 Each measured step leaves a rest when its priced operators are taken away. The rest is
 split, by least squares with no negative part, into what every step, operator, sparse
-layer, sequence, further token of a sequence and written byte adds. It measures the engine on this machine; no
-served model takes part in it.
+layer, sequence, further token of a sequence, written byte and byte of weights adds, and a
+step in which threads help each other. It measures the engine on this machine; no served
+model takes part in it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tongyun.chip.calibrated import nonnegative
+from tongyun.chip.calibrated import nonnegative, shared
 from tongyun.chip.roofline import streamed_bytes, work_s
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.model.graph import Operator, Precision, StepShape
@@ -20,7 +21,16 @@ from tongyun.model.steps import step
 from tongyun.specs import Chip
 from tongyun.specs.samples import OverheadSample
 
-TERMS = ("step", "operator", "sparse_layer", "sequence", "token", "written_byte")
+TERMS = (
+    "step",
+    "operator",
+    "sparse_layer",
+    "sequence",
+    "token",
+    "written_byte",
+    "weight_byte",
+    "shared_step",
+)
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
@@ -46,4 +56,6 @@ def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
         float(shape.sequences),
         float(shape.tokens - shape.sequences),
         float(sum(op.repeat * op.write_bytes for op in operators)),
+        float(sum(op.repeat * op.weight_bytes for op in operators)),
+        float(shared(operators)),
     ]

@@ -85,7 +85,9 @@ class Steps:
     """Steps of the synthetic models: as with probes, a few at every visit, and their mean counts."""
 
     def __init__(self, bench: Bench) -> None:
-        wide = [] if bench.quick else [synthetic(4, hidden=256)]
+        # Wide enough for threads to share the products, and for weights to leave the inner caches.
+        wide = [] if bench.quick else [synthetic(8, hidden=width) for width in (128, 256, 512)]
+        wide += [] if bench.quick else [synthetic(6, hidden=256, sparse=True)]
         few, many = (1, 3) if bench.quick else (2, 10)
         shapes = [synthetic(layers, sparse=sparse) for sparse in (False, True) for layers in (few, many)]
         self._engines = [Engine(bench, config) for config in shapes + wide]
@@ -113,6 +115,11 @@ class Engine:
     def loop(self) -> EngineLoop:
         """The engine's loop on wall time, nothing in it yet."""
         return engine(self.config, self._recorder)
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], ...]:
+        """New and cached tokens of each sequence in the latest step."""
+        return self._recorder.pieces
 
     def samples(
         self, rounds: Sequence[Round] = ROUNDS, prompts: Sequence[int] = PROMPTS
