@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from tongyun.cli import up
 from tongyun.cli.calibrate import calibrated
+from tongyun.cli.up import Load, deploy, find, put, served
 from tongyun.cloud.engine.calibrate.measure import setting
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.fidelity import Compared, compare, keep
@@ -46,21 +46,23 @@ class Row:
 def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
     """Capacity first, then each level, against one server."""
     spec, _ = calibrated(setting(device=None, threads=args.threads, kernels=None, quick=False))
-    directory, config = up.find(model, random=model in names("models"))
-    deployment = up.deploy(config, spec, args.isl + args.osl)
+    directory, config = find(model, random=model in names("models"))
+    deployment = deploy(config, spec, args.isl + args.osl)
     capacity = deployment.capacity_per_s(args.isl, args.osl)
-    with up.served(directory, deployment, spec, port=0) as (url, _):
-        for level in LEVELS:
-            load = up.Load(
+    with served(directory, deployment, spec, port=0) as (url, _):
+        for number, level in enumerate(LEVELS):
+            # Other prompts at each level: the server remembers the prefixes of those before.
+            seed = args.seed + number
+            load = Load(
                 isl=args.isl,
                 osl=args.osl,
                 rate_per_s=level * capacity,
                 requests=max(args.least, round(args.seconds * level * capacity)),
-                seed=args.seed,
+                seed=seed,
             )
             arrivals = load.arrivals(capacity)
-            predicted = deployment.predict(arrivals, seed=args.seed).report
-            measured = up.put(url, arrivals, seed=args.seed, quiet=args.json).report
+            predicted = deployment.predict(arrivals, seed=seed).report
+            measured = put(url, arrivals, seed=seed, quiet=args.json).report
             yield Row(
                 model=config.name,
                 level=f"{level:.0%} of capacity",
@@ -73,10 +75,11 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
 
 def _saturated(deployment: Deployment, url: str, capacity: float, args: argparse.Namespace) -> Row:
     """Everything at once: what the server can do at most."""
+    seed = args.seed + len(LEVELS)
     count = min(args.most, max(args.least, round(args.seconds * capacity)))
     arrivals = [Arrival(0.0, args.isl, args.osl)] * count
-    predicted = deployment.predict(arrivals, seed=args.seed).report
-    measured = up.put(url, arrivals, seed=args.seed, quiet=args.json).report
+    predicted = deployment.predict(arrivals, seed=seed).report
+    measured = put(url, arrivals, seed=seed, quiet=args.json).report
     return Row(
         model=deployment.config.name,
         level="at once",
