@@ -123,7 +123,8 @@ class Measured:
             for at, token in enumerate(piece.tokens, start=piece.start):
                 self.slots[piece.blocks[at // size], at % size] = token
             if piece.samples:
-                last = self.slots[piece.blocks[(piece.end - 1) // size], (piece.end - 1) % size]
+                at = len(piece.request.prompt) - 1
+                last = self.slots[piece.blocks[at // size], at % size]
                 tokens[piece.request.id] = (31 * last + piece.end) % 32_000
         self.steps += 1
         return StepResult(tokens=tokens, duration_s=0.5 + self.steps % 3)

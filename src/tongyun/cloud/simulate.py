@@ -12,7 +12,7 @@ from itertools import islice
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
-from tongyun.cloud.engine.protocol import EngineStats, Executor, TokenEvent
+from tongyun.cloud.engine.protocol import EngineStats, Executor
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
@@ -60,7 +60,18 @@ class _Run:
         else:
             self.in_flight[request.id] = _Progress(request)
 
-    def step(self) -> None:
+    def move(self, until_s: float = float("inf")) -> None:
+        """One step, or as many as nothing is decided in, up to the first that ends at `until_s` or later."""
+        leap = self.loop.leap(until_s)
+        if leap is None:
+            self._step()
+            return
+        for request in leap.requests:
+            self.in_flight[request.id].count += leap.steps
+        for request_id, finish in leap.ended.items():
+            self._end(self.in_flight[request_id], leap.moment_s, finish)
+
+    def _step(self) -> None:
         for event in self.loop.step() or ():
             progress = self.in_flight[event.request_id]
             progress.count += 1
@@ -68,11 +79,12 @@ class _Run:
                 progress.first_s = event.moment_s
                 progress.cached = event.cached_tokens
             if event.finish is not None:
-                self._end(progress, event)
+                self._end(progress, event.moment_s, event.finish)
 
-    def _end(self, progress: _Progress, event: TokenEvent) -> None:
-        del self.in_flight[event.request_id]
-        self.records[event.request_id] = _record(progress, event.moment_s, event.finish, None)
+    def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
+        request_id = progress.request.id
+        del self.in_flight[request_id]
+        self.records[request_id] = _record(progress, moment_s, finish, None)
 
 
 def simulate(
@@ -112,7 +124,7 @@ def _play_open(run: _Run, requests: Iterator[Request]) -> None:
             sent, coming = coming, next(requests, None)
             if coming is not None and coming.arrival_s < sent.arrival_s:
                 raise ValueError(f"request '{coming.id}' arrives before '{sent.id}', which came first")
-        run.step()
+        run.move(coming.arrival_s if coming is not None else float("inf"))
 
 
 def _play_closed(run: _Run, requests: Iterator[Request], users: int) -> None:
@@ -125,7 +137,7 @@ def _play_closed(run: _Run, requests: Iterator[Request], users: int) -> None:
             sent += 1
         if not run.in_flight and not sent:
             return
-        run.step()
+        run.move()
 
 
 def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:

@@ -11,25 +11,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tongyun.chip.calibrated import engine_precision
 from tongyun.cloud.engine.protocol import StepResult
-from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
+from tongyun.cloud.engine.simulated import LeapingExecutor
+from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.latency import LatencyReport, RequestRecord, Slo, summarise
-from tongyun.cloud.sched.request import Batch
+from tongyun.cloud.sched.request import Batch, Request
 from tongyun.cloud.sched.scheduler import SchedulerConfig
 from tongyun.cloud.simulate import simulate
 from tongyun.cloud.workload import Arrival, requests
-from tongyun.cost import step_cost
 from tongyun.errors import InputError
 from tongyun.model.config import ModelConfig
-from tongyun.model.graph import Precision, Sequences, StepShape
 from tongyun.specs import Chip
-from tongyun.units import Cost
 
 CAPACITY_ROUNDS = 8
 """Requests for each place in the batch, when capacity is looked for."""
-CONTEXT_GRAIN = 8
-"""Decoding contexts are priced to the nearest so many tokens, so that a price is used often."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,47 +74,38 @@ class Prediction:
     busy_s: float
 
 
-class PricedStep:
-    """Seconds of an engine's step on a chip; equal steps are priced once."""
-
-    def __init__(self, config: ModelConfig, chip: Chip, precision: Precision) -> None:
-        self.config, self.chip, self.precision = config, chip, precision
-        self._known: dict[object, Cost] = {}
-
-    def __call__(self, load: StepLoad) -> Cost:
-        one = load.new_tokens == 1
-        decoding = int(one.sum())
-        mean = float(load.context[one].mean()) if decoding else 0.0
-        context = round(mean / CONTEXT_GRAIN) * CONTEXT_GRAIN
-        chunks = tuple(zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True))
-        key = decoding, context, chunks, load.samples
-        if key not in self._known:
-            self._known[key] = self._price(decoding, context, chunks, load.samples)
-        return self._known[key]
-
-    def _price(self, decoding: int, context: int, chunks: tuple[tuple[int, int], ...], samples: int) -> Cost:
-        prefill = StepShape.ragged(chunks).prefill if chunks else None
-        decode = Sequences(new=1, context=context, count=decoding) if decoding else None
-        shape = StepShape(decode=decode, prefill=prefill, sampled=samples)
-        return step_cost(self.config, shape, self.chip, precision=self.precision)
-
-
 class _Served:
     """A simulated executor whose steps share the cores with the gateway and its client.
 
     They send the tokens of the step before, and take in the requests that begin.
     """
 
-    def __init__(self, inner: SimulatedExecutor, serving: Serving) -> None:
+    def __init__(self, inner: LeapingExecutor, serving: Serving) -> None:
         self._inner, self._serving = inner, serving
-        self._sent = 0
+        self._sent = self._decoding = 0
 
     def execute(self, batch: Batch) -> StepResult:
         result = self._inner.execute(batch)
-        serving, coming = self._serving, sum(piece.start == piece.cached_tokens for piece in batch.pieces)
-        waited_s = serving.step_s + serving.token_s * self._sent + serving.coming_s * coming
+        coming = sum(piece.start == piece.cached_tokens for piece in batch.pieces)
+        waited_s = self._waited_s(self._sent, coming)
         self._sent = len(result.tokens)
         return replace(result, duration_s=result.duration_s + waited_s)
+
+    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        self._decoding = sequences
+        waited_s = np.full(steps, self._waited_s(sequences, 0))
+        waited_s[0] = self._waited_s(self._sent, 0)
+        return self._inner.coming_s(sequences, context_tokens, steps) + waited_s
+
+    def went(self, steps: int) -> None:
+        self._sent = self._decoding
+
+    def new_tokens(self, request: Request, known: int, count: int) -> Sequence[int]:
+        return self._inner.new_tokens(request, known, count)
+
+    def _waited_s(self, sent: int, coming: int) -> float:
+        serving = self._serving
+        return serving.step_s + serving.token_s * sent + serving.coming_s * coming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +126,7 @@ class Deployment:
         if not arrivals:
             raise InputError("the load is empty: nothing to predict")
         serving, config = Serving.of(self.chip), self.config
-        executor = _Served(SimulatedExecutor(self._price(), vocabulary=config.vocab), serving)
+        executor = _Served(LeapingExecutor(self._price(), vocabulary=config.vocab), serving)
         load = requests(arrivals, vocabulary=config.vocab, seed=seed)
         queued = [replace(r, arrival_s=r.arrival_s + serving.way_s(len(r.prompt))) for r in load]
         # A longer prompt may take longer to come in than the gap to a shorter one behind it.
@@ -164,11 +154,11 @@ class Deployment:
         first, last = len(ends) // 4, 3 * len(ends) // 4
         return (last - first) / (ends[last] - ends[first])
 
-    def _price(self) -> PricedStep:
+    def _price(self) -> StepTable:
         calibration = self.chip.calibration
         if calibration is None:
             raise InputError(f"{self.chip.name}: not calibrated; a served load is predicted on `local` only")
-        return PricedStep(self.config, self.chip, engine_precision(calibration))
+        return StepTable(self.config, self.chip, engine_precision(calibration))
 
 
 def _felt(record: RequestRecord, serving: Serving) -> RequestRecord:

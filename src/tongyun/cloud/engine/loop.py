@@ -9,8 +9,11 @@ itself; it knows no thread, no text and no tensor.
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
-from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, StepResult, TokenEvent
+import numpy as np
+
+from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, Foresight, StepResult, TokenEvent
 from tongyun.cloud.sched.request import Batch, Finish, Request
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.errors import ServiceError
@@ -22,6 +25,15 @@ class StepError(ServiceError):
     def __init__(self, message: str, events: list[TokenEvent]) -> None:
         super().__init__(message)
         self.events = events
+
+
+class Leap(NamedTuple):
+    """Decoding steps taken at once: whose, how many, who ended with the last, and when that was."""
+
+    requests: list[Request]
+    steps: int
+    ended: dict[str, Finish]
+    moment_s: float
 
 
 class EngineLoop:
@@ -38,6 +50,7 @@ class EngineLoop:
         self.clock = clock
         self._scheduler = scheduler
         self._executor = executor
+        self._foresight = executor if isinstance(executor, Foresight) else None
         self._eos = eos_token_ids
         self._steps = 0
         self._busy_s = 0.0
@@ -85,6 +98,33 @@ class EngineLoop:
         self._finished.update(ended.values())
         return _events(batch, result, ended, now_s)
 
+    def leap(self, until_s: float = float("inf")) -> Leap | None:
+        """Take all steps ahead in which nothing is decided, up to the first that ends at `until_s` or later.
+
+        What a step would do next is not foreseen: None then, or where the executor has no
+        `Foresight`, or a token could end a request by itself. The outcome is that of single
+        steps to the last bit, without an event for each token.
+        """
+        executor = self._foresight
+        if self._eos or executor is None:
+            return None
+        ahead = self._scheduler.ahead()
+        if ahead is None or any(map(_stops, ahead.requests)):
+            return None
+        begin_s = self.clock.now()
+        each_s = executor.coming_s(len(ahead.requests), ahead.context_tokens, ahead.steps)
+        # Summed one after the other, as the clock would.
+        moments_s = np.add.accumulate(np.concatenate(([begin_s], each_s)))
+        steps = min(ahead.steps, int(np.searchsorted(moments_s[1:], until_s)) + 1)
+        executor.went(steps)
+        spent_s = np.diff(moments_s[: steps + 1])
+        self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])
+        self._steps += steps
+        self.clock.wait_until(float(moments_s[steps]))
+        ended = self._scheduler.leap(steps, executor.new_tokens)
+        self._finished.update(ended.values())
+        return Leap(ahead.requests, steps, ended, self.clock.now())
+
     def stats(self) -> EngineStats:
         scheduler, pool = self._scheduler, self._scheduler.pool
         counters = scheduler.counters
@@ -124,6 +164,10 @@ class EngineLoop:
             events.append(TokenEvent(piece.request.id, None, self.clock.now(), Finish.ERROR, error=message))
         self._scheduler.commit(batch, {}, {})
         return StepError(message, events)
+
+
+def _stops(request: Request) -> bool:
+    return bool(request.stop_token_ids)
 
 
 def _events(batch: Batch, result: StepResult, ended: dict[str, Finish], now_s: float) -> list[TokenEvent]:

@@ -6,10 +6,14 @@ Nothing here knows a tensor, HTTP or a price.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from tongyun.cloud.sched.request import Batch, Finish
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.cloud.sched.request import Batch, Finish, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,23 @@ class Executor(Protocol):
     """
 
     def execute(self, batch: Batch) -> StepResult: ...
+
+
+@runtime_checkable
+class Foresight(Protocol):
+    """An executor that can tell beforehand what decoding steps will take and yield."""
+
+    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        """Seconds of each of the next `steps` steps, [steps]: the same sequences decode in all of them.
+
+        Exactly what `execute` would report, one step after the other.
+        """
+
+    def went(self, steps: int) -> None:
+        """So many of the steps told last have been taken."""
+
+    def new_tokens(self, request: Request, known: int, count: int) -> Sequence[int]:
+        """The next `count` tokens of a request of which `known` are known, prompt included."""
 
 
 class Clock(Protocol):

@@ -1,19 +1,21 @@
 """Execute batches without a model: price the step, invent the tokens.
 
 The price comes from outside, as a function; this file knows no chip. Tokens follow from
-the request's own history alone, so a preempted request produces the same ones again.
+the request's prompt and their place alone, so a preempted request produces the same ones
+again, and any stretch of them can be told at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.cloud.engine.protocol import StepResult
-from tongyun.cloud.sched.request import Batch
+from tongyun.cloud.sched.request import Batch, Request
 from tongyun.units import Cost
 
 
@@ -36,6 +38,15 @@ class StepLoad:
 StepCost = Callable[[StepLoad], Cost]
 
 
+class DecodeSeconds(Protocol):
+    """A price of steps that can also tell those of decoding steps, many at a time."""
+
+    def __call__(self, load: StepLoad, /) -> Cost: ...
+
+    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds of steps in which so many decode behind these tokens in all, each as `__call__` says."""
+
+
 class SimulatedExecutor:
     """Asks `step_cost` how long a step takes; time itself is the clock's business."""
 
@@ -45,10 +56,34 @@ class SimulatedExecutor:
 
     def execute(self, batch: Batch) -> StepResult:
         cost = self._step_cost(StepLoad.of(batch))
-        vocabulary = self._vocabulary
         tokens = {
-            piece.request.id: (31 * piece.history[-1] + len(piece.history)) % vocabulary
+            piece.request.id: self._token(piece.request, len(piece.history))
             for piece in batch.pieces
             if piece.samples
         }
         return StepResult(tokens=tokens, duration_s=float(cost.seconds), joules=float(cost.joules))
+
+    def new_tokens(self, request: Request, known: int, count: int) -> list[int]:
+        """Tokens that count up from what the prompt's end and the place say."""
+        first, vocabulary = self._token(request, known), self._vocabulary
+        if first + count <= vocabulary:
+            return list(range(first, first + count))
+        return [(first + i) % vocabulary for i in range(count)]
+
+    def _token(self, request: Request, known: int) -> int:
+        return (31 * request.prompt[-1] + known) % self._vocabulary
+
+
+class LeapingExecutor(SimulatedExecutor):
+    """A simulated executor whose price can foresee decoding steps (see `Foresight`)."""
+
+    def __init__(self, step_cost: DecodeSeconds, *, vocabulary: int = 32_000) -> None:
+        super().__init__(step_cost, vocabulary=vocabulary)
+        self._decode_s = step_cost.decode_s
+
+    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
+        """Seconds of each of the next steps: every sequence's context grows by one a step."""
+        return self._decode_s(sequences, context_tokens + sequences * np.arange(steps))
+
+    def went(self, steps: int) -> None:
+        """A price remembers nothing."""

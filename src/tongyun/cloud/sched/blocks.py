@@ -33,6 +33,11 @@ class BlockPool:
         return len(self._blank) + len(self._idle)
 
     @property
+    def blank(self) -> int:
+        """Free blocks whose contents nobody could find."""
+        return len(self._blank)
+
+    @property
     def used(self) -> int:
         return self.total - self.free
 

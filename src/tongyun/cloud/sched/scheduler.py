@@ -2,7 +2,8 @@
 
 The simulated and the real engine both drive this class, so it knows no clock, tensor
 or chip. A turn is two calls: `next_batch` proposes work and `commit` records what came
-back. `add` and `abort` may come at any moment; nothing else changes a request.
+back. `add` and `abort` may come at any moment. Where turns would only repeat, `ahead`
+says how many, and `leap` takes them at once. Nothing else changes a request.
 
 A step holds one token of every request that is decoding, then prompt chunks as far as
 the token budget goes. A request is admitted when its whole known text fits, and grows a
@@ -18,8 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import ceil
+from typing import NamedTuple
 
 from tongyun.cloud.sched.blocks import BlockPool
+from tongyun.cloud.sched.coast import NewTokens, foresee, take
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
 from tongyun.errors import InputError, RequestError
@@ -68,6 +71,15 @@ class Counters:
     preemptions: int = 0
     queued_s: float = 0.0
     """Seconds requests spent between arrival and first admission, summed."""
+
+
+class Ahead(NamedTuple):
+    """Steps in which the same requests decode and nothing else happens."""
+
+    requests: list[Request]
+    context_tokens: int
+    """Tokens of all of them that have keys and values before the first of the steps."""
+    steps: int
 
 
 class Scheduler:
@@ -215,6 +227,45 @@ class Scheduler:
             self._decoding = [seq for seq in self._decoding if seq.state is State.DECODING]
         if self._prefilling:
             self._prefilling = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
+        return ended
+
+    def ahead(self) -> Ahead | None:
+        """The steps in which the same requests decode and nothing is decided; None if the next is not one."""
+        decoding = self._decoding
+        if self._proposed is not None or self._prefilling or not decoding:
+            return None
+        full = self.running >= self.config.max_sequences
+        if self._waiting:
+            head = self._head()
+            refused = full or head.refused_at == (self.pool.free, self.pool.published)
+            if not refused or head.rank[0] < decoding[-1].rank[0]:
+                return None
+        steps = foresee(
+            decoding,
+            self.pool,
+            self.config.block_tokens,
+            still=bool(self._waiting) and not full,
+            caching=self.config.prefix_caching,
+        )
+        if not steps:
+            return None
+        context_tokens = sum([len(seq.history) for seq in decoding]) - len(decoding)
+        return Ahead(requests=[seq.request for seq in decoding], context_tokens=context_tokens, steps=steps)
+
+    def leap(self, steps: int, new_tokens: NewTokens) -> dict[str, Finish]:
+        """Take so many steps of those `ahead` at once; returns who ended, all at their output limit.
+
+        Leaves everything as so many turns would have.
+        """
+        decoding, config = self._decoding, self.config
+        take(decoding, steps, new_tokens, self.pool, config.block_tokens, caching=config.prefix_caching)
+        self.counters.computed_tokens += steps * len(decoding)
+        self.counters.output_tokens += steps * len(decoding)
+        ended = {seq.request.id: Finish.LENGTH for seq in decoding if len(seq.history) >= seq.limit}
+        for request_id in ended:
+            self._end(self._sequences.pop(request_id))
+        if ended:
+            self._decoding = [seq for seq in decoding if seq.state is State.DECODING]
         return ended
 
     def _make_way(self, now: float) -> None:

@@ -1,0 +1,178 @@
+"""Price an engine's steps on a chip, quickly enough to be asked millions of times.
+
+Prices come from the price door and from nowhere else; this module only remembers them.
+Where every operator's price depends on that operator alone, a step is looked up as the sum
+of four parts: what its tokens take, its rows of the head, its decoding attention and its
+prompts' attention. On a calibrated machine the whole step decides (its footprint says
+which memory serves it), and steps are remembered whole. Either way a step costs what
+`step_cost` says, with contexts taken to the nearest `GRAIN` or `CHUNK_GRAIN`; where several
+prompts share a step, their attention is the sum of what each takes alone, launched once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tongyun.chip.calibrated import measured
+from tongyun.chip.roofline import steps_s
+from tongyun.cloud.engine.simulated import StepLoad
+from tongyun.cost import sources_of, step_cost
+from tongyun.model.config import ModelConfig
+from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
+from tongyun.model.shard import Shard
+from tongyun.model.steps import WHOLE, step
+from tongyun.specs import Chip
+from tongyun.units import Cost
+
+Array = NDArray[np.float64]
+
+GRAIN = 8
+"""Decoding contexts are priced to the nearest so many tokens, so that a price is used often."""
+CHUNK_GRAIN = 64
+"""What is cached before a chunk of a prompt, on chips whose steps are sums of parts."""
+HEAD = ("head", "logits_gather", "sample")
+"""Operators that work on sampled rows."""
+Chunks = tuple[tuple[int, int], ...]
+
+
+class StepTable:
+    """Seconds and joules of one replica's steps; a `DecodeSeconds`.
+
+    One group of ranks without pipeline stages; `max_step_tokens` and `max_sequences` are
+    the engine's limits.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        chip: Chip,
+        precision: Precision,
+        shard: Shard = WHOLE,
+        *,
+        max_step_tokens: int = 8192,
+    ) -> None:
+        if shard.pp > 1:
+            raise ValueError("a table prices steps of one pipeline stage")
+        self._config, self._chip, self._precision, self._shard = config, chip, precision, shard
+        self._most = max_step_tokens
+        # MLA multiplies other matrices when it decodes than in a prompt: not a sum of parts.
+        self._apart = measured(chip) is None and config.latent is None
+        self._contexts = np.arange(0, config.max_positions + GRAIN, GRAIN, dtype=np.float64)
+        self._rows: dict[int, Array] = {}
+        self._attention: dict[int, Array] = {}
+        self._mixed: dict[object, tuple[float, float]] = {}
+        self._chunks: dict[int, Array] = {}
+        self._tokens: Array | None = None
+        self._heads: Array | None = None
+        self._cached = np.arange(0, config.max_positions + CHUNK_GRAIN, CHUNK_GRAIN, dtype=np.float64)
+        self._sources = sources_of(self._operators(StepShape.decoding(1, 1)), chip)
+
+    def __call__(self, load: StepLoad) -> Cost:
+        """The cost of one batch."""
+        one = load.new_tokens == 1
+        decoding = int(one.sum())
+        if decoding == len(one) == load.samples:
+            seconds, joules = self._row(decoding)[:, self._place(decoding, load.context.sum())]
+            return Cost(seconds=float(seconds), joules=float(joules), sources=self._sources)
+        place = int(self._place(decoding, load.context[one].sum())) if decoding else 0
+        chunks = tuple(zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True))
+        key = decoding, place, chunks, load.samples
+        if key not in self._mixed:
+            self._mixed[key] = self._mix(decoding, place, chunks, load.samples)
+        seconds, joules = self._mixed[key]
+        return Cost(seconds=seconds, joules=joules, sources=self._sources)
+
+    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
+        """Seconds of steps in which so many decode behind these tokens in all, each as `__call__` says."""
+        return np.asarray(self._row(sequences)[0, self._place(sequences, context_tokens)])
+
+    def _place(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.intp]:
+        return np.rint(context_tokens / sequences / GRAIN).astype(np.intp)
+
+    def _row(self, sequences: int) -> Array:
+        """Seconds and joules of decoding steps behind each of the contexts, [2, contexts]."""
+        if sequences not in self._rows:
+            if self._apart:
+                rest = self._of_tokens()[:, sequences] + self._of_heads()[:, sequences]
+                self._rows[sequences] = self._costs(rest[:, None] + self._attending(sequences))
+            else:
+                self._rows[sequences] = self._whole(StepShape.decoding(sequences, self._contexts))
+        return self._rows[sequences]
+
+    def _mix(self, decoding: int, place: int, chunks: Chunks, samples: int) -> tuple[float, float]:
+        tokens = decoding + sum(new for new, _ in chunks)
+        if not self._apart or tokens > self._most:
+            decode = Sequences(new=1, context=self._contexts[place], count=decoding) if decoding else None
+            prefill = StepShape.ragged(chunks).prefill if chunks else None
+            cost = self._whole(StepShape(decode=decode, prefill=prefill, sampled=samples))
+            return float(cost[0]), float(cost[1])
+        parts = self._of_tokens()[:, tokens] + self._of_heads()[:, samples]
+        if decoding:
+            parts = parts + self._attending(decoding)[:, place]
+        seconds, joules = self._costs(parts + self._of_chunks(chunks))
+        return float(seconds), float(joules)
+
+    def _attending(self, sequences: int) -> Array:
+        """Timings of decoding attention behind each of the contexts, [2, contexts]."""
+        if sequences not in self._attention:
+            operators = self._operators(StepShape.decoding(sequences, self._contexts))
+            self._attention[sequences] = self._timed(op for op in operators if op.kind is Kind.ATTENTION)
+        return self._attention[sequences]
+
+    def _of_tokens(self) -> Array:
+        """Timings of all but attention and head, by the step's tokens, [2, tokens]."""
+        if self._tokens is None:
+            tokens = np.maximum(np.arange(self._most + 1, dtype=np.float64), 1.0)
+            operators = self._operators(StepShape.prefilling(tokens))
+            self._tokens = self._timed(
+                op for op in operators if op.kind is not Kind.ATTENTION and op.name not in HEAD
+            )
+        return self._tokens
+
+    def _of_heads(self) -> Array:
+        """Timings of head and sampling, by sampled rows, [2, rows]."""
+        if self._heads is None:
+            rows = np.arange(self._most + 1, dtype=np.float64)
+            operators = self._operators(StepShape.decoding(rows, 1.0))
+            self._heads = self._timed(op for op in operators if op.name in HEAD)
+        return self._heads
+
+    def _of_chunks(self, chunks: Chunks) -> Array:
+        """Timing of the prompts' attention: work adds up, the launch comes once."""
+        if len(chunks) == 1:
+            return self._of_chunk(*chunks[0])
+        if not chunks:
+            return np.zeros(2)
+        each = np.stack([self._of_chunk(new, cached) for new, cached in chunks])
+        busy = each[:, 1].sum()
+        return np.array([busy + (each[:, 0] - each[:, 1]).max(), busy])
+
+    def _of_chunk(self, new: int, cached: int) -> Array:
+        """Timing of one chunk's attention, from a table for chunks of this size."""
+        if new not in self._chunks:
+            operators = self._operators(StepShape.prefilling(float(new), self._cached))
+            self._chunks[new] = self._timed(op for op in operators if op.kind is Kind.ATTENTION)
+        return self._chunks[new][:, round(cached / CHUNK_GRAIN)]
+
+    def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
+        return step(self._config, shape, self._shard, self._precision)
+
+    def _timed(self, operators: Iterable[Operator]) -> Array:
+        """Seconds and busy seconds of operators, [2] or [2, …] where shapes are arrays."""
+        timing = steps_s(operators, self._chip)
+        return np.stack(np.broadcast_arrays(timing.seconds, timing.busy_s)).astype(np.float64)
+
+    def _costs(self, timings: Array) -> Array:
+        """Seconds and joules of whole steps; see `step_cost`."""
+        chip = self._chip
+        seconds = timings[0] + chip.step_host_s
+        watts_busy = chip.tdp_w - chip.idle_w
+        joules = self._shard.stage_ranks * (chip.idle_w * seconds + watts_busy * timings[1])
+        return np.stack((seconds, joules))
+
+    def _whole(self, shape: StepShape) -> Array:
+        cost = step_cost(self._config, shape, self._chip, self._shard, self._precision)
+        return np.stack(np.broadcast_arrays(cost.seconds, cost.joules)).astype(np.float64)

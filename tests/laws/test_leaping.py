@@ -1,0 +1,117 @@
+"""Steps taken at once leave everything as the same steps taken one by one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tongyun.cloud.engine.clock import VirtualClock
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor, StepLoad
+from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
+from tongyun.cloud.simulate import simulate
+from tongyun.units import Cost, Source
+
+
+class Price:
+    """Seconds with every bit in use, so that a sum in another order would show."""
+
+    def __call__(self, load: StepLoad) -> Cost:
+        if (load.new_tokens == 1).all():
+            seconds = float(self.decode_s(len(load.context), np.array([load.context.sum()]))[0])
+        else:
+            seconds = 0.1 + 0.037 * float(load.new_tokens.sum()) + 0.0013 * float(load.context.sum())
+        return Cost(seconds=seconds, joules=1.0, sources=frozenset({Source.ASSUMED}))
+
+    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.asarray(1 / 7 + sequences / 30 + context_tokens / 1100)
+
+
+configs = st.builds(
+    SchedulerConfig,
+    blocks=st.integers(12, 60),
+    block_tokens=st.sampled_from([1, 2, 4, 8]),
+    max_context_tokens=st.just(80),
+    max_sequences=st.integers(1, 6),
+    max_step_tokens=st.integers(6, 24),
+    prefix_caching=st.booleans(),
+)
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> list[Request]:
+    moments = sorted(draw(st.lists(st.floats(0, 40), min_size=1, max_size=14)))
+    return [
+        Request(
+            id=f"r{i}",
+            # Few different beginnings, so that prefixes are shared.
+            prompt=tuple(draw(st.sampled_from([range(30), range(40, 70)]))[: draw(st.integers(1, 30))]),
+            output_tokens=draw(st.integers(1, 40)),
+            arrival_s=moment,
+            priority=draw(st.integers(0, 2)),
+        )
+        for i, moment in enumerate(moments)
+    ]
+
+
+@given(configs, loads(), st.one_of(st.none(), st.integers(1, 5)))
+def test_a_simulation_by_leaps_is_the_one_by_steps(
+    config: SchedulerConfig, load: list[Request], users: int | None
+) -> None:
+    by_leaps = simulate(load, config, LeapingExecutor(Price(), vocabulary=97), users=users)
+    by_steps = simulate(load, config, SimulatedExecutor(Price(), vocabulary=97), users=users)
+    assert by_leaps == by_steps
+
+
+@given(configs, loads())
+def test_the_scheduler_is_left_as_by_single_steps(config: SchedulerConfig, load: list[Request]) -> None:
+    """After every leap: the same blocks in the same hands, the same ones published and free."""
+    loops = []
+    for executor in (LeapingExecutor(Price(), vocabulary=97), SimulatedExecutor(Price(), vocabulary=97)):
+        scheduler = Scheduler(config)
+        loops.append((scheduler, EngineLoop(scheduler, executor, VirtualClock())))
+    (ours, leaping), (theirs, stepping) = loops
+    for request in load:
+        if len(request.prompt) + request.output_tokens <= config.blocks * config.block_tokens:
+            for loop in (leaping, stepping):
+                loop.add(replace(request, arrival_s=0.0))
+    while leaping.has_work:
+        if leaping.leap(until_s=leaping.clock.now() + 2.0) is None:
+            leaping.step()
+        while stepping.stats().steps < leaping.stats().steps:
+            stepping.step()
+        assert leaping.stats() == stepping.stats()
+        assert leaping.clock.now() == stepping.clock.now()
+        assert _state(ours) == _state(theirs)
+    assert not stepping.has_work
+
+
+def _state(scheduler: Scheduler) -> object:
+    pool = scheduler.pool
+    held = {
+        name: (seq.state, seq.history, seq.computed, seq.blocks, seq.room, seq.published, seq.publish_at)
+        for name, seq in scheduler._sequences.items()
+    }
+    order = [[seq.request.id for seq in group] for group in (scheduler._decoding, scheduler._prefilling)]
+    return held, order, pool._blank, list(pool._idle), pool._holders, pool._block_by_key, pool._key
+
+
+def test_lonely_requests_take_a_handful_of_turns() -> None:
+    """So that the laws above speak of leaps at all."""
+    config = SchedulerConfig(blocks=400, block_tokens=16, max_context_tokens=4096, max_sequences=8)
+    scheduler = Scheduler(config)
+    loop = EngineLoop(scheduler, LeapingExecutor(Price()), VirtualClock())
+    for i in range(3):
+        loop.add(Request(id=f"r{i}", prompt=tuple(range(i, 100 + i)), output_tokens=1000 + 100 * i))
+    turns = 0
+    while loop.has_work:
+        turns += 1
+        if loop.leap() is None:
+            loop.step()
+    assert loop.stats().steps == 1200
+    assert turns == 4
