@@ -64,10 +64,8 @@ def test_a_step_costs_what_the_price_door_says(
     shape = StepShape.ragged(batch, sampled=samples)
     expected = step_cost(config, shape, find_chip(chip).at(), shard, Precision())
     cost = table(load)
-    # Prompts of several requests: one call of attention, which the table takes for a sum.
-    near = 1e-9 if sum(new > 1 for new, _ in batch) < 2 else 0.1
-    assert cost.seconds == pytest.approx(float(expected.seconds), rel=near)
-    assert cost.joules == pytest.approx(float(expected.joules), rel=near)
+    assert cost.seconds == pytest.approx(float(expected.seconds), rel=1e-9)
+    assert cost.joules == pytest.approx(float(expected.joules), rel=1e-9)
 
 
 @given(sequences=st.integers(1, 64), context=st.integers(0, 5000))

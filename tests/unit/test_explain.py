@@ -72,7 +72,7 @@ def test_tpot_and_memory_are_those_of_the_plan(case: Any) -> None:
     question, found, told = laid_out(*case)
     state = steady(question, question.chip.at(), found.shard, *grid(found))
     assert sum(told.tpot_s.values()) == pytest.approx(float(state.tpot_s[0]), rel=1e-12)
-    assert found.shard.pp * told.step_s == float(state.tpot_s[0])
+    assert found.shard.pp * told.step_s == pytest.approx(float(state.tpot_s[0]), rel=1e-12)
     assert told.use == float(state.prefill_use[0])
     assert float(told.memory.total[0]) == memory_bytes(question, found.shard, *grid(found))[0]
 
@@ -124,8 +124,11 @@ def test_a_long_prompt_is_bound_by_compute_and_a_small_batch_by_memory() -> None
     by_name = {line.name: line for line in told.decode.lines}
     assert by_name["dense_up"].bound == "memory"
     assert by_name["attention_norm"].bound == "launch"
-    assert by_name["attention_sum"].bound == "link"
-    assert {line.name: line for line in told.prefill.lines}["dense_up"].bound == "compute"
+    # Two tokens' activations are on the other side before the call itself has begun.
+    assert by_name["attention_sum"].bound == "launch"
+    in_prefill = {line.name: line for line in told.prefill.lines}
+    assert in_prefill["dense_up"].bound == "compute"
+    assert in_prefill["attention_sum"].bound == "link"
 
 
 def test_the_best_plan_can_be_explained() -> None:

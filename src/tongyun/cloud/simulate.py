@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import islice
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
@@ -130,14 +129,14 @@ def _play_open(run: _Run, requests: Iterator[Request]) -> None:
 def _play_closed(run: _Run, requests: Iterator[Request], users: int) -> None:
     if users < 1:
         raise ValueError(f"a closed loop needs at least one user, not {users}")
-    while True:
-        sent = 0
-        for request in islice(requests, users - len(run.in_flight)):
-            run.send(replace(request, arrival_s=run.loop.clock.now()))
-            sent += 1
-        if not run.in_flight and not sent:
-            return
-        run.move()
+    coming = next(requests, None)
+    while coming is not None or run.in_flight:
+        # A refused request leaves its place to the next at once.
+        while coming is not None and len(run.in_flight) < users:
+            run.send(replace(coming, arrival_s=run.loop.clock.now()))
+            coming = next(requests, None)
+        if run.in_flight:
+            run.move()
 
 
 def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:

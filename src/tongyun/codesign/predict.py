@@ -95,7 +95,7 @@ class _Served:
         self._decoding = sequences
         waited_s = np.full(steps, self._waited_s(sequences, 0))
         waited_s[0] = self._waited_s(self._sent, 0)
-        return self._inner.coming_s(sequences, context_tokens, steps) + waited_s
+        return np.asarray(self._inner.coming_s(sequences, context_tokens, steps) + waited_s)
 
     def went(self, steps: int) -> None:
         self._sent = self._decoding

@@ -52,8 +52,8 @@ def layer_operators(
     whole = slice_of(config, replace(shard, pp=1))
 
     def of(**counts: int) -> Layers:
-        none = {"full_layers": 0, "window_layers": 0, "dense_layers": 0, "sparse_layers": 0}
-        part = replace(whole, shard=shard, first=shard.pp == 1, **{**none, **counts})
+        none = replace(whole, full_layers=0, window_layers=0, dense_layers=0, sparse_layers=0)
+        part = replace(none, shard=shard, first=shard.pp == 1, **counts)  # type: ignore[arg-type]
         return Layers(config=config, part=part, shape=shape, precision=precision)
 
     bare = of()

@@ -5,8 +5,7 @@ Where every operator's price depends on that operator alone, a step is looked up
 of four parts: what its tokens take, its rows of the head, its decoding attention and its
 prompts' attention. On a calibrated machine the whole step decides (its footprint says
 which memory serves it), and steps are remembered whole. Either way a step costs what
-`step_cost` says, with contexts taken to the nearest `GRAIN` or `CHUNK_GRAIN`; where several
-prompts share a step, their attention is the sum of what each takes alone, launched once.
+`step_cost` says, with contexts taken to the nearest `GRAIN` or `CHUNK_GRAIN`.
 """
 
 from __future__ import annotations
@@ -118,8 +117,7 @@ class StepTable:
     def _attending(self, sequences: int) -> Array:
         """Timings of decoding attention behind each of the contexts, [2, contexts]."""
         if sequences not in self._attention:
-            operators = self._operators(StepShape.decoding(sequences, self._contexts))
-            self._attention[sequences] = self._timed(op for op in operators if op.kind is Kind.ATTENTION)
+            self._attention[sequences] = self._attention_of(StepShape.decoding(sequences, self._contexts))
         return self._attention[sequences]
 
     def _of_tokens(self) -> Array:
@@ -141,21 +139,19 @@ class StepTable:
         return self._heads
 
     def _of_chunks(self, chunks: Chunks) -> Array:
-        """Timing of the prompts' attention: work adds up, the launch comes once."""
+        """Timing of the prompts' attention; several share a call, which only they together tell."""
         if len(chunks) == 1:
             return self._of_chunk(*chunks[0])
-        if not chunks:
-            return np.zeros(2)
-        each = np.stack([self._of_chunk(new, cached) for new, cached in chunks])
-        busy = each[:, 1].sum()
-        return np.array([busy + (each[:, 0] - each[:, 1]).max(), busy])
+        return self._attention_of(StepShape.ragged(chunks)) if chunks else np.zeros(2)
 
     def _of_chunk(self, new: int, cached: int) -> Array:
         """Timing of one chunk's attention, from a table for chunks of this size."""
         if new not in self._chunks:
-            operators = self._operators(StepShape.prefilling(float(new), self._cached))
-            self._chunks[new] = self._timed(op for op in operators if op.kind is Kind.ATTENTION)
+            self._chunks[new] = self._attention_of(StepShape.prefilling(float(new), self._cached))
         return self._chunks[new][:, round(cached / CHUNK_GRAIN)]
+
+    def _attention_of(self, shape: StepShape) -> Array:
+        return self._timed(op for op in self._operators(shape) if op.kind is Kind.ATTENTION)
 
     def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
         return step(self._config, shape, self._shard, self._precision)
