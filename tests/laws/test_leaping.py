@@ -23,13 +23,14 @@ class Price:
 
     def __call__(self, load: StepLoad) -> Cost:
         if (load.new_tokens == 1).all():
-            seconds = float(self.decode_s(len(load.context), np.array([load.context.sum()]))[0])
+            seconds = float(self.decode(len(load.context), np.array([load.context.sum()]))[0, 0])
         else:
             seconds = 0.1 + 0.037 * float(load.new_tokens.sum()) + 0.0013 * float(load.context.sum())
         return Cost(seconds=seconds, joules=1.0, sources=frozenset({Source.ASSUMED}))
 
-    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.asarray(1 / 7 + sequences / 30 + context_tokens / 1100)
+    def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        seconds = 1 / 7 + sequences / 30 + context_tokens / 1100
+        return np.stack((seconds, np.ones_like(seconds)))
 
 
 configs = st.builds(

@@ -73,8 +73,9 @@ def test_many_steps_are_priced_as_each_alone(
     priced: tuple[StepTable, ModelConfig, str], sequences: int, context: int
 ) -> None:
     table, _, _ = priced
-    ahead = table.decode_s(sequences, sequences * context + sequences * np.arange(20))
+    ahead, joules = table.decode(sequences, sequences * context + sequences * np.arange(20))
     for k in (0, 7, 19):
         contexts = np.full(sequences, context + k)
         load = StepLoad(new_tokens=np.ones(sequences, dtype=np.int64), context=contexts, samples=sequences)
         assert table(load).seconds == ahead[k]
+        assert table(load).joules == joules[k]

@@ -36,9 +36,16 @@ def test_one_token_has_no_tpot_and_misses_no_tpot_limit():
 
 def test_percentiles_of_a_known_sample():
     known = Percentiles.of([float(n) for n in range(101)][::-1])
-    assert known == Percentiles(mean=50.0, p50=50.0, p90=90.0, p99=99.0, most=100.0)
+    assert known == Percentiles(
+        mean=50.0, p50=50.0, p90=90.0, p99=99.0, p99_9=pytest.approx(99.9), most=100.0
+    )
     assert Percentiles.of([1.0, None, 2.0]) == Percentiles(
-        mean=1.5, p50=1.5, p90=pytest.approx(1.9), p99=pytest.approx(1.99), most=2.0
+        mean=1.5,
+        p50=1.5,
+        p90=pytest.approx(1.9),
+        p99=pytest.approx(1.99),
+        p99_9=pytest.approx(1.999),
+        most=2.0,
     )
     assert Percentiles.of([None]) is None
 

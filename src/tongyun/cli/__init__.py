@@ -18,6 +18,7 @@ from tongyun.cli.bench import bench
 from tongyun.cli.calibrate import calibrate
 from tongyun.cli.plan import plan
 from tongyun.cli.serve import serve
+from tongyun.cli.simulate import simulate
 from tongyun.cli.specs import app as specs
 from tongyun.cli.train import train
 from tongyun.cli.up import up
@@ -39,6 +40,7 @@ def build() -> typer.Typer:
     app.command()(up)
     app.command()(calibrate)
     app.command()(plan)
+    app.command()(simulate)
     app.command()(serve)
     app.add_typer(bench, name="bench")
     app.command()(train)

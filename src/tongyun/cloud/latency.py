@@ -81,12 +81,13 @@ class Slo:
 
 @dataclass(frozen=True, kw_only=True)
 class Percentiles:
-    """A distribution in five numbers, interpolated linearly between samples."""
+    """A distribution in six numbers, interpolated linearly between samples."""
 
     mean: float
     p50: float
     p90: float
     p99: float
+    p99_9: float
     most: float
 
     @classmethod
@@ -95,8 +96,8 @@ class Percentiles:
         values = np.array([sample for sample in samples if sample is not None], dtype=np.float64)
         if not len(values):
             return None
-        p50, p90, p99, most = np.percentile(values, [50, 90, 99, 100]).tolist()
-        return cls(mean=float(values.mean()), p50=p50, p90=p90, p99=p99, most=most)
+        p50, p90, p99, p99_9, most = np.percentile(values, [50, 90, 99, 99.9, 100]).tolist()
+        return cls(mean=float(values.mean()), p50=p50, p90=p90, p99=p99, p99_9=p99_9, most=most)
 
 
 @dataclass(frozen=True, kw_only=True)

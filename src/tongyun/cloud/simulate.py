@@ -14,6 +14,7 @@ from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, Executor
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Finish, Request
+from tongyun.cloud.sched.router import Load, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.errors import RequestError
 
@@ -38,13 +39,15 @@ class _Progress:
         self.cached = 0
 
 
-class _Run:
+class Instance:
     """An engine, its requests in flight and the records of those that ended."""
 
     def __init__(self, loop: EngineLoop) -> None:
         self.loop = loop
         self.records: dict[str, RequestRecord | None] = {}
         self.in_flight: dict[str, _Progress] = {}
+        self.prompt_tokens_due = 0
+        """Of requests in flight that have no first token yet."""
 
     def send(self, request: Request) -> None:
         """Give a request to the engine; one it refuses is recorded with the reason."""
@@ -58,6 +61,19 @@ class _Run:
             self.records[request.id] = _record(_Progress(request), request.arrival_s, None, str(error))
         else:
             self.in_flight[request.id] = _Progress(request)
+            self.prompt_tokens_due += len(request.prompt)
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self.in_flight), self.prompt_tokens_due)
+
+    def advance(self, until_s: float) -> None:
+        """Work until `until_s` or, in the midst of a step then, until it ends; idle time is let pass."""
+        clock = self.loop.clock
+        while self.in_flight and clock.now() < until_s:
+            self.move(until_s)
+        if not self.in_flight and until_s < float("inf"):
+            clock.wait_until(until_s)
 
     def move(self, until_s: float = float("inf")) -> None:
         """One step, or as many as nothing is decided in, up to the first that ends at `until_s` or later."""
@@ -76,9 +92,15 @@ class _Run:
             progress.count += 1
             if progress.first_s is None:
                 progress.first_s = event.moment_s
+                self.prompt_tokens_due -= len(progress.request.prompt)
                 progress.cached = event.cached_tokens
             if event.finish is not None:
                 self._end(progress, event.moment_s, event.finish)
+
+    def result(self) -> Simulated:
+        """Records in the order of sending, and the engine's counters."""
+        records = tuple(record for record in self.records.values() if record is not None)
+        return Simulated(records=records, stats=self.loop.stats())
 
     def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
         request_id = progress.request.id
@@ -100,18 +122,36 @@ def simulate(
     and the next arrives when one ends. A request the engine refuses is recorded as failed;
     an executor that fails ends the simulation.
     """
-    run = _Run(EngineLoop(Scheduler(scheduler_config), executor, VirtualClock()))
+    run = Instance(EngineLoop(Scheduler(scheduler_config), executor, VirtualClock()))
     if users is None:
         _play_open(run, iter(requests))
     else:
         _play_closed(run, iter(requests), users)
-    return Simulated(
-        records=tuple(record for record in run.records.values() if record is not None),
-        stats=run.loop.stats(),
-    )
+    return run.result()
 
 
-def _play_open(run: _Run, requests: Iterator[Request]) -> None:
+def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router: Router) -> list[Simulated]:
+    """Every request through the engine that `router` gives it to; one result per engine.
+
+    Engines share nothing but the arrivals, so that each is taken as far as the next arrival
+    and no further before the router looks. It sees an engine in the midst of a step as it
+    will be when the step ends. Loops have virtual clocks that start together.
+    """
+    instances = [Instance(loop) for loop in loops]
+    before_s = 0.0
+    for request in requests:
+        if request.arrival_s < before_s:
+            raise ValueError(f"request '{request.id}' arrives before one that came first")
+        before_s = request.arrival_s
+        for one in instances:
+            one.advance(before_s)
+        instances[router.choose(request, [one.load for one in instances])].send(request)
+    for one in instances:
+        one.advance(float("inf"))
+    return [one.result() for one in instances]
+
+
+def _play_open(run: Instance, requests: Iterator[Request]) -> None:
     clock = run.loop.clock
     coming = next(requests, None)
     while coming is not None or run.in_flight:
@@ -126,7 +166,7 @@ def _play_open(run: _Run, requests: Iterator[Request]) -> None:
         run.move(coming.arrival_s if coming is not None else float("inf"))
 
 
-def _play_closed(run: _Run, requests: Iterator[Request], users: int) -> None:
+def _play_closed(run: Instance, requests: Iterator[Request], users: int) -> None:
     if users < 1:
         raise ValueError(f"a closed loop needs at least one user, not {users}")
     coming = next(requests, None)

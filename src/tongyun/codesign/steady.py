@@ -156,7 +156,7 @@ class Pricing:
             Memory(
                 weights=weight_bytes(model, shard, precision, stage=stage),
                 kv=shard.pp * sequences * float(kv_bytes(model, length, precision, part)),
-                activations=_activation_bytes(self.question, part, self.budget, sequences),
+                activations=activation_bytes(self.question, part, self.budget, sequences),
             )
             for part, (stage, _) in distinct_stages(model, shard).items()
         ]
@@ -207,7 +207,7 @@ def memory_by_stage(question: Question, shard: Shard, batch: Array, budget: Arra
     return Pricing(question, question.at(), batch, budget).memory_by_stage(shard)
 
 
-def _activation_bytes(question: Question, part: Slice, budget: Array, sequences: Array) -> Array:
+def activation_bytes(question: Question, part: Slice, budget: Array, sequences: Array) -> Array:
     """Widest moment of a step: residual, normalised input and a layer's inner tensors, or the logits."""
     model, act = question.model, question.precision.activations.bytes
     heads = (part.heads + 2 * part.kv_heads) * model.head_dim

@@ -38,13 +38,16 @@ class StepLoad:
 StepCost = Callable[[StepLoad], Cost]
 
 
-class DecodeSeconds(Protocol):
+class DecodeCosts(Protocol):
     """A price of steps that can also tell those of decoding steps, many at a time."""
 
     def __call__(self, load: StepLoad, /) -> Cost: ...
 
-    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Seconds of steps in which so many decode behind these tokens in all, each as `__call__` says."""
+    def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all.
+
+        Each as `__call__` says.
+        """
 
 
 class SimulatedExecutor:
@@ -53,9 +56,12 @@ class SimulatedExecutor:
     def __init__(self, step_cost: StepCost, *, vocabulary: int = 32_000) -> None:
         self._step_cost = step_cost
         self._vocabulary = vocabulary
+        self.joules = 0.0
+        """Of all steps so far."""
 
     def execute(self, batch: Batch) -> StepResult:
         cost = self._step_cost(StepLoad.of(batch))
+        self.joules += float(cost.joules)
         tokens = {
             piece.request.id: self._token(piece.request, len(piece.history))
             for piece in batch.pieces
@@ -77,13 +83,16 @@ class SimulatedExecutor:
 class LeapingExecutor(SimulatedExecutor):
     """A simulated executor whose price can foresee decoding steps (see `Foresight`)."""
 
-    def __init__(self, step_cost: DecodeSeconds, *, vocabulary: int = 32_000) -> None:
+    def __init__(self, step_cost: DecodeCosts, *, vocabulary: int = 32_000) -> None:
         super().__init__(step_cost, vocabulary=vocabulary)
-        self._decode_s = step_cost.decode_s
+        self._decode = step_cost.decode
+        self._coming_joules = np.zeros(0)
 
     def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
         """Seconds of each of the next steps: every sequence's context grows by one a step."""
-        return self._decode_s(sequences, context_tokens + sequences * np.arange(steps))
+        costs = self._decode(sequences, context_tokens + sequences * np.arange(steps))
+        self._coming_joules = costs[1]
+        return np.asarray(costs[0])
 
     def went(self, steps: int) -> None:
-        """A price remembers nothing."""
+        self.joules += float(self._coming_joules[:steps].sum())

@@ -38,7 +38,7 @@ Chunks = tuple[tuple[int, int], ...]
 
 
 class StepTable:
-    """Seconds and joules of one replica's steps; a `DecodeSeconds`.
+    """Seconds and joules of one replica's steps; a `DecodeCosts`.
 
     One group of ranks without pipeline stages; `max_step_tokens` and `max_sequences` are
     the engine's limits.
@@ -67,7 +67,7 @@ class StepTable:
         self._tokens: Array | None = None
         self._heads: Array | None = None
         self._cached = np.arange(0, config.max_positions + CHUNK_GRAIN, CHUNK_GRAIN, dtype=np.float64)
-        self._sources = sources_of(self._operators(StepShape.decoding(1, 1)), chip)
+        self.sources = sources_of(self._operators(StepShape.decoding(1, 1)), chip)
 
     def __call__(self, load: StepLoad) -> Cost:
         """The cost of one batch."""
@@ -75,18 +75,18 @@ class StepTable:
         decoding = int(one.sum())
         if decoding == len(one) == load.samples:
             seconds, joules = self._row(decoding)[:, self._place(decoding, load.context.sum())]
-            return Cost(seconds=float(seconds), joules=float(joules), sources=self._sources)
+            return Cost(seconds=float(seconds), joules=float(joules), sources=self.sources)
         place = int(self._place(decoding, load.context[one].sum())) if decoding else 0
         chunks = tuple(zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True))
         key = decoding, place, chunks, load.samples
         if key not in self._mixed:
             self._mixed[key] = self._mix(decoding, place, chunks, load.samples)
         seconds, joules = self._mixed[key]
-        return Cost(seconds=seconds, joules=joules, sources=self._sources)
+        return Cost(seconds=seconds, joules=joules, sources=self.sources)
 
-    def decode_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
-        """Seconds of steps in which so many decode behind these tokens in all, each as `__call__` says."""
-        return np.asarray(self._row(sequences)[0, self._place(sequences, context_tokens)])
+    def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
+        """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""
+        return np.asarray(self._row(sequences)[:, self._place(sequences, context_tokens)])
 
     def _place(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.rint(context_tokens / sequences / GRAIN).astype(np.intp)

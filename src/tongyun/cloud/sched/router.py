@@ -1,0 +1,114 @@
+"""Choose which engine a request goes to.
+
+Pure policies over what each engine reports: a simulated fleet and a gateway before real
+engines ask the same objects. A router remembers where it sent what and nothing else; it
+knows no clock and no engine.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from tongyun.cloud.sched.prefix import block_keys
+from tongyun.cloud.sched.request import Request
+from tongyun.errors import InputError, unknown
+
+PREFIX_TOKENS = 512
+"""Prefixes are compared in blocks of so many tokens: coarse, for a router sees every prompt whole."""
+SLACK, IMBALANCE = 8, 1.5
+"""An engine with this many requests more than the least loaded one, and so many times as many, is
+spared even where it holds the prefix (the rule of cache-aware routing in SGLang's router)."""
+MOST_KEYS = 1_000_000
+
+
+class Load(NamedTuple):
+    """What an engine has to do at this moment."""
+
+    requests: int
+    """In flight: waiting, in prefill and decoding."""
+    prompt_tokens: int
+    """Of requests that have no first token yet."""
+
+
+class Router(Protocol):
+    """Tells an engine for each request, in the order of arrival."""
+
+    def choose(self, request: Request, loads: Sequence[Load]) -> int:
+        """The index of an engine in `loads`."""
+
+
+class RoundRobin:
+    """One after the other, whatever they have to do."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, request: Request, loads: Sequence[Load]) -> int:
+        chosen = self._next % len(loads)
+        self._next = chosen + 1
+        return chosen
+
+
+class LeastLoad:
+    """The engine with the fewest requests in flight; of equals, the fewest prompt tokens to come."""
+
+    def choose(self, request: Request, loads: Sequence[Load]) -> int:
+        return _least(loads, range(len(loads)))
+
+
+class PrefixAware:
+    """Where most of the prompt's beginning was sent before, unless that engine has far more to do."""
+
+    def __init__(self, *, most_keys: int = MOST_KEYS) -> None:
+        self._most = most_keys
+        # Which engines were sent a prefix, as bits; least recently used first.
+        self._sent: OrderedDict[bytes, int] = OrderedDict()
+
+    def choose(self, request: Request, loads: Sequence[Load]) -> int:
+        keys = block_keys(request.prompt, PREFIX_TOKENS)
+        holders = self._holders(keys, len(loads))
+        least = _least(loads, range(len(loads)))
+        chosen = _least(loads, holders) if holders else least
+        ahead = loads[chosen].requests - loads[least].requests
+        if ahead > SLACK and loads[chosen].requests > IMBALANCE * loads[least].requests:
+            chosen = least
+        self._remember(keys, chosen)
+        return chosen
+
+    def _holders(self, keys: Sequence[bytes], engines: int) -> list[int]:
+        """The engines that were sent the longest known beginning; none where nobody was."""
+        found = 0
+        for key in keys:
+            sent = self._sent.get(key, 0)
+            left = sent & found if found else sent
+            if not left:
+                break
+            found = left
+        return [engine for engine in range(engines) if found >> engine & 1]
+
+    def _remember(self, keys: Sequence[bytes], engine: int) -> None:
+        for key in keys:
+            self._sent[key] = self._sent.get(key, 0) | 1 << engine
+            self._sent.move_to_end(key)
+        while len(self._sent) > self._most:
+            self._sent.popitem(last=False)
+
+
+ROUTERS: dict[str, Callable[[], Router]] = {
+    "round-robin": RoundRobin,
+    "least-load": LeastLoad,
+    "prefix": PrefixAware,
+}
+
+
+def find_router(name: str) -> Router:
+    """A fresh router by name; InputError with near names."""
+    if name not in ROUTERS:
+        raise InputError(unknown("router", name, ROUTERS))
+    return ROUTERS[name]()
+
+
+def _least(loads: Sequence[Load], among: Sequence[int]) -> int:
+    return min(among, key=lambda index: (loads[index], index))

@@ -1,0 +1,81 @@
+"""`tongyun simulate`: what it prints, what it refuses, and that its figures are those of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tongyun.cli import build
+from tongyun.errors import Infeasible, InputError
+
+BASE = ["simulate", "--model", "Qwen/Qwen3-8B", "--chip", "h200"]
+CUT = ["--tp", "1", "--batch", "32"]
+
+
+def run(*flags: str) -> dict[str, Any]:
+    done = CliRunner().invoke(build(), [*BASE, *flags, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
+
+
+def refused(*flags: str) -> Exception:
+    done = CliRunner().invoke(build(), [*BASE, *flags])
+    assert isinstance(done.exception, Exception)
+    return done.exception
+
+
+def test_a_light_load_is_served_as_fast_as_it_comes() -> None:
+    told = run("--chips", "2", "--rate", "4", "--isl", "500", "--osl", "50", "--requests", "200", *CUT)
+    report = told["report"]
+    assert report["succeeded"] == report["requests"] == 200
+    assert report["output_tokens"] == 200 * 50
+    assert told["output_tokens_per_s"] == pytest.approx(4 * 50, rel=0.25)
+    assert told["plan"]["replicas"] == len(told["engines"]) == 2
+    assert 0 < told["use"] < 1
+    assert told["joules"] > 0 and told["usd_per_mtoken"] > 0
+    assert "simulated" in told["source"]
+    assert report["ttft_s"]["p50"] <= report["ttft_s"]["p99"] <= report["ttft_s"]["p99_9"]
+
+
+def test_without_a_cut_the_best_plan_is_taken_and_is_within_its_limits() -> None:
+    told = run("--chips", "4", "--workload", "smoke", "--ttft-ms", "2000", "--tpot-ms", "30")
+    assert told["plan"]["shard"]["pp"] == 1
+    assert told["attainment"] > 0.9
+
+
+def test_conversations_of_a_trace_find_their_prefixes(tmp_path: Path) -> None:
+    lines = [
+        {"timestamp": 1000 * i, "input_length": 2048, "output_length": 20, "hash_ids": [i % 5, 10, 11, 12]}
+        for i in range(40)
+    ]
+    trace = tmp_path / "turns.jsonl"
+    trace.write_text("\n".join(map(json.dumps, lines)))
+    flags = ("--chips", "5", "--trace", str(trace), *CUT)
+    spread = run(*flags, "--router", "round-robin")
+    kept = run(*flags, "--router", "prefix")
+    off = run(*flags, "--no-prefix-caching")
+    assert off["prefix_hits"] == 0
+    # Five conversations on five engines in turn meet their own prefix as well.
+    assert kept["prefix_hits"] >= spread["prefix_hits"] > 0.5
+
+
+def test_what_cannot_be_simulated_is_refused_by_name(tmp_path: Path) -> None:
+    assert "--rate, --workload and --trace" in str(refused(*CUT))
+    assert "not --rate and --workload" in str(refused("--rate", "1", "--workload", "smoke"))
+    assert "least-load" in str(refused("--rate", "1", "--router", "least-lod", *CUT))
+    assert "takes 8" in str(refused("--rate", "1", "--tp", "8"))
+    bad = tmp_path / "bad.csv"
+    bad.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,ten,44\n")
+    told = refused("--trace", str(bad))
+    assert isinstance(told, InputError) and "bad.csv" in str(told) and "2" in str(told)
+
+
+def test_a_model_that_does_not_fit_says_by_how_much() -> None:
+    flags = ["simulate", "--model", "Qwen/Qwen3-235B-A22B", "--chip", "h200", "--rate", "1", "--tp", "1"]
+    told = CliRunner().invoke(build(), flags).exception
+    assert isinstance(told, Infeasible) and "GB" in str(told)
