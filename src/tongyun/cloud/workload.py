@@ -295,19 +295,21 @@ def _prompt(arrival: Arrival, index: int, seed: int, vocabulary: int) -> NDArray
         shared = min(arrival.prefix_tokens, length)
         tokens[:shared] = _noise(1, arrival.prefix_group, shared, seed)
     if arrival.hash_ids:
-        blocks = [_noise(2, one, HASH_BLOCK_TOKENS, seed) for one in arrival.hash_ids]
-        shared = min(len(blocks) * HASH_BLOCK_TOKENS, length)
-        tokens[:shared] = np.concatenate(blocks)[:shared]
+        blocks = _noise(2, np.array(arrival.hash_ids, dtype=np.uint64), HASH_BLOCK_TOKENS, seed)
+        shared = min(blocks.size, length)
+        tokens[:shared] = blocks.reshape(-1)[:shared]
     return tokens % np.uint64(vocabulary)
 
 
-def _noise(kind: int, index: int, count: int, seed: int) -> NDArray[np.uint64]:
+def _noise(kind: int, index: int | NDArray[np.uint64], count: int, seed: int) -> NDArray[np.uint64]:
     """`count` random words that depend on the arguments alone: the SplitMix64 sequence of a
-    seed made from them (Steele, Lea and Flood, 2014)."""
+    seed made from them (Steele, Lea and Flood, 2014). Of several indices, a row for each."""
     # Arrays, because a scalar that wraps around is a warning.
     start = _mix(np.array([seed * 3 + kind], dtype=np.uint64) * _GOLDEN)
-    start = _mix(start + np.array([index + 1], dtype=np.uint64) * _GOLDEN)
-    return _mix(start + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    rows = np.atleast_1d(np.asarray(index, dtype=np.uint64)) + np.uint64(1)
+    start = _mix(start + rows * _GOLDEN)
+    words = _mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return words if np.ndim(index) else words[0]
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
