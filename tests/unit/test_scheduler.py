@@ -202,3 +202,38 @@ def test_many_aborts_leave_no_trail():
 def test_impossible_limits_are_refused_by_name(change, key):
     with pytest.raises(InputError, match=f"scheduler: {key}: "):
         scheduler(**change)
+
+
+def test_what_was_handed_over_is_not_computed_again_until_it_is_lost() -> None:
+    config = SchedulerConfig(
+        blocks=12,
+        block_tokens=4,
+        max_context_tokens=48,
+        max_sequences=2,
+        max_step_tokens=16,
+        watermark=0.0,
+        prefix_caching=False,
+    )
+    scheduler = Scheduler(config)
+    old = Request(id="old", prompt=tuple(range(21)), output_tokens=20, handed_tokens=20)
+    new = Request(id="new", prompt=tuple(range(100, 121)), output_tokens=8, handed_tokens=20, arrival_s=1.0)
+    scheduler.add(old)
+    scheduler.add(new)
+    computed = {"old": [], "new": []}
+    while (batch := scheduler.next_batch(0.0)) is not None:
+        for piece in batch.pieces:
+            computed[piece.request.id].append(piece.length)
+        scheduler.commit(batch, {piece.request.id: 7 for piece in batch.pieces if piece.samples}, {})
+    assert computed["old"] == [1] * 20
+    assert scheduler.counters.preemptions == 1
+    # One token at a time until its blocks were taken, then all that was known by then.
+    known = computed["new"].index(16)
+    assert computed["new"][:known] == [1] * known
+    assert sum(computed["new"][known:]) > 21
+    assert scheduler.pool.used == 0
+
+
+def test_more_than_the_prompt_cannot_be_handed_over() -> None:
+    scheduler = Scheduler(SchedulerConfig(blocks=12, max_context_tokens=48))
+    with pytest.raises(RequestError, match="handed over"):
+        scheduler.add(Request(id="r", prompt=(1, 2), output_tokens=1, handed_tokens=2))

@@ -38,6 +38,9 @@ def simulate(
     dp: Annotated[int, typer.Option(help="Attention groups of a replica, with --tp.")] = 1,
     batch: Annotated[int, typer.Option(help="Requests at once in an attention group, with --tp.")] = 64,
     step_tokens: Annotated[int, typer.Option(help="Token budget of a step, with --tp.")] = 1024,
+    prefill_replicas: Annotated[
+        int, typer.Option(help="Replicas that only prefill; the others then only decode.")
+    ] = 0,
     router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -58,7 +61,9 @@ def simulate(
     arrivals = _arrivals(given)
     question = _question(given, arrivals, slo)
     plan = _given_plan(given, question) if tp is not None else _best_plan(question)
-    fleet = Fleet(question=question, plan=plan, prefix_caching=prefix_caching)
+    fleet = Fleet(
+        question=question, plan=plan, prefill_replicas=prefill_replicas, prefix_caching=prefix_caching
+    )
     begun = time.perf_counter()
     played = fleet.play(arrivals, policy, chip=question.chip.at(), seed=seed, slo=slo)
     seconds = time.perf_counter() - begun

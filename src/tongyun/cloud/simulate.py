@@ -6,7 +6,7 @@ and the clock differ. Knows no workload and no price: both come in ready.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.clock import VirtualClock
@@ -149,6 +149,58 @@ def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router:
     for one in instances:
         one.advance(float("inf"))
     return [one.result() for one in instances]
+
+
+def play_pools(
+    requests: Iterable[Request],
+    pools: tuple[Iterable[EngineLoop], Iterable[EngineLoop]],
+    routers: tuple[Router, Router],
+    hand_over_s: Callable[[Request], float],
+) -> tuple[tuple[RequestRecord, ...], tuple[list[Simulated], list[Simulated]]]:
+    """Every request through an engine that prefills it and another that decodes the rest.
+
+    The first token leaves where the prompt was computed; its keys and values are at the
+    other engine `hand_over_s` seconds later. Prefill never waits for decoding, so that the
+    first pool's run is the second one's load. Returns a record for each request in order
+    of arrival, and what happened in each pool.
+    """
+    sent = list(requests)
+    first = play_fleet((replace(r, output_tokens=1) for r in sent), pools[0], routers[0])
+    prefilled = {record.id: record for one in first for record in one.records}
+    load = []
+    for request in sent:
+        record = prefilled[request.id]
+        if record.ok and request.output_tokens > 1:
+            prompt = len(request.prompt)
+            load.append(
+                replace(
+                    request,
+                    # The first token: made up as the others are.
+                    prompt=(*request.prompt, request.prompt[-1]),
+                    output_tokens=request.output_tokens - 1,
+                    arrival_s=record.ended_s + hand_over_s(request),
+                    handed_tokens=prompt,
+                )
+            )
+    load.sort(key=lambda request: request.arrival_s)
+    second = play_fleet(load, pools[1], routers[1])
+    decoded = {record.id: record for one in second for record in one.records}
+    whole = tuple(_joined(prefilled[r.id], decoded.get(r.id)) for r in sent)
+    return whole, (first, second)
+
+
+def _joined(first: RequestRecord, rest: RequestRecord | None) -> RequestRecord:
+    """One request's record from those of both pools; the end of the second decides."""
+    if rest is None:
+        return first
+    return replace(
+        first,
+        ended_s=rest.ended_s,
+        last_token_s=rest.last_token_s,
+        output_tokens=first.output_tokens + rest.output_tokens,
+        finish=rest.finish,
+        error=rest.error,
+    )
 
 
 def _play_open(run: Instance, requests: Iterator[Request]) -> None:

@@ -7,7 +7,7 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,9 @@ from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.latency import LatencyReport, Slo, summarise
-from tongyun.cloud.sched.router import Router
+from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import play_fleet
+from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
@@ -57,8 +57,7 @@ class Played:
     @property
     def prefix_hits(self) -> float:
         """Share of the prompt tokens that were found in a cache."""
-        asked = sum(one.prompt_tokens for one in self.engines)
-        return sum(one.prefix_hit_tokens for one in self.engines) / asked if asked else 0.0
+        return self.report.cached_tokens / self.report.prompt_tokens if self.report.prompt_tokens else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +66,8 @@ class Fleet:
 
     question: Question
     plan: Plan
+    prefill_replicas: int = 0
+    """Of the plan's, those that only prefill; the others then only decode."""
     prefix_caching: bool = True
     block_tokens: int = BLOCK_TOKENS
 
@@ -74,6 +75,12 @@ class Fleet:
         if self.plan.shard.pp > 1:
             raise InputError(
                 f"pp {self.plan.shard.pp}: pipeline stages are not simulated request by request; accepted: 1"
+            )
+
+        if not 0 <= self.prefill_replicas < max(self.plan.replicas, 1):
+            raise InputError(
+                f"{self.prefill_replicas} of {self.plan.replicas} replicas for prefill: accepted: "
+                f"0 … {self.plan.replicas - 1}, the rest decodes"
             )
 
     def limits(self, chip: Chip) -> SchedulerConfig:
@@ -105,6 +112,21 @@ class Fleet:
             prefix_caching=self.prefix_caching,
         )
 
+    def _hand_over(self, chip: Chip) -> Callable[[int], float]:
+        """Seconds for the keys and values of so many tokens from one replica to another.
+
+        Every rank sends its share to its counterpart at once, when the prompt is computed:
+        latency + bytes / (achieved · bandwidth), over the scale-up links where the fleet is
+        one node and over the network else.
+        """
+        link = chip.scale_up if self.question.chips <= chip.chips_per_node else chip.scale_out
+        if link is None:
+            raise InputError(f"{chip.name}: no links between replicas; keys and values cannot be handed over")
+        model, precision = self.question.model, self.question.precision
+        part = slice_of(model, self.plan.shard)
+        rate = link.bytes_per_s * link.achieved
+        return lambda tokens: link.latency_s + float(kv_bytes(model, tokens, precision, part)) / rate
+
     def play(
         self,
         arrivals: Sequence[Arrival],
@@ -126,8 +148,17 @@ class Fleet:
         executors = [LeapingExecutor(table, vocabulary=model.vocab) for _ in range(groups)]
         loops = [EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors]
         load = requests(arrivals, vocabulary=model.vocab, seed=seed)
-        results = play_fleet(load, loops, router)
-        records = [record for result in results for record in result.records]
+        if self.prefill_replicas:
+            cut = self.prefill_replicas * shard.dp
+            pools, hand_over_s = (loops[:cut], loops[cut:]), self._hand_over(chip)
+            routers = router, LeastLoad()
+            records, played = play_pools(
+                load, pools, routers, lambda request: hand_over_s(len(request.prompt))
+            )
+            results = [*played[0], *played[1]]
+        else:
+            results = play_fleet(load, loops, router)
+            records = tuple(record for result in results for record in result.records)
         report = summarise(records, slo)
         # A step's joules are those of all ranks of the replica, which its groups share.
         busy = sum(executor.joules for executor in executors) / shard.dp

@@ -119,6 +119,9 @@ class Scheduler:
             raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
         if request.output_tokens < 1:
             raise RequestError(f"max_tokens is {request.output_tokens}; at least 1", param="max_tokens")
+        if not 0 <= request.handed_tokens < prompt:
+            # The last token is computed here, whatever came along: it yields the next.
+            raise RequestError(f"{request.handed_tokens} of {prompt} prompt tokens cannot be handed over")
         total = prompt + request.output_tokens
         # The last token produced is never fed back and needs no place in the cache.
         capacity = min(config.max_context_tokens, config.blocks * config.block_tokens + 1)
@@ -340,6 +343,8 @@ class Scheduler:
         insort(self._prefilling, seq, key=_rank)
         if not seq.admitted:
             self._count_admission(seq, now)
+            # What was handed over is gone once the request is preempted.
+            seq.computed = max(seq.computed, seq.request.handed_tokens)
         return seq
 
     def _count_admission(self, seq: Sequence, now: float) -> None:
