@@ -73,7 +73,11 @@ def measure(args: argparse.Namespace) -> list[Row]:
         for _ in range(args.repeat if way == "by leaps" else 1):
             begun = time.perf_counter()
             price = StepTable(
-                config, find_chip(CHIP).at(), Precision(), max_step_tokens=LIMITS.max_step_tokens
+                config,
+                find_chip(CHIP).at(),
+                Precision(),
+                max_step_tokens=LIMITS.max_step_tokens,
+                max_context_tokens=LIMITS.max_context_tokens,
             )
             seen[way] = simulate(played, LIMITS, kind(price, vocabulary=config.vocab))
             seconds.append(time.perf_counter() - begun)

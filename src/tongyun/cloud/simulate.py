@@ -87,15 +87,20 @@ class Instance:
             self._end(self.in_flight[request_id], leap.moment_s, finish)
 
     def _step(self) -> None:
-        for event in self.loop.step() or ():
-            progress = self.in_flight[event.request_id]
-            progress.count += 1
-            if progress.first_s is None:
-                progress.first_s = event.moment_s
-                self.prompt_tokens_due -= len(progress.request.prompt)
-                progress.cached = event.cached_tokens
-            if event.finish is not None:
-                self._end(progress, event.moment_s, event.finish)
+        done = self.loop.turn()
+        if done is None:
+            return
+        in_flight = self.in_flight
+        for request, _, _, samples, _, _, cached_tokens in done.batch.pieces:
+            if samples:
+                progress = in_flight[request.id]
+                progress.count += 1
+                if progress.first_s is None:
+                    progress.first_s = done.moment_s
+                    progress.cached = cached_tokens
+                    self.prompt_tokens_due -= len(request.prompt)
+        for request_id, finish in done.ended.items():
+            self._end(in_flight[request_id], done.moment_s, finish)
 
     def result(self) -> Simulated:
         """Records in the order of sending, and the engine's counters."""

@@ -142,7 +142,12 @@ class Fleet:
         question, plan, limits = self.question, self.plan, self.limits(chip)
         model, shard = question.model, plan.shard
         table = StepTable(
-            model, chip, question.precision, shard, max_step_tokens=max(8192, limits.max_step_tokens)
+            model,
+            chip,
+            question.precision,
+            shard,
+            max_step_tokens=limits.max_step_tokens,
+            max_context_tokens=limits.max_context_tokens,
         )
         groups = plan.replicas * shard.dp
         executors = [LeapingExecutor(table, vocabulary=model.vocab) for _ in range(groups)]

@@ -27,6 +27,15 @@ class StepError(ServiceError):
         self.events = events
 
 
+class Turn(NamedTuple):
+    """One step: what ran, what came of it, who ended, and when that was."""
+
+    batch: Batch
+    result: StepResult
+    ended: dict[str, Finish]
+    moment_s: float
+
+
 class Leap(NamedTuple):
     """Decoding steps taken at once: whose, how many, who ended with the last, and when that was."""
 
@@ -80,6 +89,11 @@ class EngineLoop:
 
         StepError if the executor failed: the loop itself can go on.
         """
+        done = self.turn()
+        return None if done is None else _events(*done)
+
+    def turn(self) -> Turn | None:
+        """`step`, reported as a whole: for who has no use for an event of each token."""
         begin_s = self.clock.now()
         batch = self._scheduler.next_batch(begin_s)
         if batch is None:
@@ -96,7 +110,7 @@ class EngineLoop:
         self._steps += 1
         self._busy_s += now_s - begin_s
         self._finished.update(ended.values())
-        return _events(batch, result, ended, now_s)
+        return Turn(batch, result, ended, now_s)
 
     def leap(self, until_s: float = float("inf")) -> Leap | None:
         """Take all steps ahead in which nothing is decided, up to the first that ends at `until_s` or later.

@@ -21,7 +21,8 @@ from tongyun.cloud.engine.simulated import StepLoad
 from tongyun.cost import sources_of, step_cost
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
-from tongyun.model.shard import Shard
+from tongyun.model.layers import Layers
+from tongyun.model.shard import Shard, slice_of
 from tongyun.model.steps import WHOLE, step
 from tongyun.specs import Chip
 from tongyun.units import Cost
@@ -40,8 +41,8 @@ Chunks = tuple[tuple[int, int], ...]
 class StepTable:
     """Seconds and joules of one replica's steps; a `DecodeCosts`.
 
-    One group of ranks without pipeline stages; `max_step_tokens` and `max_sequences` are
-    the engine's limits.
+    One group of ranks without pipeline stages. `max_step_tokens` and `max_context_tokens`
+    (default: the model's positions) are the engine's limits; longer steps are priced whole.
     """
 
     def __init__(
@@ -52,21 +53,24 @@ class StepTable:
         shard: Shard = WHOLE,
         *,
         max_step_tokens: int = 8192,
+        max_context_tokens: int | None = None,
     ) -> None:
         if shard.pp > 1:
             raise ValueError("a table prices steps of one pipeline stage")
         self._config, self._chip, self._precision, self._shard = config, chip, precision, shard
         self._most = max_step_tokens
+        self._part = slice_of(config, shard)
         # MLA multiplies other matrices when it decodes than in a prompt: not a sum of parts.
         self._apart = measured(chip) is None and config.latent is None
-        self._contexts = np.arange(0, config.max_positions + GRAIN, GRAIN, dtype=np.float64)
+        longest = min(config.max_positions, max_context_tokens or config.max_positions)
+        self._contexts = np.arange(0, longest + GRAIN, GRAIN, dtype=np.float64)
         self._rows: dict[int, Array] = {}
         self._attention: dict[int, Array] = {}
         self._mixed: dict[object, tuple[float, float]] = {}
         self._chunks: dict[int, Array] = {}
         self._tokens: Array | None = None
         self._heads: Array | None = None
-        self._cached = np.arange(0, config.max_positions + CHUNK_GRAIN, CHUNK_GRAIN, dtype=np.float64)
+        self._cached = np.arange(0, longest + CHUNK_GRAIN, CHUNK_GRAIN, dtype=np.float64)
         self.sources = sources_of(self._operators(StepShape.decoding(1, 1)), chip)
 
     def __call__(self, load: StepLoad) -> Cost:
@@ -151,7 +155,8 @@ class StepTable:
         return self._chunks[new][:, round(cached / CHUNK_GRAIN)]
 
     def _attention_of(self, shape: StepShape) -> Array:
-        return self._timed(op for op in self._operators(shape) if op.kind is Kind.ATTENTION)
+        layers = Layers(config=self._config, part=self._part, shape=shape, precision=self._precision)
+        return self._timed(op for op in layers.attention() if op.kind is Kind.ATTENTION)
 
     def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
         return step(self._config, shape, self._shard, self._precision)
