@@ -75,6 +75,18 @@ def test_what_cannot_be_simulated_is_refused_by_name(tmp_path: Path) -> None:
     assert isinstance(told, InputError) and "bad.csv" in str(told) and "2" in str(told)
 
 
+def test_bad_lines_are_left_out_and_counted_where_asked(tmp_path: Path) -> None:
+    trace = tmp_path / "some.csv"
+    good = "2023-11-16 18:15:46,100,10\n2023-11-16 18:15:47,100,10\n"
+    trace.write_text(f"TIMESTAMP,ContextTokens,GeneratedTokens\n{good}yesterday,1,1\n1,2\n{good}")
+    done = CliRunner().invoke(build(), [*BASE, *CUT, "--trace", str(trace), "--skip-bad", "--json"])
+    assert done.exit_code == 0
+    assert "2 bad lines left out" in done.stderr and "some.csv" in done.stderr and "4" in done.stderr
+    assert json.loads(done.stdout)["report"]["succeeded"] == 4
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\nyesterday,1,1\n")
+    assert "yesterday" in str(refused(*CUT, "--trace", str(trace), "--skip-bad"))
+
+
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     flags = ["simulate", "--model", "Qwen/Qwen3-235B-A22B", "--chip", "h200", "--rate", "1", "--tp", "1"]
     told = CliRunner().invoke(build(), flags).exception

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tongyun.codesign.fleet import Played
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
+    from tongyun.errors import TraceError
 
 
 def simulate(
@@ -32,6 +33,9 @@ def simulate(
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out and count bad lines of a trace.")
+    ] = False,
     requests: Annotated[int | None, typer.Option(help="Only the first so many; with --rate, 1000.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor parallelism; the best plan's if left out.")] = None,
     ep: Annotated[int, typer.Option(help="Expert parallelism, with --tp.")] = 1,
@@ -109,7 +113,11 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     if count is not None and count < 1:
         raise InputError(f"--requests {count}: accepted: 1 or more")
     if given["trace"] is not None:
-        return stretched(read_trace(given["trace"], limit=count), given["stretch"])
+        skipped: list[TraceError] | None = [] if given["skip_bad"] else None
+        arrivals = read_trace(given["trace"], limit=count, skipped=skipped)
+        if skipped:
+            typer.echo(f"{len(skipped):,} bad lines left out; the first: {skipped[0]}", err=True)
+        return stretched(arrivals, given["stretch"])
     if given["workload"] is not None:
         load = Workload.from_spec(find_workload(given["workload"]))
         if load.arrivals.users is not None:

@@ -122,7 +122,7 @@ def up(
     begun = time.perf_counter()
     answer, capacity, arrivals, prediction = foresee(deployment, spec, load)
     if not json:
-        _tell_plan(answer, capacity, time.perf_counter() - begun)
+        _tell_plan(answer, deployment.limits.max_sequences, capacity, time.perf_counter() - begun)
     with served(directory, deployment, spec, port=port) as (url, server):
         outcome = Outcome(
             deployment=deployment,
@@ -325,11 +325,13 @@ def _stay(url: str, server: subprocess.Popen[str]) -> None:
 # ── what is shown ────────────────────────────────────────────────────────────────────
 
 
-def _tell_plan(answer: Answer, capacity_per_s: float, seconds: float) -> None:
+def _tell_plan(answer: Answer, most: int, capacity_per_s: float, seconds: float) -> None:
+    """The best plan of those that run at most so many requests at once, as the server will."""
     from tongyun.report import number
 
-    best = answer.best
-    if best is not None:
+    offers = [offer for offer in answer.pareto if offer.plan.batch <= most]
+    if offers:
+        best = max(offers, key=lambda offer: offer.figures.tok_s_per_chip)
         typer.echo(
             f"plan: batch {best.plan.batch}, {number(best.figures.tok_s_per_chip)} tokens/s at most; "
             f"{number(capacity_per_s)} requests/s of this load at capacity ({seconds:.1f} s)"

@@ -2,7 +2,8 @@
 
 Two published formats: the Azure LLM inference CSV (moment, prompt and generated tokens)
 and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks). A line that
-is not what it should be is refused by file and number; nothing is skipped or repaired.
+is not what it should be is refused by file and number, or left out where the caller keeps
+count; nothing is repaired.
 """
 
 from __future__ import annotations
@@ -21,12 +22,25 @@ _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 _MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
-def read_trace(path: Path, *, limit: int | None = None) -> list[Arrival]:
+Refuse = Callable[[TraceError], None]
+"""What is done with a bad line: raise the error, or remember it and go on."""
+
+
+def read_trace(
+    path: Path, *, limit: int | None = None, skipped: list[TraceError] | None = None
+) -> list[Arrival]:
     """Arrivals of a trace in order of time, the first at 0; `.csv` is Azure's format, `.jsonl` Mooncake's.
 
-    `limit` keeps the first so many lines.
+    `limit` keeps the first so many. With a list `skipped`, the errors of bad lines go there and
+    the lines are left out; a bad header and a file that cannot be read are refused all the same.
     """
-    readers: dict[str, Callable[[Path, Iterable[str]], Iterator[Arrival]]] = {
+
+    def refuse(error: TraceError) -> None:
+        if skipped is None:
+            raise error
+        skipped.append(error)
+
+    readers: dict[str, Callable[[Path, Iterable[str], Refuse], Iterator[Arrival]]] = {
         ".csv": _azure,
         ".jsonl": _mooncake,
     }
@@ -34,20 +48,20 @@ def read_trace(path: Path, *, limit: int | None = None) -> list[Arrival]:
         raise InputError(f"{path}: {unknown('trace format', path.suffix, readers)}")
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            arrivals = list(islice(readers[path.suffix](path, file), limit))
+            arrivals = list(islice(readers[path.suffix](path, file, refuse), limit))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text: {error}") from error
     if not arrivals:
-        raise TraceError(path, 1, "the trace holds no requests")
+        raise skipped[0] if skipped else TraceError(path, 1, "the trace holds no requests")
     # Recorders write what ended, not what came, so neighbours may be out of order.
     arrivals.sort(key=lambda arrival: arrival.time_s)
     start_s = arrivals[0].time_s
     return [arrival._replace(time_s=arrival.time_s - start_s) for arrival in arrivals]
 
 
-def _azure(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
+def _azure(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
     rows = csv.reader(lines, strict=True)
     try:
         header = next(rows, [])
@@ -55,7 +69,12 @@ def _azure(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
             raise TraceError(path, 1, f"columns are {header}; accepted: {', '.join(_AZURE_COLUMNS)}")
         for row in rows:
             if row:
-                yield _azure_row(path, rows.line_num, row)
+                try:
+                    arrival = _azure_row(path, rows.line_num, row)
+                except TraceError as error:
+                    refuse(error)
+                else:
+                    yield arrival
     except csv.Error as error:
         raise TraceError(path, rows.line_num, str(error)) from error
 
@@ -84,10 +103,15 @@ def _whole(path: Path, line: int, key: str, text: str) -> int:
 _EPOCH = datetime(1970, 1, 1)
 
 
-def _mooncake(path: Path, lines: Iterable[str]) -> Iterator[Arrival]:
+def _mooncake(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
     for line, text in enumerate(lines, start=1):
         if text.strip():
-            yield _mooncake_line(path, line, text)
+            try:
+                arrival = _mooncake_line(path, line, text)
+            except TraceError as error:
+                refuse(error)
+            else:
+                yield arrival
 
 
 def _mooncake_line(path: Path, line: int, text: str) -> Arrival:
