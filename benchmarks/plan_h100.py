@@ -6,9 +6,10 @@ asking again when answered. Each is played step by step with the engine's policy
 (`codesign/users.py`) and the prices of its kernels. No price was fitted to these rows.
 
 What the rows leave open is taken as: 8192 tokens a step, KV in bf16, all users beginning at once,
-ten requests a user. That last number decides how much the first burst weighs in TTFT; it is
+ten requests a user. That last number decides how much the first burst weighs, most of all in TTFT; it is
 common in serving benchmarks, but it was chosen with the errors for 1, 2, 4 and 8 in sight, and one
-choice for all engines. So read TTFT as how well the form fits, not as a blind prediction.
+choice for all engines. Only SGLang is the same for any. So read the others as how well
+the form fits, not as a blind prediction.
 
     python benchmarks/plan_h100.py --rows silicon_sample.csv [--every 5] [--rounds 10]
 """
