@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -252,7 +253,11 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="fit and rewrite silicon.toml first")
     parser.add_argument("--rows", type=int, default=4000, help="most held-out rows judged of one table")
     asked = parser.parse_args()
-    cases = gather(asked.data or installed())
+    data = asked.data or installed()
+    if data is None or find_spec("pyarrow") is None:
+        print("skipped: needs aiconfigurator-core (or its systems/data folder, --data) and pyarrow")
+        return
+    cases = gather(data)
     world: World = ({c: silicon(c) for c in CHIPS}, {name: library(name) for name in (*ENGINES, "any")})
     if asked.fit:
         world = fit_all(cases)

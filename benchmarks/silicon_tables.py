@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -440,10 +441,9 @@ def gather(data: Path) -> list[Case]:
     return sorted(cases, key=lambda c: (list(BARS).index(c.bar), c.chip, c.what, c.engine))
 
 
-def installed() -> Path:
-    from importlib.util import find_spec
-
+def installed() -> Path | None:
+    """The tables of an installed aiconfigurator-core."""
     spec = find_spec("aiconfigurator_core")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("aiconfigurator_core is not installed; give its systems/data folder with --data")
+        return None
     return Path(next(iter(spec.submodule_search_locations))) / "systems" / "data"

@@ -11,8 +11,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from tongyun.cli.bench import bench
 from tongyun.cli.calibrate import calibrate
@@ -54,6 +52,10 @@ def main() -> None:
     try:
         build()()
     except TongyunError as error:
+        # An answer for programs needs neither of them.
+        from rich.console import Console
+        from rich.markup import escape
+
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]error:[/] {escape(str(error))}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
