@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from importlib import import_module
@@ -14,6 +16,7 @@ import torch
 from tongyun.chip.calibrated import nonnegative
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate import machine, products
+from tongyun.cloud.engine.calibrate.machine import Elsewhere
 from tongyun.cloud.engine.calibrate.measure import Setting, measure
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
@@ -125,6 +128,21 @@ def test_the_stopwatch_reads_seconds_of_one_call() -> None:
     assert 0.002 <= slow < 0.02
     # A call far below the clock's grain is timed in bursts.
     assert 0 < quick < 1e-5 and len(calls) > 100
+
+
+def test_work_of_other_processes_is_noticed_and_ones_own_is_not() -> None:
+    with Elsewhere() as others:
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        time.sleep(1.0)
+    assert others.cores > 0.4
+    with Elsewhere() as alone:
+        busy.kill()
+        busy.wait()
+        until = time.perf_counter() + 1.0
+        while time.perf_counter() < until:
+            pass
+    # What the child did before it was waited for counts as ours, and so does our own loop.
+    assert alone.cores < others.cores
 
 
 def test_overheads_are_found_and_never_negative() -> None:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tongyun.cloud.engine.calibrate.measure import Setting
     from tongyun.specs import ChipSpec
 
+DISTURBED_CORES = 0.15
+"""Kept busy by others while a machine is measured; from here on its user is told."""
+
 
 def calibrate(
     force: Annotated[bool, typer.Option(help="Measure again although a valid calibration is kept.")] = False,
@@ -56,6 +59,7 @@ def _measure(chosen: Setting, quiet: bool) -> ChipSpec:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    from tongyun.cloud.engine.calibrate.machine import Elsewhere
     from tongyun.cloud.engine.calibrate.measure import measure
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -67,7 +71,15 @@ def _measure(chosen: Setting, quiet: bool) -> ChipSpec:
             progress.update(task, description=f"calibrate: {what}", completed=done)
             progress.refresh()
 
-        return measure(chosen, tell)
+        with Elsewhere() as others:
+            spec = measure(chosen, tell)
+    if others.cores > DISTURBED_CORES:
+        typer.echo(
+            f"warning: other processes kept {others.cores:.1f} cores busy meanwhile; predictions on this "
+            "calibration will be too slow. Repeat with --force when the machine is quiet",
+            err=True,
+        )
+    return spec
 
 
 def _figures(spec: ChipSpec, path: Path) -> dict[str, object]:

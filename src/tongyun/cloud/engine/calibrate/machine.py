@@ -6,8 +6,10 @@ What changes a measurement: the processor, the threads, PyTorch, and our own ker
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,11 +66,37 @@ def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[s
     ]
 
 
+class Elsewhere:
+    """Cores that other processes kept busy while the `with` block ran, on average.
+
+    Their time is what all processors were busy less what this process and its ended children took.
+    """
+
+    cores = 0.0
+
+    def __enter__(self) -> Elsewhere:
+        self._begun = self._now()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        wall_s, busy_s, own_s = (now - then for now, then in zip(self._now(), self._begun, strict=True))
+        self.cores = max(0.0, busy_s - own_s) / max(wall_s, 1e-9)
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        """Seconds of the clock, of all processors at work, and of ours."""
+        machine, own = psutil.cpu_times(), os.times()
+        resting = machine.idle + getattr(machine, "iowait", 0.0)
+        # Guests are counted as users, too.
+        guests = getattr(machine, "guest", 0.0) + getattr(machine, "guest_nice", 0.0)
+        return time.perf_counter(), sum(machine) - resting - guests, sum(own[:4])
+
+
 def kernels_digest() -> str:
     """A short digest of the sources of our kernels."""
     digest = hashlib.sha256()
     for file in sorted(KERNELS.rglob("*")):
-        if file.suffix in (".py", ".cpp"):
+        if file.suffix in (".py", ".cpp", ".h"):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:12]
 
