@@ -28,7 +28,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-TORCH_ROOMS = ("cloud/engine/", "cloud/training/", "chip/capture", "chip/backend", "chip/functional")
+TORCH_ROOMS = ("cloud/engine/", "cloud/training/", "chip/ppu/")
 TORCHLESS_MODEL = {"config.py", "graph.py", "options.py", "shard.py", "vocabulary.py"}
 SCHED_FORBIDDEN = {"torch", "time", "random", "datetime", "tongyun.cost", "tongyun.cloud.engine"}
 DEFINITIONS = (

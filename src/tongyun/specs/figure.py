@@ -79,9 +79,14 @@ RATIO = Dimension(name="a ratio", si_unit="", units={"ratio": 1.0})
 COUNT = Dimension(name="a whole number", si_unit="", units={"count": 1.0}, whole=True)
 TOKENS = Dimension(name="tokens", si_unit="tokens", units={"tokens": 1.0})
 RATE = Dimension(name="events per second", si_unit="1/s", units={"per_s": 1.0, "iops": 1.0})
+FREQUENCY = Dimension(name="hertz", si_unit="Hz", units={"hz": 1.0, "mhz": 1e6, "ghz": 1e9})
+ENERGY = Dimension(name="joules", si_unit="J", units={"j": 1.0, "nj": 1e-9, "pj": 1e-12})
+WORK_PER_CYCLE = Dimension(name="operations per cycle", si_unit="1/cycle", units={"per_cycle": 1.0})
+BYTES_PER_CYCLE = Dimension(name="bytes per cycle", si_unit="B/cycle", units={"bytes_per_cycle": 1.0})
 PRICE = Dimension(name="US dollars per hour", si_unit="$/h", units={"usd_per_hour": 1.0})
 DIMENSIONS = (
     BYTES, BANDWIDTH, BANDWIDTH_DENSITY, COMPUTE, TIME, POWER, FRACTION, RATIO, COUNT, TOKENS, RATE, PRICE,
+    FREQUENCY, ENERGY, WORK_PER_CYCLE, BYTES_PER_CYCLE,
 )  # fmt: skip
 
 
@@ -134,6 +139,7 @@ LABELS: Mapping[str, str] = {
     "flops_per_s": "FLOP/s", "gflops": "GFLOPS", "tflops": "TFLOPS", "pflops": "PFLOPS", "tops": "TOPS",
     "s": "s", "ms": "ms", "us": "µs", "ns": "ns", "w": "W", "kw": "kW",
     "fraction": "", "ratio": "", "count": "", "tokens": "tokens", "per_s": "/s", "iops": "/s",
-    "usd_per_hour": "$/h",
+    "usd_per_hour": "$/h", "hz": "Hz", "mhz": "MHz", "ghz": "GHz", "j": "J", "nj": "nJ", "pj": "pJ",
+    "per_cycle": "/cycle", "bytes_per_cycle": "B/cycle",
 }  # fmt: skip
 """How a unit key is written for people."""

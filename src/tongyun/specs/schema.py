@@ -38,6 +38,7 @@ from tongyun.specs.form import (
     facts,
     has,
 )
+from tongyun.specs.ppu import PpuSpec
 from tongyun.specs.samples import (
     AttentionSample,
     CollectiveSample,
@@ -330,7 +331,7 @@ class PriceSpec:
     chip_hour: Figure = has(Fact(PRICE, more_is_better=False))
 
 
-Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec
+Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | PpuSpec
 
 SCHEMAS: Mapping[str, type[Spec]] = {
     "chips": ChipSpec,
@@ -338,5 +339,6 @@ SCHEMAS: Mapping[str, type[Spec]] = {
     "storage": StorageSpec,
     "prices": PriceSpec,
     "workloads": WorkloadSpec,
+    "ppus": PpuSpec,
 }
 """Kind of spec (its catalogue folder) to schema; models are `config.json` files and have none."""

@@ -1,0 +1,156 @@
+"""A compiled program: words, where its tensors lie in HBM, and what each kernel is for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tongyun.chip.ppu.asm import Words
+from tongyun.chip.ppu.isa import SLOTS, Type
+from tongyun.errors import InputError
+
+MAGIC = b"PPU1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor in HBM: contiguous, row-major."""
+
+    name: str
+    at: int
+    """Byte address."""
+    shape: tuple[int, ...]
+    type: Type
+    role: str
+    """weight, input, output, state (kept between runs, such as the KV cache) or scratch."""
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.type.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """What runs between two barriers."""
+
+    name: str
+    kind: str
+    layer: int | None = None
+    line: str = ""
+    """Where in the user's source the operator stands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    words: Words
+    tensors: tuple[Tensor, ...]
+    kernels: tuple[Kernel, ...]
+    symbols: tuple[str, ...] = ()
+    """Names of the numbers read from SRAM that a simulation without data must be given."""
+    hbm_bytes: int = 0
+    chip: str = ""
+
+    def tensor(self, name: str) -> Tensor:
+        return next(tensor for tensor in self.tensors if tensor.name == name)
+
+    def save(self, path: Path) -> None:
+        """Write header and words under a temporary name, then rename."""
+        header = json.dumps(
+            {
+                "tensors": [asdict(tensor) for tensor in self.tensors],
+                "kernels": [asdict(kernel) for kernel in self.kernels],
+                "symbols": self.symbols,
+                "hbm_bytes": self.hbm_bytes,
+                "chip": self.chip,
+            }
+        ).encode()
+        fresh = path.with_name(path.name + ".tmp")
+        fresh.write_bytes(
+            MAGIC + len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
+        )
+        fresh.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> Program:
+        """Read what `save` wrote; InputError when the file is not one."""
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        size = int.from_bytes(raw[4:12], "little")
+        body = raw[12 + size :]
+        if raw[:4] != MAGIC or len(body) % (4 * SLOTS):
+            raise InputError(f"{path}: not a PPU program")
+        try:
+            header = json.loads(raw[12 : 12 + size])
+            tensors = tuple(
+                Tensor(**{**item, "shape": tuple(item["shape"]), "type": Type(item["type"])})
+                for item in header["tensors"]
+            )
+            kernels = tuple(Kernel(**item) for item in header["kernels"])
+            symbols, hbm_bytes, chip = tuple(header["symbols"]), header["hbm_bytes"], header["chip"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}: damaged header: {error}") from None
+        return cls(
+            words=np.frombuffer(body, dtype=np.uint32).reshape(-1, SLOTS).copy(),
+            tensors=tensors,
+            kernels=kernels,
+            symbols=symbols,
+            hbm_bytes=hbm_bytes,
+            chip=chip,
+        )
+
+
+@dataclass
+class Layout:
+    """Hands out HBM addresses, 256-byte aligned; scratch is reused once its last reader is past."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    top: int = 256
+    free: list[tuple[int, int]] = field(default_factory=list)
+    """(address, bytes) of holes."""
+
+    def place(self, name: str, shape: tuple[int, ...], type: Type, role: str) -> Tensor:
+        size = _aligned(int(np.prod(shape, dtype=np.int64)) * type.bytes)
+        at = self._hole(size) if role == "scratch" else None
+        if at is None:
+            at, self.top = self.top, self.top + size
+        tensor = Tensor(name=name, at=at, shape=shape, type=type, role=role)
+        self.tensors.append(tensor)
+        return tensor
+
+    def release(self, tensor: Tensor) -> None:
+        """Its bytes may be handed out again."""
+        holes = sorted([*self.free, (tensor.at, _aligned(tensor.bytes))])
+        self.free = []
+        for at, size in holes:
+            if self.free and sum(self.free[-1]) == at:
+                self.free[-1] = (self.free[-1][0], self.free[-1][1] + size)
+            else:
+                self.free.append((at, size))
+
+    def _hole(self, size: int) -> int | None:
+        fitting = [hole for hole in self.free if hole[1] >= size]
+        if not fitting:
+            return None
+        at, room = min(fitting, key=lambda hole: hole[1])
+        self.free.remove((at, room))
+        if room > size:
+            self.free.append((at + size, room - size))
+        return at
+
+
+def _aligned(size: int) -> int:
+    return (max(size, 1) + 255) // 256 * 256
+
+
+def tensors_by_role(tensors: tuple[Tensor, ...]) -> Mapping[str, int]:
+    """Bytes by role."""
+    total: dict[str, int] = {}
+    for tensor in tensors:
+        total[tensor.role] = total.get(tensor.role, 0) + tensor.bytes
+    return total
