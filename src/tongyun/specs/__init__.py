@@ -6,6 +6,7 @@ from tongyun.specs.find import (
     find_chip,
     find_fabric,
     find_model,
+    find_ppu,
     find_price,
     find_storage,
     find_workload,
@@ -13,6 +14,7 @@ from tongyun.specs.find import (
     loads,
     names,
 )
+from tongyun.specs.ppu import Ppu, PpuSpec
 from tongyun.specs.schema import (
     Calibration,
     Chip,
@@ -33,6 +35,8 @@ __all__ = [
     "FabricSpec",
     "Figure",
     "Link",
+    "Ppu",
+    "PpuSpec",
     "PriceSpec",
     "StorageSpec",
     "WorkloadSpec",
@@ -41,6 +45,7 @@ __all__ = [
     "find_chip",
     "find_fabric",
     "find_model",
+    "find_ppu",
     "find_price",
     "find_storage",
     "find_workload",

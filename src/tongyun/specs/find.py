@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from tongyun.errors import SpecError, unknown
 from tongyun.specs.form import Where, read_fields
+from tongyun.specs.ppu import PpuSpec
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
 from tongyun.store import home
@@ -44,6 +45,11 @@ def find_chip(name: str) -> ChipSpec:
             raise SpecError(path, "", "this machine is not calibrated yet: run `tongyun calibrate`")
         return load(path, ChipSpec)
     return _find("chips", ChipSpec, name)
+
+
+def find_ppu(name: str) -> PpuSpec:
+    """The inside of a chip by catalogue name, alias or path of a TOML file."""
+    return _find("ppus", PpuSpec, name)
 
 
 def find_fabric(name: str) -> FabricSpec:
