@@ -1,0 +1,235 @@
+"""Products with what is fused to them: RMSNorm before, SwiGLU, bias and residual behind.
+
+Output tiles go round the cores, row tiles fastest so that neighbours share a tile of the weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tongyun.chip.ppu.emit.builder import Buffers, Builder
+from tongyun.chip.ppu.isa import Alu, At, Epilogue, Flag, Type
+from tongyun.chip.ppu.program import Tensor
+from tongyun.specs.ppu import Ppu
+from tongyun.units import DType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matmul:
+    """out[m, n] = epilogue(a[m, k] · weight[n, k]ᵀ)."""
+
+    m: int
+    n: int
+    k: int
+    norm: bool = False
+    gate: bool = False
+    """Two weights of n rows each: silu(first) · second."""
+    residual: bool = False
+    bias: bool = False
+    out_bytes: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    m: int
+    n: int
+    k: int
+
+    def sram_bytes(self, matmul: Matmul) -> int:
+        """What the kernel's double buffers take."""
+        products = 2 if matmul.gate else 1
+        a = self.m * self.k * 2 + (self.k * 2 if matmul.norm else 0)
+        b = products * self.n * self.k * 2
+        c = products * self.m * self.n * 4 + (2 * self.m * 4 if matmul.norm else 0)
+        out = self.m * self.n * (matmul.out_bytes + (2 if matmul.residual else 0)) + 2 * self.n * matmul.bias
+        return 2 * (a + b + c + out) + 16 * 64
+
+
+def tilings(matmul: Matmul, ppu: Ppu) -> Iterator[Tiling]:
+    """Every tiling that fits, powers of two from the tensor unit's tile upwards."""
+    for m in _sizes(matmul.m, ppu.tile_m, 256):
+        for n in _sizes(matmul.n, ppu.tile_n, 256):
+            for k in _sizes(matmul.k, max(ppu.tile_k, 32), 1024):
+                tiling = Tiling(m=m, n=n, k=k)
+                if tiling.sram_bytes(matmul) <= ppu.sram_bytes:
+                    yield tiling
+
+
+def _sizes(size: int, least: int, most: int) -> list[int]:
+    sizes = [least]
+    while sizes[-1] < min(size, most):
+        sizes.append(sizes[-1] * 2)
+    return sizes
+
+
+@lru_cache(maxsize=4096)
+def mapped(matmul: Matmul, ppu: Ppu) -> Tiling:
+    """The tiling with the least estimated cycles; of equals, the largest."""
+    return min(tilings(matmul, ppu), key=lambda tiling: (estimate(matmul, tiling, ppu), -tiling.m * tiling.n * tiling.k))
+
+
+def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
+    """Cycles of a product on a tiling: rounds of tiles, each bound by tensor unit, port or HBM.
+
+    All traffic of a round at HBM's rate is pessimistic where L2 holds the other operand, so HBM is
+    charged for each operand once, over the whole product.
+    """
+    products = 2 if matmul.gate else 1
+    rows, cols = -(-matmul.m // tiling.m), -(-matmul.n // tiling.n)
+    steps = -(-matmul.k // tiling.k)
+    rounds = -(-rows * cols // ppu.cores)
+    busy = min(rows * cols, ppu.cores)
+    m, n = min(tiling.m, matmul.m), min(tiling.n, matmul.n)
+    tiles = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-tiling.k // ppu.tile_k)
+    rate = ppu.tensor_flops[DType.BF16]
+    tensor = products * tiles * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / rate
+    moved = 2 * tiling.k * (m + products * n)
+    step = max(tensor, moved / ppu.port_bytes, moved * busy / ppu.l2_rate)
+    fill = (ppu.hbm_latency_s * ppu.clock_hz) + moved / ppu.port_bytes
+    drain = m * n / ppu.vector_lanes
+    once = 2 * (matmul.m * matmul.k + products * matmul.n * matmul.k + matmul.m * matmul.n)
+    hbm = once / (ppu.hbm_bytes_per_s / ppu.clock_hz)
+    return max(rounds * max(steps * step, drain), hbm) + fill + drain
+
+
+def matmul(
+    b: Builder,
+    a: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    up: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+    residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    tiling: Tiling | None = None,
+) -> None:
+    """Emit one product; to be called inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k]."""
+    (m, k), n = a.shape, weight.shape[0]
+    shape = Matmul(
+        m=m, n=n, k=k, norm=gain is not None, gate=up is not None, residual=residual is not None,
+        bias=bias is not None, out_bytes=out.type.bytes,
+    )  # fmt: skip
+    t = tiling or mapped(shape, b.ppu)
+    rows, cols, steps = -(-m // t.m), -(-n // t.n), -(-k // t.k)
+    products = 2 if up is not None else 1
+    into = Operands.of(b, t, shape, out.type)
+    with b.units(rows * cols) as unit:
+        row = b.alu(Alu.MOD, unit, imm=rows)
+        col = b.alu(Alu.DIV, unit, imm=rows)
+        m_left, n_left = At(t.m, b.left(m, row, t.m)), At(t.n, b.left(n, col, t.n))
+        k_left = b.register(k)
+        far_a = b.address(a, (row, t.m * k * 2))
+        far_b = b.address(weight, (col, t.n * k * 2))
+        far_up = None if up is None else At(up.at, far_b.reg)
+        far_gain = b.register(0)
+        k_count = At(t.k, k_left)
+
+        def step(*, first: bool) -> None:
+            flags = Flag.TRANSPOSED | (Flag.NONE if first else Flag.ACCUMULATE)
+            flags |= Flag.NORM if gain is not None else Flag.NONE
+            wide = t.k * 2
+            b.load(a.type, far_a, into.a.address, rows=m_left, cols=k_count, stride=k * 2, sram_stride=wide, wait=["free"])
+            if gain is not None:
+                b.load(a.type, At(gain.at, far_gain), into.a + t.m * wide, rows=1, cols=k_count, stride=0, sram_stride=0)
+            if far_up is not None:
+                b.load(a.type, far_up, into.b + t.n * wide, rows=n_left, cols=k_count, stride=k * 2, sram_stride=wide)
+            b.load(
+                a.type, far_b, into.b.address, rows=n_left, cols=k_count, stride=k * 2, sram_stride=wide, signal=["full"]
+            )
+            for product in range(products):
+                last = product == products - 1
+                starts = [*(["full"] if product == 0 else []), *(["acc_free"] if first and product == 0 else [])]
+                b.emit(
+                    "MMA", a.type, weight.type, flags=flags, a=into.a.address, b=into.b + product * t.n * wide,
+                    c=into.c + product * t.m * t.n * 4, m=m_left, n=n_left, k=k_count, lda=wide, ldb=wide,
+                    ldc=t.n * 4, gain=into.a + t.m * wide if gain is not None else 0,
+                    stats=into.c + (products * t.n + product) * t.m * 4 if gain is not None else 0,
+                    wait=starts, signal=["free"] if last else [],
+                )  # fmt: skip
+            b.swap(into.a)
+            b.swap(into.b)
+            for register, change in ((k_left, -t.k), (far_a.reg, wide), (far_b.reg, wide), (far_gain, wide)):
+                b.alu(Alu.ADD, register, imm=change, into=register)
+
+        step(first=True)
+        if steps > 1:
+            with b.loop(steps - 1):
+                step(first=False)
+        b.sync("tensor", signal=["acc_full"])
+        place = b.address(out, (row, t.m * n * out.type.bytes), (col, t.n * out.type.bytes))
+        waits = ["acc_full", "out_free"]
+        fn = Epilogue.SCALE if gain is not None else Epilogue.PLAIN
+        fn |= Epilogue.GATE if up is not None else Epilogue.PLAIN
+        if residual is not None and into.residual is not None:
+            other = At(residual.at, b.address(out, (row, t.m * n * 2), (col, t.n * 2)).reg)
+            b.load(
+                residual.type, other, into.residual.address, rows=m_left, cols=n_left, stride=n * 2,
+                sram_stride=t.n * 2, wait=["res_free"], signal=["res_full"],
+            )  # fmt: skip
+            waits.append("res_full")
+            fn |= Epilogue.RESIDUAL
+        if bias is not None and into.bias is not None:
+            near = b.address(bias, (col, t.n * 2))
+            b.load(
+                bias.type, near, into.bias.address, rows=1, cols=n_left, stride=0, sram_stride=0,
+                wait=["bias_free"], signal=["bias_full"],
+            )  # fmt: skip
+            waits.append("bias_full")
+            fn |= Epilogue.BIAS
+        second = into.bias.address if into.bias is not None else into.c + t.m * t.n * 4
+        b.emit(
+            "DRAIN", out.type, Type.BF16, fn=fn, c=into.c.address,
+            gate=second if up is not None or bias is not None else 0,
+            out=into.out.address, m=m_left, n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
+            stats=into.c + products * t.n * t.m * 4 if gain is not None else 0,
+            residual=into.residual.address if into.residual is not None else 0,
+            ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits,
+            signal=["acc_free", "out_full", *(["res_free"] if residual is not None else []),
+                    *(["bias_free"] if bias is not None else [])],
+        )  # fmt: skip
+        b.store(
+            out.type, place, into.out.address, rows=m_left, cols=n_left, stride=n * out.type.bytes,
+            sram_stride=t.n * out.type.bytes, wait=["out_full"], signal=["out_free"],
+        )  # fmt: skip
+        for pair in into.behind:
+            b.swap(pair)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The double buffers of a product, their free tokens lent."""
+
+    a: Buffers
+    b: Buffers
+    c: Buffers
+    out: Buffers
+    residual: Buffers | None
+    bias: Buffers | None
+
+    @classmethod
+    def of(cls, b: Builder, t: Tiling, shape: Matmul, out: Type) -> Operands:
+        products = 2 if shape.gate else 1
+        b.lend("free", "tensor", "load")
+        b.lend("acc_free", "vector", "tensor")
+        b.lend("out_free", "store", "vector")
+        if shape.residual:
+            b.lend("res_free", "vector", "load")
+        if shape.bias:
+            b.lend("bias_free", "vector", "load")
+        return cls(
+            a=b.pair(t.m * t.k * 2 + (t.k * 2 if shape.norm else 0)),
+            b=b.pair(products * t.n * t.k * 2),
+            c=b.pair(products * t.m * t.n * 4 + (2 * t.m * 4 if shape.norm else 0)),
+            out=b.pair(t.m * t.n * out.bytes),
+            residual=b.pair(t.m * t.n * 2) if shape.residual else None,
+            bias=b.pair(t.n * 2) if shape.bias else None,
+        )
+
+    @property
+    def behind(self) -> list[Buffers]:
+        """Buffers that change once a tile."""
+        return [pair for pair in (self.c, self.out, self.residual, self.bias) if pair is not None]
