@@ -12,6 +12,10 @@ from typing import TYPE_CHECKING
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import typer
+
     from tongyun.codesign.fleet import Fleet, Pool
     from tongyun.specs import FleetSpec, PoolSpec
 
@@ -61,11 +65,17 @@ def read_fleet(
     return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching)
 
 
-def refuse_told(given: set[str]) -> None:
-    """InputError where a flag says what the fleet file says."""
-    twice = [f"--{name.replace('_', '-')}" for name in TOLD if name in given]
+def typed(context: typer.Context) -> set[str]:
+    """Names of the flags that the command line has, whatever their value."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and not source.name.startswith("DEFAULT")}
+
+
+def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--fleet says that") -> None:
+    """InputError where a flag says what is said elsewhere."""
+    twice = [f"--{name.replace('_', '-')}" for name in names if name in given]
     if twice:
-        raise InputError(f"{twice[0]}: --fleet says that; leave one of them out")
+        raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
 def _pool(spec: PoolSpec) -> Pool:

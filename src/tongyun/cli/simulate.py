@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tongyun.cli.fleet import read_fleet, refuse_told
+from tongyun.cli.fleet import read_fleet, refuse_told, typed
 from tongyun.cli.plan import ask
 from tongyun.errors import Infeasible, InputError
 
@@ -143,7 +143,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
 
     isl, osl = _lengths(arrivals)
     if given["fleet"] is not None:
-        refuse_told(_typed(given["context"]))
+        refuse_told(typed(given["context"]))
         spec, fleet = read_fleet(
             given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=given["usd_per_chip_hour"]
         )
@@ -168,12 +168,6 @@ def _lengths(arrivals: list[Arrival]) -> tuple[int, int]:
     prompt = sum(arrival.prompt_tokens for arrival in arrivals) / len(arrivals)
     output = sum(arrival.output_tokens for arrival in arrivals) / len(arrivals)
     return max(1, round(prompt)), max(2, round(output))
-
-
-def _typed(context: typer.Context) -> set[str]:
-    """Names of the flags that the command line has, whatever their value."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source and not source.name.startswith("DEFAULT")}
 
 
 def _given_plan(given: dict[str, Any], question: Question) -> Plan:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats, Executor
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Finish, Request
@@ -42,8 +42,10 @@ class _Progress:
 class Instance:
     """An engine, its requests in flight and the records of those that ended."""
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, watch: Callable[[Turn], None] | None = None) -> None:
+        """`watch` is told of every single step, before the requests it ended are recorded."""
         self.loop = loop
+        self._watch = watch
         self.records: dict[str, RequestRecord | None] = {}
         self.in_flight: dict[str, _Progress] = {}
         self.prompt_tokens_due = 0
@@ -62,6 +64,21 @@ class Instance:
         else:
             self.in_flight[request.id] = _Progress(request)
             self.prompt_tokens_due += len(request.prompt)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request between two steps; false if it is not in flight."""
+        progress = self.in_flight.get(request_id)
+        if progress is None:
+            return False
+        self.loop.abort(request_id)
+        if progress.first_s is None:
+            self.prompt_tokens_due -= len(progress.request.prompt)
+        self._end(progress, self.loop.clock.now(), Finish.ABORT)
+        return True
+
+    def forget(self) -> None:
+        """Drop the records of requests that have ended."""
+        self.records = dict.fromkeys(self.in_flight)
 
     @property
     def load(self) -> Load:
@@ -90,6 +107,8 @@ class Instance:
         done = self.loop.turn()
         if done is None:
             return
+        if self._watch is not None:
+            self._watch(done)
         in_flight = self.in_flight
         for request, _, _, samples, _, _, cached_tokens in done.batch.pieces:
             if samples:
@@ -135,25 +154,40 @@ def simulate(
     return run.result()
 
 
-def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router: Router) -> list[Simulated]:
-    """Every request through the engine that `router` gives it to; one result per engine.
+class Front:
+    """Engines behind a router, taken as far as somebody says and no further.
 
-    Engines share nothing but the arrivals, so that each is taken as far as the next arrival
-    and no further before the router looks. It sees an engine in the midst of a step as it
+    Engines share nothing but the arrivals. The router sees one in the midst of a step as it
     will be when the step ends. Loops have virtual clocks that start together.
     """
-    instances = [Instance(loop) for loop in loops]
-    before_s = 0.0
-    for request in requests:
-        if request.arrival_s < before_s:
+
+    def __init__(
+        self, loops: Iterable[EngineLoop], router: Router, watch: Callable[[Turn], None] | None = None
+    ) -> None:
+        self.instances = [Instance(loop, watch) for loop in loops]
+        self._router = router
+        self._before_s = 0.0
+
+    def send(self, request: Request) -> None:
+        """Give a request, in order of arrival, to the engine that the router names when it arrives."""
+        if request.arrival_s < self._before_s:
             raise ValueError(f"request '{request.id}' arrives before one that came first")
-        before_s = request.arrival_s
-        for one in instances:
-            one.advance(before_s)
-        instances[router.choose(request, [one.load for one in instances])].send(request)
-    for one in instances:
-        one.advance(float("inf"))
-    return [one.result() for one in instances]
+        self._before_s = request.arrival_s
+        self.advance(request.arrival_s)
+        self.instances[self._router.choose(request, [one.load for one in self.instances])].send(request)
+
+    def advance(self, until_s: float) -> None:
+        for one in self.instances:
+            one.advance(until_s)
+
+
+def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router: Router) -> list[Simulated]:
+    """Every request through the engine that `router` gives it to; one result per engine."""
+    front = Front(loops, router)
+    for request in requests:
+        front.send(request)
+    front.advance(float("inf"))
+    return [one.result() for one in front.instances]
 
 
 def play_pools(
@@ -170,28 +204,35 @@ def play_pools(
     of arrival, and what happened in each pool.
     """
     sent = list(requests)
-    first = play_fleet((replace(r, output_tokens=1) for r in sent), pools[0], routers[0])
+    first = play_fleet(map(prefill_part, sent), pools[0], routers[0])
     prefilled = {record.id: record for one in first for record in one.records}
     load = []
     for request in sent:
         record = prefilled[request.id]
         if record.ok and request.output_tokens > 1:
-            prompt = len(request.prompt)
-            load.append(
-                replace(
-                    request,
-                    # The first token: made up as the others are.
-                    prompt=(*request.prompt, request.prompt[-1]),
-                    output_tokens=request.output_tokens - 1,
-                    arrival_s=record.ended_s + hand_over_s(request),
-                    handed_tokens=prompt,
-                )
-            )
+            load.append(decode_part(request, record.ended_s + hand_over_s(request)))
     load.sort(key=lambda request: request.arrival_s)
     second = play_fleet(load, pools[1], routers[1])
     decoded = {record.id: record for one in second for record in one.records}
     whole = tuple(_joined(prefilled[r.id], decoded.get(r.id)) for r in sent)
     return whole, (first, second)
+
+
+def prefill_part(request: Request) -> Request:
+    """What the first pool does: the prompt and the token it yields."""
+    return replace(request, output_tokens=1)
+
+
+def decode_part(request: Request, arrival_s: float) -> Request:
+    """What the second pool does from when the prompt's keys and values have come: all but the first token."""
+    return replace(
+        request,
+        # The first token: made up as the others are.
+        prompt=(*request.prompt, request.prompt[-1]),
+        output_tokens=request.output_tokens - 1,
+        arrival_s=arrival_s,
+        handed_tokens=len(request.prompt),
+    )
 
 
 def _joined(first: RequestRecord, rest: RequestRecord | None) -> RequestRecord:

@@ -14,8 +14,8 @@ import numpy as np
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
-from tongyun.cloud.engine.protocol import Clock, EngineStats
-from tongyun.cloud.engine.simulated import LeapingExecutor
+from tongyun.cloud.engine.protocol import EngineStats
+from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.latency import LatencyReport, Slo, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
@@ -78,8 +78,13 @@ class Engines:
 
     pool: Pool
     loops: tuple[EngineLoop, ...]
-    executors: tuple[LeapingExecutor, ...]
-    sources: frozenset[Source]
+    executors: tuple[SimulatedExecutor, ...]
+    table: StepTable
+
+    @property
+    def shortest_s(self) -> float:
+        """Seconds of a step in which one request decodes its first token."""
+        return float(self.table.decode(1, np.array([1]))[0, 0])
 
     def joules(self, chip: Chip, busy_s: Sequence[float], duration_s: float) -> float:
         """Of the pool's chips over that time, of which its engines spent `busy_s` in steps."""
@@ -163,8 +168,11 @@ class Fleet:
             prefix_caching=self.prefix_caching,
         )
 
-    def engines(self, pool: Pool, chip: Chip, clock: Callable[[], Clock] = VirtualClock) -> Engines:
-        """A pool's engines, every one on a clock of its own."""
+    def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
+        """A pool's engines, every one on a virtual clock of its own.
+
+        With `words`, the tokens they make up, every step is taken by itself and can be told.
+        """
         question, limits = self.question, self.limits(chip, pool.plan)
         table = StepTable(
             question.model,
@@ -175,12 +183,13 @@ class Fleet:
             max_context_tokens=limits.max_context_tokens,
         )
         groups = range(pool.plan.replicas * pool.plan.shard.dp)
-        executors = tuple(LeapingExecutor(table, vocabulary=question.model.vocab) for _ in groups)
+        kind = LeapingExecutor if words is None else SimulatedExecutor
+        executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
         return Engines(
             pool=pool,
-            loops=tuple(EngineLoop(Scheduler(limits), executor, clock()) for executor in executors),
+            loops=tuple(EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors),
             executors=executors,
-            sources=table.sources,
+            table=table,
         )
 
     def hand_over(self, chip: Chip) -> Callable[[int], float]:
@@ -245,5 +254,5 @@ class Fleet:
             usd_per_mtoken=None
             if price is None or not report.output_tokens
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
-            sources=frozenset().union(*(pool.sources for pool in pools)),
+            sources=frozenset().union(*(pool.table.sources for pool in pools)),
         )

@@ -35,6 +35,19 @@ class Turn(NamedTuple):
     ended: dict[str, Finish]
     moment_s: float
 
+    def events(self) -> list[TokenEvent]:
+        """What the step did to each request of its batch."""
+        tokens, scores = self.result.tokens, self.result.scores or {}
+        ended, now_s = self.ended, self.moment_s
+        events = []
+        for request, _, _, samples, _, _, cached_tokens in self.batch.pieces:
+            if samples:
+                one = request.id
+                events.append(
+                    TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens)
+                )
+        return events
+
 
 class Leap(NamedTuple):
     """Decoding steps taken at once: whose, how many, who ended with the last, and when that was."""
@@ -90,7 +103,7 @@ class EngineLoop:
         StepError if the executor failed: the loop itself can go on.
         """
         done = self.turn()
-        return None if done is None else _events(*done)
+        return None if done is None else done.events()
 
     def turn(self) -> Turn | None:
         """`step`, reported as a whole: for who has no use for an event of each token."""
@@ -182,13 +195,3 @@ class EngineLoop:
 
 def _stops(request: Request) -> bool:
     return bool(request.stop_token_ids)
-
-
-def _events(batch: Batch, result: StepResult, ended: dict[str, Finish], now_s: float) -> list[TokenEvent]:
-    tokens, scores = result.tokens, result.scores or {}
-    events = []
-    for request, _, _, samples, _, _, cached_tokens in batch.pieces:
-        if samples:
-            one = request.id
-            events.append(TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens))
-    return events

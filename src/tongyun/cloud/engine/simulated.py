@@ -7,7 +7,7 @@ again, and any stretch of them can be told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,9 +53,13 @@ class DecodeCosts(Protocol):
 class SimulatedExecutor:
     """Asks `step_cost` how long a step takes; time itself is the clock's business."""
 
-    def __init__(self, step_cost: StepCost, *, vocabulary: int = 32_000) -> None:
+    def __init__(
+        self, step_cost: StepCost, *, vocabulary: int = 32_000, words: Sequence[int] | None = None
+    ) -> None:
+        """Tokens are those below `vocabulary`, or `words` alone, where somebody reads them."""
         self._step_cost = step_cost
-        self._vocabulary = vocabulary
+        self._vocabulary = vocabulary if words is None else len(words)
+        self._words = words
         self.joules = 0.0
         """Of all steps so far."""
 
@@ -71,20 +75,25 @@ class SimulatedExecutor:
 
     def new_tokens(self, request: Request, known: int, count: int) -> list[int]:
         """Tokens that count up from what the prompt's end and the place say."""
+        if self._words is not None:
+            return [self._token(request, known + i) for i in range(count)]
         first, vocabulary = self._token(request, known), self._vocabulary
         if first + count <= vocabulary:
             return list(range(first, first + count))
         return [(first + i) % vocabulary for i in range(count)]
 
     def _token(self, request: Request, known: int) -> int:
-        return (31 * request.prompt[-1] + known) % self._vocabulary
+        number = (31 * request.prompt[-1] + known) % self._vocabulary
+        return number if self._words is None else self._words[number]
 
 
 class LeapingExecutor(SimulatedExecutor):
     """A simulated executor whose price can foresee decoding steps (see `Foresight`)."""
 
-    def __init__(self, step_cost: DecodeCosts, *, vocabulary: int = 32_000) -> None:
-        super().__init__(step_cost, vocabulary=vocabulary)
+    def __init__(
+        self, step_cost: DecodeCosts, *, vocabulary: int = 32_000, words: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(step_cost, vocabulary=vocabulary, words=words)
         self._decode = step_cost.decode
         self._coming_joules = np.zeros(0)
 
