@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,15 @@ class Price:
         else:
             seconds = 0.1 + 0.037 * float(load.new_tokens.sum()) + 0.0013 * float(load.context.sum())
         return Cost(seconds=seconds, joules=1.0, sources=frozenset({Source.ASSUMED}))
+
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        new = decoding + sum(new for new, _ in chunks)
+        context = context_tokens + sum(cached for _, cached in chunks)
+        if new == decoding + len(chunks):
+            return float(self.decode(new, np.array([context]))[0, 0]), 1.0
+        return 0.1 + 0.037 * float(new) + 0.0013 * float(context), 1.0
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         seconds = 1 / 7 + sequences / 30 + context_tokens / 1100
@@ -93,6 +103,7 @@ def test_the_scheduler_is_left_as_by_single_steps(config: SchedulerConfig, load:
 
 
 def _state(scheduler: Scheduler) -> object:
+    scheduler.settle()
     pool = scheduler.pool
     held = {
         name: (seq.state, seq.history, seq.computed, seq.blocks, seq.room, seq.published, seq.publish_at)

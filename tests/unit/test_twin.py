@@ -40,6 +40,13 @@ class Price:
         seconds = 0.005 + 1e-4 * float(load.new_tokens.sum()) / 3 + 1e-5 * float(load.context.sum()) / 7
         return Cost(seconds=seconds, joules=1.0, sources=frozenset({Source.ASSUMED}))
 
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        new = decoding + sum(new for new, _ in chunks)
+        context = context_tokens + sum(cached for _, cached in chunks)
+        return 0.005 + 1e-4 * float(new) / 3 + 1e-5 * float(context) / 7, 1.0
+
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         seconds = 0.005 + 1e-4 * sequences / 3 + 1e-5 * context_tokens / 7
         return np.stack((seconds, np.ones_like(seconds)))

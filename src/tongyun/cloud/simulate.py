@@ -13,7 +13,7 @@ from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats, Executor
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.sched.request import Finish, Request
+from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.cloud.sched.router import Load, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.errors import RequestError
@@ -28,7 +28,7 @@ class Simulated:
 
 
 class _Progress:
-    """What has come back of one request so far."""
+    """What has come back of one request so far; `count` misses the tokens of steps foreseen."""
 
     __slots__ = ("cached", "count", "first_s", "request")
 
@@ -70,6 +70,7 @@ class Instance:
         progress = self.in_flight.get(request_id)
         if progress is None:
             return False
+        progress.count = self.loop.produced(request_id)
         self.loop.abort(request_id)
         if progress.first_s is None:
             self.prompt_tokens_due -= len(progress.request.prompt)
@@ -98,8 +99,9 @@ class Instance:
         if leap is None:
             self._step()
             return
-        for request in leap.requests:
-            self.in_flight[request.id].count += leap.steps
+        for piece in leap.pieces:
+            if piece.samples:
+                self._begun(piece, leap.moment_s)
         for request_id, finish in leap.ended.items():
             self._end(self.in_flight[request_id], leap.moment_s, finish)
 
@@ -109,17 +111,20 @@ class Instance:
             return
         if self._watch is not None:
             self._watch(done)
-        in_flight = self.in_flight
-        for request, _, _, samples, _, _, cached_tokens in done.batch.pieces:
-            if samples:
-                progress = in_flight[request.id]
-                progress.count += 1
-                if progress.first_s is None:
-                    progress.first_s = done.moment_s
-                    progress.cached = cached_tokens
-                    self.prompt_tokens_due -= len(request.prompt)
+        for piece in done.batch.pieces:
+            if piece.samples:
+                self.in_flight[piece.request.id].count += 1
+                self._begun(piece, done.moment_s)
         for request_id, finish in done.ended.items():
-            self._end(in_flight[request_id], done.moment_s, finish)
+            self._end(self.in_flight[request_id], done.moment_s, finish)
+
+    def _begun(self, piece: Piece, moment_s: float) -> None:
+        """Note a request's first token; a later one changes nothing."""
+        progress = self.in_flight[piece.request.id]
+        if progress.first_s is None:
+            progress.first_s = moment_s
+            progress.cached = piece.cached_tokens
+            self.prompt_tokens_due -= len(piece.request.prompt)
 
     def result(self) -> Simulated:
         """Records in the order of sending, and the engine's counters."""
@@ -128,6 +133,8 @@ class Instance:
 
     def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
         request_id = progress.request.id
+        if finish is Finish.LENGTH:
+            progress.count = progress.request.output_tokens
         del self.in_flight[request_id]
         self.records[request_id] = _record(progress, moment_s, finish, None)
 

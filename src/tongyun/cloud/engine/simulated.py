@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.cloud.engine.protocol import StepResult
-from tongyun.cloud.sched.request import Batch, Request
+from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.units import Cost
 
 
@@ -47,6 +47,14 @@ class DecodeCosts(Protocol):
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all.
 
         Each as `__call__` says.
+        """
+
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding.
+
+        As `__call__` says, which must not ask for more of those that decode than their sum.
         """
 
 
@@ -94,7 +102,7 @@ class LeapingExecutor(SimulatedExecutor):
         self, step_cost: DecodeCosts, *, vocabulary: int = 32_000, words: Sequence[int] | None = None
     ) -> None:
         super().__init__(step_cost, vocabulary=vocabulary, words=words)
-        self._decode = step_cost.decode
+        self._decode, self._mixed = step_cost.decode, step_cost.mixed
         self._coming_joules = np.zeros(0)
 
     def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
@@ -102,6 +110,18 @@ class LeapingExecutor(SimulatedExecutor):
         costs = self._decode(sequences, context_tokens + sequences * np.arange(steps))
         self._coming_joules = costs[1]
         return np.asarray(costs[0])
+
+    def beside(self, decoding: int, context_tokens: int, pieces: Sequence[Piece]) -> StepResult:
+        """A step of these pieces of prompts beside so many requests that decode."""
+        tokens = {
+            piece.request.id: self._token(piece.request, len(piece.history))
+            for piece in pieces
+            if piece.samples
+        }
+        chunks = [(piece.length, piece.start) for piece in pieces]
+        seconds, joules = self._mixed(decoding, context_tokens, chunks, decoding + len(tokens))
+        self.joules += joules
+        return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
 
     def went(self, steps: int) -> None:
         self.joules += float(self._coming_joules[:steps].sum())

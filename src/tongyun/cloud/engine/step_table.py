@@ -10,7 +10,7 @@ which memory serves it), and steps are remembered whole. Either way a step costs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,17 +76,29 @@ class StepTable:
     def __call__(self, load: StepLoad) -> Cost:
         """The cost of one batch."""
         one = load.new_tokens == 1
-        decoding = int(one.sum())
-        if decoding == len(one) == load.samples:
-            seconds, joules = self._row(decoding)[:, self._place(decoding, load.context.sum())]
-            return Cost(seconds=float(seconds), joules=float(joules), sources=self.sources)
-        place = int(self._place(decoding, load.context[one].sum())) if decoding else 0
-        chunks = tuple(zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True))
-        key = decoding, place, chunks, load.samples
-        if key not in self._mixed:
-            self._mixed[key] = self._mix(decoding, place, chunks, load.samples)
-        seconds, joules = self._mixed[key]
+        chunks = zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True)
+        context_tokens = int(load.context[one].sum())
+        seconds, joules = self.mixed(int(one.sum()), context_tokens, tuple(chunks), load.samples)
         return Cost(seconds=seconds, joules=joules, sources=self.sources)
+
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding."""
+        single = [cached for new, cached in chunks if new == 1]
+        if single:
+            # A prompt's last token by itself is computed as a decoding one is.
+            decoding += len(single)
+            context_tokens += sum(single)
+            chunks = [chunk for chunk in chunks if chunk[0] != 1]
+        place = round(context_tokens / decoding / GRAIN) if decoding else 0
+        if not chunks and samples == decoding:
+            seconds, joules = self._row(decoding)[:, place].tolist()
+            return seconds, joules
+        key = decoding, place, tuple(chunks), samples
+        if key not in self._mixed:
+            self._mixed[key] = self._mix(*key)
+        return self._mixed[key]
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""

@@ -37,6 +37,7 @@ class Sequence:
         "computed",
         "history",
         "limit",
+        "offset",
         "publish_at",
         "published",
         "rank",
@@ -53,6 +54,8 @@ class Sequence:
         self.history = list(request.prompt)
         self.limit = len(self.history) + request.output_tokens
         self.computed = 0
+        self.offset = 0
+        """While its steps are only counted: tokens it knew when the count was zero."""
         self.blocks: list[int] = []
         self.room = 0
         self.admitted = False
