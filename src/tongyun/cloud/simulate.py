@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats, Executor
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.sched.prefix import row
 from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.cloud.sched.router import Load, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
@@ -42,10 +44,16 @@ class _Progress:
 class Instance:
     """An engine, its requests in flight and the records of those that ended."""
 
-    def __init__(self, loop: EngineLoop, watch: Callable[[Turn], None] | None = None) -> None:
-        """`watch` is told of every single step, before the requests it ended are recorded."""
+    def __init__(
+        self,
+        loop: EngineLoop,
+        *,
+        watch: Callable[[Turn], None] | None = None,
+        ended: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
+        """`watch` is told of every single step, `ended` of every request that is over."""
         self.loop = loop
-        self._watch = watch
+        self._watch, self._ended = watch, ended
         self.records: dict[str, RequestRecord | None] = {}
         self.in_flight: dict[str, _Progress] = {}
         self.prompt_tokens_due = 0
@@ -136,7 +144,9 @@ class Instance:
         if finish is Finish.LENGTH:
             progress.count = progress.request.output_tokens
         del self.in_flight[request_id]
-        self.records[request_id] = _record(progress, moment_s, finish, None)
+        self.records[request_id] = record = _record(progress, moment_s, finish, None)
+        if self._ended is not None:
+            self._ended(record)
 
 
 def simulate(
@@ -169,9 +179,14 @@ class Front:
     """
 
     def __init__(
-        self, loops: Iterable[EngineLoop], router: Router, watch: Callable[[Turn], None] | None = None
+        self,
+        loops: Iterable[EngineLoop],
+        router: Router,
+        *,
+        watch: Callable[[Turn], None] | None = None,
+        ended: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        self.instances = [Instance(loop, watch) for loop in loops]
+        self.instances = [Instance(loop, watch=watch, ended=ended) for loop in loops]
         self._router = router
         self._before_s = 0.0
 
@@ -186,6 +201,64 @@ class Front:
     def advance(self, until_s: float) -> None:
         for one in self.instances:
             one.advance(until_s)
+
+
+class Relay:
+    """A pool that prefills and a pool that decodes the rest.
+
+    The first token leaves where the prompt was computed; its keys and values are at the
+    other engine `hand_over_s` seconds later. Prefill never waits for decoding, so that the
+    second pool follows the first: whatever reaches it by a moment has left the first before.
+    """
+
+    def __init__(
+        self,
+        pools: tuple[Iterable[EngineLoop], Iterable[EngineLoop]],
+        routers: tuple[Router, Router],
+        hand_over_s: Callable[[Request], float],
+        *,
+        watches: tuple[Callable[[Turn], None] | None, Callable[[Turn], None] | None] = (None, None),
+    ) -> None:
+        self.first = Front(pools[0], routers[0], watch=watches[0], ended=self._hand_over)
+        self.second = Front(pools[1], routers[1], watch=watches[1])
+        self._hand_over_s = hand_over_s
+        self._whole: dict[str, Request] = {}
+        # A heap of what is under way between the pools; the number keeps the order of equal moments.
+        self._under_way: list[tuple[float, int, Request]] = []
+        self._serial = 0
+
+    def send(self, request: Request) -> None:
+        """Give a request, in order of arrival."""
+        self._whole[request.id] = request
+        self.first.send(prefill_part(request))
+        self._pass_on(request.arrival_s)
+
+    def advance(self, until_s: float) -> None:
+        self.first.advance(until_s)
+        self._pass_on(until_s)
+        self.second.advance(until_s)
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is."""
+        self._whole.pop(request_id, None)
+        fronts = (self.first, self.second)
+        if not any(one.abort(request_id) for front in fronts for one in front.instances):
+            self._under_way = sorted(entry for entry in self._under_way if entry[2].id != request_id)
+
+    def next_s(self) -> float | None:
+        """When the next request reaches the second pool; None where none is under way."""
+        return self._under_way[0][0] if self._under_way else None
+
+    def _hand_over(self, record: RequestRecord) -> None:
+        request = self._whole.pop(record.id, None)
+        if request is not None and record.ok and request.output_tokens > 1:
+            moment_s = record.ended_s + self._hand_over_s(request)
+            self._serial += 1
+            heappush(self._under_way, (moment_s, self._serial, decode_part(request, moment_s)))
+
+    def _pass_on(self, until_s: float) -> None:
+        while self._under_way and self._under_way[0][0] <= until_s:
+            self.second.send(heappop(self._under_way)[2])
 
 
 def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router: Router) -> list[Simulated]:
@@ -203,26 +276,19 @@ def play_pools(
     routers: tuple[Router, Router],
     hand_over_s: Callable[[Request], float],
 ) -> tuple[tuple[RequestRecord, ...], tuple[list[Simulated], list[Simulated]]]:
-    """Every request through an engine that prefills it and another that decodes the rest.
+    """Every request through an engine that prefills it and another that decodes the rest (see `Relay`).
 
-    The first token leaves where the prompt was computed; its keys and values are at the
-    other engine `hand_over_s` seconds later. Prefill never waits for decoding, so that the
-    first pool's run is the second one's load. Returns a record for each request in order
-    of arrival, and what happened in each pool.
+    Returns a record for each request in order of arrival, and what happened in each pool.
     """
-    sent = list(requests)
-    first = play_fleet(map(prefill_part, sent), pools[0], routers[0])
+    relay, names = Relay(pools, routers, hand_over_s), []
+    for request in requests:
+        names.append(request.id)
+        relay.send(request)
+    relay.advance(float("inf"))
+    first, second = ([one.result() for one in front.instances] for front in (relay.first, relay.second))
     prefilled = {record.id: record for one in first for record in one.records}
-    load = []
-    for request in sent:
-        record = prefilled[request.id]
-        if record.ok and request.output_tokens > 1:
-            load.append(decode_part(request, record.ended_s + hand_over_s(request)))
-    load.sort(key=lambda request: request.arrival_s)
-    second = play_fleet(load, pools[1], routers[1])
     decoded = {record.id: record for one in second for record in one.records}
-    whole = tuple(_joined(prefilled[r.id], decoded.get(r.id)) for r in sent)
-    return whole, (first, second)
+    return tuple(_joined(prefilled[name], decoded.get(name)) for name in names), (first, second)
 
 
 def prefill_part(request: Request) -> Request:
@@ -232,10 +298,12 @@ def prefill_part(request: Request) -> Request:
 
 def decode_part(request: Request, arrival_s: float) -> Request:
     """What the second pool does from when the prompt's keys and values have come: all but the first token."""
+    prompt = row(request.prompt)
+    # The first token: made up as the others are.
+    prompt.append(prompt[-1])
     return replace(
         request,
-        # The first token: made up as the others are.
-        prompt=(*request.prompt, request.prompt[-1]),
+        prompt=prompt,
         output_tokens=request.output_tokens - 1,
         arrival_s=arrival_s,
         handed_tokens=len(request.prompt),

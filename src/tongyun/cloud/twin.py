@@ -22,7 +22,7 @@ from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import Router
-from tongyun.cloud.simulate import Front, decode_part, prefill_part
+from tongyun.cloud.simulate import Front, Relay, decode_part, prefill_part
 from tongyun.errors import ServiceError
 
 LATE_S, SAID_EACH_S = 0.02, 10.0
@@ -51,22 +51,17 @@ class Twin:
         have virtual clocks at zero, which is now, and executors without foresight: what is
         leapt over could not be told.
         """
-        if len(pools) not in (1, 2):
-            raise ValueError("a twin has one pool, or one that prefills and one that decodes")
         self._origin_s = time.perf_counter()
-        self._sink, self._hand_over_s, self._grace_s = sink, hand_over_s, grace_s
-        watches = (self._prefilled if len(pools) == 2 else self._decoded, self._decoded)
+        self._sink, self._grace_s = sink, grace_s
         # Held by whoever moves the engines or looks at them.
         self._moving = Lock()
-        self._fronts = [
-            Front(loops, router, watch) for (loops, router), watch in zip(pools, watches, strict=False)
-        ]
+        self._fleet = self._put_together(pools, hand_over_s)
+        # Of requests whose first token is not their last, and comes from another pool than the rest.
+        self._going_on: set[str] = set()
         self._coming: list[tuple[float, int, Request]] = []
         self._done_s = 0.0
         """Every step that begins before is simulated."""
         self._due: list[tuple[float, int, list[TokenEvent]]] = []
-        self._handed: list[tuple[float, int, Request]] = []
-        self._whole: dict[str, Request] = {}
         self._serial = 0
         self._said_s = -SAID_EACH_S
         self._changed = Condition()
@@ -77,6 +72,25 @@ class Twin:
         self._failure: BaseException | None = None
         self._thread = Thread(target=self._run, name="tongyun-twin", daemon=True)
         self._thread.start()
+
+    def _put_together(
+        self, pools: Sequence[tuple[Iterable[EngineLoop], Router]], hand_over_s: Callable[[int], float]
+    ) -> Front | Relay:
+        if len(pools) == 1:
+            ((loops, router),) = pools
+            return Front(loops, router, watch=self._decoded)
+        (first, last), (router, rest) = zip(*pools, strict=True)
+        return Relay(
+            (first, last),
+            (router, rest),
+            lambda request: hand_over_s(len(request.prompt)),
+            watches=(self._prefilled, self._decoded),
+        )
+
+    @property
+    def _fronts(self) -> tuple[Front, ...]:
+        fleet = self._fleet
+        return (fleet,) if isinstance(fleet, Front) else (fleet.first, fleet.second)
 
     def now(self) -> float:
         """Seconds since the start, the engines' and the wall's."""
@@ -161,7 +175,9 @@ class Twin:
     def _wait_s(self) -> float | None:
         """Until something is to be told or simulated; None where nothing is under way."""
         moments = [self._due[0][0]] if self._due else []
-        begins = [heap[0][0] for heap in (self._coming, self._handed) if heap]
+        begins = [self._coming[0][0]] if self._coming else []
+        if isinstance(self._fleet, Relay) and (next_s := self._fleet.next_s()) is not None:
+            begins.append(next_s)
         begins += [one.loop.clock.now() for front in self._fronts for one in front.instances if one.in_flight]
         if begins:
             moments.append(min(begins) + self._grace_s)
@@ -185,25 +201,14 @@ class Twin:
                 late_s * 1e3,
             )
 
-    def _arrive(self, request: Request) -> None:
-        first = self._fronts[0]
-        if len(self._fronts) == 1:
-            first.send(request)
-        else:
-            self._whole[request.id] = request
-            first.send(prefill_part(request))
-
     def _simulate(self, until_s: float) -> None:
         """Every arrival up to that moment, and every step that begins before it."""
-        first, last = self._fronts[0], self._fronts[-1]
         while self._coming and self._coming[0][0] <= until_s:
-            self._arrive(heappop(self._coming)[2])
-        first.advance(until_s)
-        if last is not first:
-            # All that arrives by then is known: it left the first pool before.
-            while self._handed and self._handed[0][0] <= until_s:
-                last.send(heappop(self._handed)[2])
-            last.advance(until_s)
+            request = heappop(self._coming)[2]
+            if request.output_tokens > 1:
+                self._going_on.add(request.id)
+            self._fleet.send(request)
+        self._fleet.advance(until_s)
         self._done_s = until_s
         for front in self._fronts:
             for one in front.instances:
@@ -214,17 +219,12 @@ class Twin:
         self._push(done.moment_s, done.events())
 
     def _prefilled(self, done: Turn) -> None:
-        """A step of the first pool: whoever ended there goes on in the second, unless one token was all."""
-        events = []
-        for event in done.events():
-            whole = self._whole.pop(event.request_id)
-            goes_on = whole.output_tokens > 1
-            if goes_on:
-                moment_s = done.moment_s + self._hand_over_s(len(whole.prompt))
-                self._serial += 1
-                heappush(self._handed, (moment_s, self._serial, decode_part(whole, moment_s)))
-            events.append(event._replace(finish=None) if goes_on else event)
-        self._push(done.moment_s, events)
+        """A step of the first pool: what ends there goes on in the second, unless one token was all."""
+        going_on = self._going_on
+        self._push(
+            done.moment_s,
+            [e._replace(finish=None) if e.request_id in going_on else e for e in done.events()],
+        )
 
     def _push(self, moment_s: float, events: list[TokenEvent]) -> None:
         self._serial += 1
@@ -232,10 +232,11 @@ class Twin:
 
     def _abort(self, request_id: str) -> None:
         """A step that has begun still takes its time; what it yields for the request is nobody's."""
-        if not any(one.abort(request_id) for front in self._fronts for one in front.instances):
-            self._handed = sorted(entry for entry in self._handed if entry[2].id != request_id)
-            self._coming = sorted(entry for entry in self._coming if entry[2].id != request_id)
-        self._whole.pop(request_id, None)
+        self._coming = sorted(entry for entry in self._coming if entry[2].id != request_id)
+        if isinstance(self._fleet, Relay):
+            self._fleet.abort(request_id)
+        else:
+            any(one.abort(request_id) for one in self._fleet.instances)
         self._report([TokenEvent(request_id, None, self.now(), Finish.ABORT)])
 
     def _end_all(self, finish: Finish, error: str | None) -> None:
@@ -246,7 +247,9 @@ class Twin:
     def _report(self, events: list[TokenEvent]) -> None:
         with self._changed:
             events = [event for event in events if event.request_id in self._in_flight]
-            self._in_flight -= {event.request_id for event in events if event.finish is not None}
+            ended = {event.request_id for event in events if event.finish is not None}
+            self._in_flight -= ended
+        self._going_on -= ended
         if not events:
             return
         try:
