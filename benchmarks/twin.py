@@ -4,8 +4,9 @@
 
 For each fleet and load: `tongyun simulate`'s prediction first, then `tongyun serve --twin` in a
 process of its own, and the openai client in another (`openai_load.py`), which sends the same
-prompts at the same moments. Bars: p50 within 3 %, p99 within 10 %. What differs is what a real
-endpoint has too: HTTP, the gateway and the client's own work.
+lengths at the same moments. Bars: p50 within 3 %, p99 within 10 %. What differs is what a real
+endpoint has too: HTTP and the client's own work. How much that is, is measured beside it: what the
+client finds at a gateway whose engine answers at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,6 @@ from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.latency import Percentiles
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.workload import (
-    Arrival,
     Arrivals,
     Distribution,
     Lengths,
@@ -40,6 +41,7 @@ from tongyun.report import column, table, to_json
 from tongyun.units import MS
 
 CLIENT = Path(__file__).parent / "openai_load.py"
+INSTANT = Path(__file__).parents[1] / "tests" / "e2e" / "fake_server.py"
 BARS = {"p50": 0.03, "p99": 0.10}
 
 
@@ -140,7 +142,7 @@ def measure(cell: Cell, seconds: float, seed: int) -> Row:
         spec, fleet = read_fleet(file)
         predicted = fleet.play(arrivals, find_router(spec.router), chip=fleet.question.chip.at(), seed=seed)
         with twin(file) as url:
-            felt = sent(url, spec.model, arrivals, seed)
+            felt = sent(url, spec.model, [(*one[:3],) for one in arrivals], seed)
     for arrival, (*_, counted) in zip(arrivals, felt, strict=True):
         if counted != [arrival.prompt_tokens, arrival.output_tokens]:
             raise SystemExit(f"{arrival.prompt_tokens} + {arrival.output_tokens} tokens became {counted}")
@@ -180,19 +182,31 @@ def twin(file: Path) -> Iterator[str]:
             server.wait()
 
 
-def sent(url: str, model: str, arrivals: list[Arrival], seed: int) -> list[list[float]]:
-    """The load through the openai client in a process of its own."""
+def sent(url: str, model: str, load: list[tuple[float, int, int]], seed: int) -> list[list[Any]]:
+    """A load (moment, prompt tokens, output tokens) through the openai client in a process of its own."""
     rng = random.Random(seed)
-    told: dict[str, Any] = {
+    told = {
         "url": url,
         "model": model,
-        "requests": [[one.time_s, text(one.prompt_tokens, rng), one.output_tokens] for one in arrivals],
+        "requests": [[moment_s, text(prompt, rng), output] for moment_s, prompt, output in load],
     }
     done = subprocess.run(
         [sys.executable, str(CLIENT)], input=json.dumps(told), stdout=subprocess.PIPE, text=True, check=True
     )
-    felt: list[list[float]] = json.loads(done.stdout)
+    felt: list[list[Any]] = json.loads(done.stdout)
     return felt
+
+
+def floor_s() -> float:
+    """The client's median time to the first token where the engine takes half a millisecond."""
+    command = [sys.executable, str(INSTANT), "0", "1", "0.0005"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = server.stdout.readline().strip()
+        felt = sent(f"{url}/v1", "fake", [(i / 10, 3000, 5) for i in range(40)], 0)
+        server.terminate()
+        server.communicate()
+    return statistics.median(ttft_s for _, ttft_s, *_ in felt)
 
 
 def text(tokens: int, rng: random.Random) -> str:
@@ -203,7 +217,7 @@ def text(tokens: int, rng: random.Random) -> str:
     return "".join(" " + "".join(rng.choices("abcdefghijklmnop", k=5)) for _ in range(tokens))
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Row], floor: float) -> None:
     columns = [column("fleet and load", left=True), column("figure", left=True)]
     columns += [column(name) for name in ("predicted ms", "measured ms", "error", "bar", "")]
     lines = [
@@ -220,7 +234,10 @@ def show(rows: list[Row]) -> None:
         for i, one in enumerate(row.figures)
     ]
     late = ", ".join(f"{row.lag_s / MS:.1f}" for row in rows)
-    caption = f"predicted: simulated; measured: the openai client, which itself left {late} ms late (p99)"
+    caption = (
+        f"predicted: simulated; measured: the openai client, which itself left {late} ms late (p99), "
+        f"and needs {floor / MS:.1f} ms to the first token of an engine that answers at once"
+    )
     Console(width=120).print(table("The twin beside its simulation", columns, lines, caption=caption))
 
 
@@ -233,10 +250,11 @@ def main() -> None:
     args = parser.parse_args()
     wanted = [cell for cell in CELLS if not args.cell or any(part in cell.name for part in args.cell)]
     rows = [measure(cell, args.seconds, args.seed) for cell in wanted]
+    floor = floor_s()
     if args.json:
-        print(to_json(rows))
+        print(to_json({"rows": rows, "floor_s": floor}))
     else:
-        show(rows)
+        show(rows, floor)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Series
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.request import Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
 
 NewTokens = Callable[[Request, int, int], Series[int]]
 """Tokens that a request produces next: of which request, how many tokens are known, how many to give."""
 Events = list[tuple[int, Rank, Sequence]]
 """A heap of steps in which something is due, the best rank of a step first, as in a batch."""
+
+
+class Step(NamedTuple):
+    """One step's work where those that decode are only counted."""
+
+    decoding: int
+    context_tokens: int
+    """Tokens of all that decode that have keys and values before the step."""
+    pieces: list[Piece]
+    """Of prompts."""
+
+
+class Ahead(NamedTuple):
+    """Steps in which the same requests decode and nothing else happens."""
+
+    decoding: int
+    context_tokens: int
+    """Tokens of all of them that have keys and values before the first of the steps."""
+    steps: int
 
 
 class Coast:

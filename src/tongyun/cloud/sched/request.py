@@ -27,7 +27,7 @@ class Finish(StrEnum):
 class Request:
     """One generation. `output_tokens` is the most it may produce.
 
-    The scheduler reads the first seven fields only. `sampling` is opaque to everybody
+    The scheduler reads the first six fields only. `sampling` is opaque to everybody
     but the executor; the loop ends a request when it produces an end-of-text token
     (unless `ignore_eos`) or one of `stop_token_ids`.
     """
@@ -40,8 +40,6 @@ class Request:
     """Higher runs first and is preempted last."""
     handed_tokens: int = 0
     """Tokens of the prompt whose keys and values come with the request, from an engine that prefilled it."""
-    block_keys: Sequence[bytes] = ()
-    """Keys of its first full blocks, where somebody has named them; of the engine's own block size."""
     sampling: object | None = None
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()

@@ -21,10 +21,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import ceil
-from typing import NamedTuple
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.coast import Coast, NewTokens
+from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
 from tongyun.errors import InputError, RequestError
@@ -73,25 +72,6 @@ class Counters:
     preemptions: int = 0
     queued_s: float = 0.0
     """Seconds requests spent between arrival and first admission, summed."""
-
-
-class Step(NamedTuple):
-    """One step's work where those that decode are only counted."""
-
-    decoding: int
-    context_tokens: int
-    """Tokens of all that decode that have keys and values before the step."""
-    pieces: list[Piece]
-    """Of prompts."""
-
-
-class Ahead(NamedTuple):
-    """Steps in which the same requests decode and nothing else happens."""
-
-    decoding: int
-    context_tokens: int
-    """Tokens of all of them that have keys and values before the first of the steps."""
-    steps: int
 
 
 class Scheduler:
@@ -216,7 +196,7 @@ class Scheduler:
     # ── lighter turns ────────────────────────────────────────────────────────────────
 
     def next_step(self, now: float, new_tokens: NewTokens) -> Step | None:
-        """As `next_batch`, with those that decode only counted; `commit_step` must follow.
+        """As `next_batch`, with those that decode only counted; `commit_step` must follow at once.
 
         None also where a request may have to be preempted: `next_batch` knows how.
         """

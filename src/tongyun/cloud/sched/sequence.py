@@ -67,7 +67,7 @@ class Sequence:
         self.refused_at: tuple[int, int] | None = None
         """The pool's (free, published) when admission last failed for want of blocks."""
         # Keys depend on contents alone, so they outlive a preemption.
-        self._keys = list(request.block_keys)
+        self._keys: list[bytes] = []
 
     def named(self, index: int, block_tokens: int) -> tuple[bytes, bytes, bytes]:
         """Key, parent key and packed tokens of the full block `index`, the next after known ones."""
