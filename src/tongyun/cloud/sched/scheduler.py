@@ -19,13 +19,13 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from math import ceil
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
+from tongyun.cloud.sched.waiting import Waiting
 from tongyun.errors import InputError, RequestError
 
 
@@ -84,9 +84,7 @@ class Scheduler:
         self._reserve = ceil(config.watermark * config.blocks)
         self._sequences: dict[str, Sequence] = {}
         self._serial = 0
-        # Aborted requests stay in the heap until they surface or outnumber the living.
-        self._heap: list[tuple[Rank, Sequence]] = []
-        self._waiting = 0
+        self._waiting = Waiting()
         # Best rank first, so that the one to preempt is always at an end.
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
@@ -96,7 +94,7 @@ class Scheduler:
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -136,7 +134,7 @@ class Scheduler:
         seq = Sequence(request, self._serial)
         self._serial += 1
         self._sequences[request.id] = seq
-        self._enqueue(seq)
+        self._waiting.push(seq)
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; False if it is not in flight.
@@ -147,15 +145,13 @@ class Scheduler:
         seq = self._sequences.pop(request_id, None)
         if seq is None:
             return False
-        if seq.state is State.WAITING:
-            self._waiting -= 1
-            if len(self._heap) > 2 * self._waiting + 16:
-                self._heap = [entry for entry in self._heap if entry[1].state is State.WAITING]
-                heapify(self._heap)
-        else:
+        waited = seq.state is State.WAITING
+        if not waited:
             (self._decoding if seq.state is State.DECODING else self._prefilling).remove(seq)
             self.pool.release(seq.blocks)
         seq.state = State.ENDED
+        if waited:
+            self._waiting.left()
         return True
 
     def produced(self, request_id: str) -> int:
@@ -203,7 +199,7 @@ class Scheduler:
         self._check_turn()
         if self._waiting:
             worst = self._worst()
-            if worst is not None and self._head().rank[0] < worst.rank[0]:
+            if worst is not None and self._waiting.head().rank[0] < worst.rank[0]:
                 return None
         coast = self._coasting(new_tokens)
         if not coast.grow():
@@ -240,12 +236,12 @@ class Scheduler:
             return None
         full = self.running >= self.config.max_sequences
         if self._waiting:
-            head = self._head()
+            head = self._waiting.head()
             refused = full or head.refused_at == (self.pool.free, self.pool.published)
             if not refused or head.rank[0] < decoding[-1].rank[0]:
                 return None
         coast = self._coasting(new_tokens)
-        steps = coast.ahead(still=bool(self._waiting) and not full)
+        steps = coast.ahead(still=len(self._waiting) > 0 and not full)
         return Ahead(coast.count, coast.context_tokens, steps) if steps > 0 else None
 
     def leap(self, steps: int) -> dict[str, Finish]:
@@ -353,7 +349,7 @@ class Scheduler:
     def _make_way(self, now: float) -> None:
         """Preempt requests of a lower priority while one of a higher priority cannot start."""
         while self._waiting:
-            head, worst = self._head(), self._worst()
+            head, worst = self._waiting.head(), self._worst()
             if worst is None or head.rank[0] >= worst.rank[0]:
                 return
             if self._admit(now) is not None:
@@ -400,7 +396,7 @@ class Scheduler:
 
     def _admit(self, now: float) -> Sequence | None:
         """Start the best-ranked waiting request if its known text fits; nobody overtakes it."""
-        seq, pool = self._head(), self.pool
+        seq, pool = self._waiting.head(), self.pool
         state = pool.free, pool.published
         if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
             return None
@@ -410,8 +406,7 @@ class Scheduler:
         if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
             seq.refused_at = state
             return None
-        heappop(self._heap)
-        self._waiting -= 1
+        self._waiting.pop()
         pool.share(shared)
         seq.blocks = shared + pool.take(need)
         seq.room = len(seq.blocks) * block_tokens
@@ -440,18 +435,7 @@ class Scheduler:
         # A new list: pieces and tests may still look at the old one.
         seq.blocks, seq.computed = [], 0
         self.counters.preemptions += 1
-        self._enqueue(seq)
-
-    def _enqueue(self, seq: Sequence) -> None:
-        seq.state = State.WAITING
-        heappush(self._heap, (seq.rank, seq))
-        self._waiting += 1
-
-    def _head(self) -> Sequence:
-        """The best-ranked waiting request; there must be one."""
-        while self._heap[0][1].state is State.ENDED:
-            heappop(self._heap)
-        return self._heap[0][1]
+        self._waiting.push(seq)
 
     def _worst(self) -> Sequence | None:
         """The lowest-ranked running request."""
