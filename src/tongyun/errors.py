@@ -65,6 +65,7 @@ class ServiceError(TongyunError):
 def unknown(what: str, given: str, accepted: Iterable[str]) -> str:
     """`unknown chip 'h20O'; did you mean h200, h20? accepted: …`, for any error's message."""
     names = sorted(accepted)
-    near = difflib.get_close_matches(given.lower(), names, n=3, cutoff=0.4)
+    lower = {name.lower(): name for name in names}
+    near = [lower[name] for name in difflib.get_close_matches(given.lower(), lower, n=3, cutoff=0.4)]
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return f"unknown {what} '{given}'{hint or ';'} accepted: {', '.join(names)}"

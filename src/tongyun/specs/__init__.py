@@ -5,6 +5,7 @@ from tongyun.specs.find import (
     every,
     find_chip,
     find_fabric,
+    find_fleet,
     find_model,
     find_ppu,
     find_price,
@@ -14,6 +15,7 @@ from tongyun.specs.find import (
     loads,
     names,
 )
+from tongyun.specs.fleet import FleetSpec, PoolSpec
 from tongyun.specs.ppu import Ppu, PpuSpec
 from tongyun.specs.schema import (
     Calibration,
@@ -34,7 +36,9 @@ __all__ = [
     "Corner",
     "FabricSpec",
     "Figure",
+    "FleetSpec",
     "Link",
+    "PoolSpec",
     "Ppu",
     "PpuSpec",
     "PriceSpec",
@@ -44,6 +48,7 @@ __all__ = [
     "every",
     "find_chip",
     "find_fabric",
+    "find_fleet",
     "find_model",
     "find_ppu",
     "find_price",

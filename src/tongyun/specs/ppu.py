@@ -201,7 +201,9 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         hbm_latency_s=less(shared.hbm_latency),
         barrier_s=less(shared.barrier),
         icn_ports=0 if icn is None else int(more(icn.ports)),
-        icn_bytes_per_s=0.0 if icn is None else more(icn.ports) * more(icn.port_bandwidth) * more(icn.achieved),
+        icn_bytes_per_s=0.0
+        if icn is None
+        else more(icn.ports) * more(icn.port_bandwidth) * more(icn.achieved),
         icn_latency_s=0.0 if icn is None else less(icn.latency),
         icn_domain=1 if icn is None else int(more(icn.domain)),
         flop_j={dtype: less(figure) for dtype, figure in energy.flop.items()},

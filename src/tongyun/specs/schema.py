@@ -26,6 +26,7 @@ from tongyun.specs.figure import (
     Corner,
     Figure,
 )
+from tongyun.specs.fleet import FleetSpec
 from tongyun.specs.form import (
     ByDType,
     Fact,
@@ -331,7 +332,7 @@ class PriceSpec:
     chip_hour: Figure = has(Fact(PRICE, more_is_better=False))
 
 
-Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | PpuSpec
+Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | FleetSpec | PpuSpec
 
 SCHEMAS: Mapping[str, type[Spec]] = {
     "chips": ChipSpec,
@@ -341,4 +342,5 @@ SCHEMAS: Mapping[str, type[Spec]] = {
     "workloads": WorkloadSpec,
     "ppus": PpuSpec,
 }
-"""Kind of spec (its catalogue folder) to schema; models are `config.json` files and have none."""
+"""Kind of spec (its catalogue folder) to schema; models are `config.json` files and
+have none, and fleets are the user's own files."""

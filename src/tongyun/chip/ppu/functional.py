@@ -11,12 +11,25 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from tongyun.chip.ppu.asm import disassemble
-from tongyun.chip.ppu.isa import CORE, CORES, RANK, REGISTERS, SEMAPHORES, Alu, At, Engine, Form, Instruction, Type
+from tongyun.chip.ppu.isa import (
+    CORE,
+    CORES,
+    RANK,
+    REGISTERS,
+    SEMAPHORES,
+    Alu,
+    At,
+    Engine,
+    Form,
+    Instruction,
+    Type,
+)
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.races import HbmRaces, SramRaces
 from tongyun.chip.ppu.tiles import ACTS, TORCH
@@ -63,7 +76,9 @@ class Memory:
 class Chip:
     """One chip: HBM that stays between runs, and the cores that run a program over it."""
 
-    def __init__(self, program: Program, *, cores: int, sram_bytes: int, rank: int = 0, check: bool = False) -> None:
+    def __init__(
+        self, program: Program, *, cores: int, sram_bytes: int, rank: int = 0, check: bool = False
+    ) -> None:
         self.program = program
         self.instructions = disassemble(program.words)
         self.hbm = Memory.of(program.hbm_bytes)
@@ -76,7 +91,9 @@ class Chip:
         """Copy a tensor into its place in HBM; shape and type must be those of the program."""
         tensor = self.program.tensor(name)
         if tuple(value.shape) != tensor.shape or value.dtype != TORCH[tensor.type]:
-            raise Fault(f"{name}: {tuple(value.shape)} {value.dtype}, the program has {tensor.shape} {tensor.type.name}")
+            raise Fault(
+                f"{name}: {tuple(value.shape)} {value.dtype}, the program has {tensor.shape} {tensor.type.name}"
+            )
         self.view(name).copy_(value)
 
     def view(self, name: str) -> torch.Tensor:
@@ -117,7 +134,7 @@ class _Core:
     at: int = 0
     loops: list[list[int]] = field(default_factory=list)
     """Open loops: [first instruction of the body, times left]."""
-    tokens: list[deque[object]] = field(default_factory=lambda: [deque() for _ in range(SEMAPHORES)])
+    tokens: list[deque[Any]] = field(default_factory=lambda: [deque() for _ in range(SEMAPHORES)])
     races: SramRaces | None = None
 
 
@@ -168,7 +185,7 @@ class _Run:
             if len(set(stops)) > 1:
                 raise Fault(f"kernel {self.kernel}: some cores wait at a barrier, others have halted")
             if running:
-                self.kernel = int(stop.operands.get("kernel", 0))  # type: ignore[call-overload]
+                self.kernel = stop.plain("kernel")
                 if self.hbm_races is not None:
                     self.hbm_races.barrier()
                 for core in self.cores:
@@ -197,7 +214,7 @@ class _Run:
             except Fault as fault:
                 raise self._fault(str(fault)) from None
             if core.races is not None:
-                token: object = core.races.end(here.opcode.engine)
+                token: Any = core.races.end(here.opcode.engine)
             else:
                 token = None
             for bit in range(SEMAPHORES):
@@ -209,7 +226,9 @@ class _Run:
     def _fault(self, what: str) -> Fault:
         kernels = self.chip.program.kernels
         name = kernels[self.kernel].name if self.kernel < len(kernels) else str(self.kernel)
-        return Fault(f"kernel {name}, core {self.core.number}, instruction {self.core.at} {self.here.op}: {what}")
+        return Fault(
+            f"kernel {name}, core {self.core.number}, instruction {self.core.at} {self.here.op}: {what}"
+        )
 
     def _begin(self, core: _Core, here: Instruction) -> None:
         tokens = []
@@ -231,7 +250,9 @@ class _Run:
     def _control(self, core: _Core, here: Instruction) -> None:
         if here.op == "ALU":
             core.registers[self._plain("rd")] = _alu(
-                here.fn, core.registers[self._plain("ra")], core.registers[self._plain("rb")] + self._plain("imm")
+                here.fn,
+                core.registers[self._plain("ra")],
+                core.registers[self._plain("rb")] + self._plain("imm"),
             )
         elif here.op == "LDS":
             core.registers[self._plain("rd")] = int(self.read("sram", (1, 1), 0, Type.I32))
@@ -312,7 +333,7 @@ class _Run:
     # The operands of the instruction at hand (`Tiles`).
 
     def _plain(self, name: str) -> int:
-        return int(self.here.operands.get(name, 0))  # type: ignore[call-overload, no-any-return]
+        return self.here.plain(name)
 
     def number(self, name: str) -> int:
         value = self.here.operands.get(name, 0)
@@ -339,7 +360,9 @@ class _Run:
     def write(self, name: str, shape: tuple[int, int], stride: int, type: Type) -> torch.Tensor:
         return self._tile(name, shape, stride, type, writes=True)
 
-    def _tile(self, name: str, shape: tuple[int, int], stride: int, type: Type, *, writes: bool) -> torch.Tensor:
+    def _tile(
+        self, name: str, shape: tuple[int, int], stride: int, type: Type, *, writes: bool
+    ) -> torch.Tensor:
         at = self.number(name)
         tile = self.core.sram.tile(at, shape, stride, type)
         if self.core.races is not None:
@@ -387,7 +410,9 @@ def _collective(chips: Sequence[Chip], asked: Sequence[Instruction | None]) -> N
         raise Fault(f"{first.op} over {first.operands.get('ranks')} ranks; {count} chips run")
     wide = count if first.op in {"REDUCE_SCATTER", "ALL_TO_ALL"} else 1
     sent = [
-        bytes_at(chip, *parts("source", wish, wide)).clone() for chip, wish in zip(chips, asked, strict=True) if wish
+        bytes_at(chip, *parts("source", wish, wide)).clone()
+        for chip, wish in zip(chips, asked, strict=True)
+        if wish
     ]
     for rank, (chip, wish) in enumerate(zip(chips, asked, strict=True)):
         assert wish is not None

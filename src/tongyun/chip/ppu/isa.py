@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - the table of opcodes reads best with one line each
 """What an instruction of the PPU is: its fields, its word, its engine. As data.
 
 An instruction is one word of 512 bits, sixteen 32-bit slots, and describes work on a whole tile.
@@ -279,3 +280,8 @@ class Instruction:
     @property
     def opcode(self) -> Opcode:
         return BY_NAME[self.op]
+
+    def plain(self, name: str) -> int:
+        """An operand that no register joins, as a number."""
+        value = self.operands.get(name, 0)
+        return value.imm if isinstance(value, At) else int(value)

@@ -33,23 +33,26 @@ class SramRaces:
         self._written = np.zeros((size // GRANULE + 1, engines), dtype=np.int32)
         self._read = np.zeros((size // GRANULE + 1, engines), dtype=np.int32)
 
-    def begin(self, engine: Engine, tokens: Iterable[object]) -> None:
+    def begin(self, engine: Engine, tokens: Iterable[Clock]) -> None:
         """An instruction of `engine` starts: it knows its queue, its issuer, and its tokens' givers."""
         at = _ENGINES[engine]
         clock = np.maximum(self._clock[at], self._clock[_CONTROL])
         for token in tokens:
-            clock = np.maximum(clock, token)  # type: ignore[arg-type]
+            clock = np.maximum(clock, token)
         clock[at] += 1
         self._clock[at] = clock
 
     def end(self, engine: Engine) -> Clock:
         """The token its signals carry."""
-        return self._clock[_ENGINES[engine]].copy()
+        clock: Clock = self._clock[_ENGINES[engine]].copy()
+        return clock
 
     def barrier(self) -> None:
         self._clock[:] = self._clock.max(axis=0)
 
-    def access(self, engine: Engine, at: int, rows: int, width: int, stride: int, *, writes: bool) -> str | None:
+    def access(
+        self, engine: Engine, at: int, rows: int, width: int, stride: int, *, writes: bool
+    ) -> str | None:
         """Record an access to `rows` stretches of `width` bytes; the problem, if it races."""
         me, clock = _ENGINES[engine], self._clock[_ENGINES[engine]]
         if stride == width or rows == 1:

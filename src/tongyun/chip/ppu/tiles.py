@@ -7,7 +7,6 @@ flow, no order and no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-
 from typing import Protocol
 
 import torch
@@ -44,8 +43,6 @@ class Tiles(Protocol):
         ...
 
     def write(self, name: str, shape: tuple[int, int], stride: int, type: Type) -> torch.Tensor: ...
-
-
 
 
 Act = Callable[[Tiles], int]
@@ -213,7 +210,10 @@ def red(on: Tiles) -> int:
     if on.fn == Red.SOFTMAX:
         on.write("out", (rows, cols), on.number("ldo"), on.types[1]).copy_(torch.softmax(a, 1))
         return 0
-    found = {Red.SUM: a.sum, Red.MAX: a.amax, Red.SQUARES: a.square().sum}[Red(on.fn)](1, keepdim=True)
+    if on.fn == Red.MAX:
+        found = a.amax(1, keepdim=True)
+    else:
+        found = (a if on.fn == Red.SUM else a.square()).sum(1, keepdim=True)
     on.write("out", (rows, 1), on.number("ldo"), on.types[1]).copy_(found)
     return 0
 

@@ -98,8 +98,7 @@ class Builder:
         return Buffers(self.sram(2 * each), each, self.register())
 
     def swap(self, buffers: Buffers) -> None:
-        self.alu(Alu.MUL, buffers.turn, imm=-1, into=buffers.turn)
-        self.alu(Alu.ADD, buffers.turn, imm=buffers.size, into=buffers.turn)
+        self.alu(Alu.XOR, buffers.turn, imm=buffers.size, into=buffers.turn)
 
     def register(self, imm: int | None = 0) -> int:
         """A register of this kernel, set to `imm` unless that is None."""
@@ -155,7 +154,9 @@ class Builder:
         self.emit("ALU", fn=fn, rd=rd, ra=ra, rb=rb, imm=imm)
         return rd
 
-    def lds(self, address: int | At, symbol: str, *, wait: Sequence[str] = (), into: int | None = None) -> int:
+    def lds(
+        self, address: int | At, symbol: str, *, wait: Sequence[str] = (), into: int | None = None
+    ) -> int:
         """A register holding the i32 at an SRAM address."""
         rd = self.register(None) if into is None else into
         at = address if isinstance(address, At) else At(address)
@@ -163,13 +164,15 @@ class Builder:
         return rd
 
     @contextmanager
-    def loop(self, times: int | At, **steps: At) -> Iterator[None]:
-        """Repeat what is emitted inside; `steps` (step0 to step5) are added to registers after each time."""
+    def loop(self, times: int | At, steps: Sequence[tuple[int, int]] = ()) -> Iterator[None]:
+        """Repeat what is emitted inside; after each time every (register, change) of `steps` is applied."""
         place = len(self.instructions)
         at = times if isinstance(times, At) else At(times)
         self.emit("LOOP", times=at)
         yield
-        self.emit("ENDLOOP", **steps)
+        self.emit(
+            "ENDLOOP", **{f"step{i}": At(change, register) for i, (register, change) in enumerate(steps)}
+        )
         length = len(self.instructions) - place - 1
         self.instructions[place] = Instruction(op="LOOP", operands={"times": at, "length": length})
 
@@ -263,7 +266,9 @@ class Builder:
         for name in names:
             if name not in self._semaphores:
                 if len(self._semaphores) == SEMAPHORES:
-                    raise TongyunError(f"kernel {self.kernels[-1].name} needs more than {SEMAPHORES} semaphores")
+                    raise TongyunError(
+                        f"kernel {self.kernels[-1].name} needs more than {SEMAPHORES} semaphores"
+                    )
                 self._semaphores[name] = len(self._semaphores)
             mask |= 1 << self._semaphores[name]
         return mask

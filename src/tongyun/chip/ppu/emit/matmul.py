@@ -67,7 +67,14 @@ def _sizes(size: int, least: int, most: int) -> list[int]:
 @lru_cache(maxsize=4096)
 def mapped(matmul: Matmul, ppu: Ppu) -> Tiling:
     """The tiling with the least estimated cycles; of equals, the largest."""
-    return min(tilings(matmul, ppu), key=lambda tiling: (estimate(matmul, tiling, ppu), -tiling.m * tiling.n * tiling.k))
+    return min(
+        tilings(matmul, ppu),
+        key=lambda tiling: (estimate(matmul, tiling, ppu), -tiling.m * tiling.n * tiling.k),
+    )
+
+
+_ISSUED = 10
+"""Instructions of one step along k, each a cycle of the control."""
 
 
 def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
@@ -86,7 +93,7 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     rate = ppu.tensor_flops[DType.BF16]
     tensor = products * tiles * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / rate
     moved = 2 * tiling.k * (m + products * n)
-    step = max(tensor, moved / ppu.port_bytes, moved * busy / ppu.l2_rate)
+    step = max(tensor, moved / ppu.port_bytes, moved * busy / ppu.l2_rate, _ISSUED)
     fill = (ppu.hbm_latency_s * ppu.clock_hz) + moved / ppu.port_bytes
     drain = m * n / ppu.vector_lanes
     once = 2 * (matmul.m * matmul.k + products * matmul.n * matmul.k + matmul.m * matmul.n)
@@ -94,7 +101,7 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     return max(rounds * max(steps * step, drain), hbm) + fill + drain
 
 
-def matmul(
+def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
     b: Builder,
     a: Tensor,
     weight: Tensor,
@@ -107,7 +114,7 @@ def matmul(
     bias: Tensor | None = None,
     tiling: Tiling | None = None,
 ) -> None:
-    """Emit one product; to be called inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k]."""
+    """Emit one product, inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k]."""
     (m, k), n = a.shape, weight.shape[0]
     shape = Matmul(
         m=m, n=n, k=k, norm=gain is not None, gate=up is not None, residual=residual is not None,
@@ -132,32 +139,68 @@ def matmul(
             flags = Flag.TRANSPOSED | (Flag.NONE if first else Flag.ACCUMULATE)
             flags |= Flag.NORM if gain is not None else Flag.NONE
             wide = t.k * 2
-            b.load(a.type, far_a, into.a.address, rows=m_left, cols=k_count, stride=k * 2, sram_stride=wide, wait=["free"])
-            if gain is not None:
-                b.load(a.type, At(gain.at, far_gain), into.a + t.m * wide, rows=1, cols=k_count, stride=0, sram_stride=0)
-            if far_up is not None:
-                b.load(a.type, far_up, into.b + t.n * wide, rows=n_left, cols=k_count, stride=k * 2, sram_stride=wide)
             b.load(
-                a.type, far_b, into.b.address, rows=n_left, cols=k_count, stride=k * 2, sram_stride=wide, signal=["full"]
+                a.type,
+                far_a,
+                into.a.address,
+                rows=m_left,
+                cols=k_count,
+                stride=k * 2,
+                sram_stride=wide,
+                wait=["free"],
+            )
+            if gain is not None:
+                b.load(
+                    a.type,
+                    At(gain.at, far_gain),
+                    into.a + t.m * wide,
+                    rows=1,
+                    cols=k_count,
+                    stride=0,
+                    sram_stride=0,
+                )
+            if far_up is not None:
+                b.load(
+                    a.type,
+                    far_up,
+                    into.b + t.n * wide,
+                    rows=n_left,
+                    cols=k_count,
+                    stride=k * 2,
+                    sram_stride=wide,
+                )
+            b.load(
+                a.type,
+                far_b,
+                into.b.address,
+                rows=n_left,
+                cols=k_count,
+                stride=k * 2,
+                sram_stride=wide,
+                signal=["full"],
             )
             for product in range(products):
                 last = product == products - 1
-                starts = [*(["full"] if product == 0 else []), *(["acc_free"] if first and product == 0 else [])]
+                starts = [
+                    *(["full"] if product == 0 else []),
+                    *(["acc_free"] if first and product == 0 else []),
+                ]
                 b.emit(
-                    "MMA", a.type, weight.type, flags=flags, a=into.a.address, b=into.b + product * t.n * wide,
-                    c=into.c + product * t.m * t.n * 4, m=m_left, n=n_left, k=k_count, lda=wide, ldb=wide,
-                    ldc=t.n * 4, gain=into.a + t.m * wide if gain is not None else 0,
+                    "MMA", a.type, weight.type, flags=flags, a=into.a.address,
+                    b=into.b + product * t.n * wide, c=into.c + product * t.m * t.n * 4, m=m_left, n=n_left,
+                    k=k_count, lda=wide, ldb=wide, ldc=t.n * 4,
+                    gain=into.a + t.m * wide if gain is not None else 0,
                     stats=into.c + (products * t.n + product) * t.m * 4 if gain is not None else 0,
                     wait=starts, signal=["free"] if last else [],
                 )  # fmt: skip
             b.swap(into.a)
             b.swap(into.b)
-            for register, change in ((k_left, -t.k), (far_a.reg, wide), (far_b.reg, wide), (far_gain, wide)):
-                b.alu(Alu.ADD, register, imm=change, into=register)
 
-        step(first=True)
+        onward = ((k_left, -t.k), (far_a.reg, 2 * t.k), (far_b.reg, 2 * t.k), (far_gain, 2 * t.k))
+        with b.loop(1, onward):
+            step(first=True)
         if steps > 1:
-            with b.loop(steps - 1):
+            with b.loop(steps - 1, onward):
                 step(first=False)
         b.sync("tensor", signal=["acc_full"])
         place = b.address(out, (row, t.m * n * out.type.bytes), (col, t.n * out.type.bytes))
@@ -183,13 +226,12 @@ def matmul(
         second = into.bias.address if into.bias is not None else into.c + t.m * t.n * 4
         b.emit(
             "DRAIN", out.type, Type.BF16, fn=fn, c=into.c.address,
-            gate=second if up is not None or bias is not None else 0,
-            out=into.out.address, m=m_left, n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
+            gate=second if up is not None or bias is not None else 0, out=into.out.address, m=m_left,
+            n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
             stats=into.c + products * t.n * t.m * 4 if gain is not None else 0,
             residual=into.residual.address if into.residual is not None else 0,
             ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits,
-            signal=["acc_free", "out_full", *(["res_free"] if residual is not None else []),
-                    *(["bias_free"] if bias is not None else [])],
+            signal=["acc_free", "out_full", *(["res_free"] if residual is not None else []), *(["bias_free"] if bias is not None else [])],
         )  # fmt: skip
         b.store(
             out.type, place, into.out.address, rows=m_left, cols=n_left, stride=n * out.type.bytes,
