@@ -92,7 +92,8 @@ class Chip:
         tensor = self.program.tensor(name)
         if tuple(value.shape) != tensor.shape or value.dtype != TORCH[tensor.type]:
             raise Fault(
-                f"{name}: {tuple(value.shape)} {value.dtype}, the program has {tensor.shape} {tensor.type.name}"
+                f"{name}: {tuple(value.shape)} {value.dtype}, "
+                f"the program has {tensor.shape} {tensor.type.name}"
             )
         self.view(name).copy_(value)
 
@@ -203,25 +204,24 @@ class _Run:
             if here.op in {"BARRIER", "HALT"}:
                 self._drained(core)
                 return here
-            try:
-                if here.opcode.engine is Engine.CONTROL:
-                    self._control(core, here)
-                elif here.opcode.engine is Engine.ICN:
-                    if core.number == 0:
-                        yield here
-                else:
-                    self._work(here)
-            except Fault as fault:
-                raise self._fault(str(fault)) from None
-            if core.races is not None:
-                token: Any = core.races.end(here.opcode.engine)
-            else:
-                token = None
+            if here.opcode.engine is Engine.ICN and core.number == 0:
+                yield here
+            self._do(core, here)
+            token: Any = core.races.end(here.opcode.engine) if core.races is not None else None
             for bit in range(SEMAPHORES):
                 if here.signal >> bit & 1:
                     core.tokens[bit].append(token)
             if here.op not in {"LOOP", "ENDLOOP"}:
                 core.at += 1
+
+    def _do(self, core: _Core, here: Instruction) -> None:
+        try:
+            if here.opcode.engine is Engine.CONTROL:
+                self._control(core, here)
+            elif here.opcode.engine is not Engine.ICN:
+                self._work(here)
+        except Fault as fault:
+            raise self._fault(str(fault)) from None
 
     def _fault(self, what: str) -> Fault:
         kernels = self.chip.program.kernels

@@ -170,9 +170,8 @@ class Builder:
         at = times if isinstance(times, At) else At(times)
         self.emit("LOOP", times=at)
         yield
-        self.emit(
-            "ENDLOOP", **{f"step{i}": At(change, register) for i, (register, change) in enumerate(steps)}
-        )
+        places = {f"step{i}": At(change, register) for i, (register, change) in enumerate(steps)}
+        self.instructions.append(Instruction(op="ENDLOOP", operands=places))
         length = len(self.instructions) - place - 1
         self.instructions[place] = Instruction(op="LOOP", operands={"times": at, "length": length})
 

@@ -223,6 +223,9 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
             )  # fmt: skip
             waits.append("bias_full")
             fn |= Epilogue.BIAS
+        frees = ["acc_free", "out_full"]
+        frees += ["res_free"] if residual is not None else []
+        frees += ["bias_free"] if bias is not None else []
         second = into.bias.address if into.bias is not None else into.c + t.m * t.n * 4
         b.emit(
             "DRAIN", out.type, Type.BF16, fn=fn, c=into.c.address,
@@ -230,8 +233,7 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
             n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
             stats=into.c + products * t.n * t.m * 4 if gain is not None else 0,
             residual=into.residual.address if into.residual is not None else 0,
-            ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits,
-            signal=["acc_free", "out_full", *(["res_free"] if residual is not None else []), *(["bias_free"] if bias is not None else [])],
+            ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits, signal=frees,
         )  # fmt: skip
         b.store(
             out.type, place, into.out.address, rows=m_left, cols=n_left, stride=n * out.type.bytes,

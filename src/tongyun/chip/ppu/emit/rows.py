@@ -253,6 +253,71 @@ def embed(b: Builder, ids: Tensor, table: Tensor, out: Tensor) -> None:
         b.swap(near)
 
 
+def keep(b: Builder, fresh: Tensor, cache: Tensor, start: Tensor) -> None:
+    """Write [sequences · tokens, heads · width] into [sequences, heads, room, width] from `start` on."""
+    sequences, heads, room, width = cache.shape
+    tokens = fresh.shape[0] // sequences
+    wide = width * 2
+    first = position_register(b, start)
+    size = max(1, min(tokens, (b.ppu.sram_bytes // 2 - 4096) // wide, 256))
+    chunks = -(-tokens // size)
+    b.lend("free", "store", "load")
+    near = b.pair(size * wide)
+    with b.units(sequences * heads * chunks) as unit:
+        chunk, pair = b.alu(Alu.MOD, unit, imm=chunks), b.alu(Alu.DIV, unit, imm=chunks)
+        head, sequence = b.alu(Alu.MOD, pair, imm=heads), b.alu(Alu.DIV, pair, imm=heads)
+        rows = At(size, b.left(tokens, chunk, size))
+        b.load(
+            fresh.type,
+            b.address(fresh, (sequence, tokens * heads * wide), (chunk, size * heads * wide), (head, wide)),
+            near.address, rows=rows, cols=width, stride=heads * wide, sram_stride=wide, wait=["free"],
+            signal=["full"],
+        )  # fmt: skip
+        to = b.address(cache, (pair, room * wide), (chunk, size * wide), (first, wide))
+        b.store(
+            cache.type, to, near.address, rows=rows, cols=width, stride=wide, sram_stride=wide,
+            wait=["full"], signal=["free"],
+        )  # fmt: skip
+        b.swap(near)
+
+
+def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """cos and sin of (start + count[row]) · frequency, each frequency twice, in f32 and rounded once."""
+    half, width = frequency.shape[-1], cos.shape[-1]
+    number = cos.shape[0]
+    first = Rows(tensor=start, rows=number, cols=1, stride=0)
+    given = [
+        Rows(tensor=frequency, rows=1, cols=half, stride=0),
+        Rows(tensor=count, rows=number, cols=1, stride=4),
+        first,
+    ]
+
+    def body(rows: At, near: Sequence[At], made: Sequence[At], work: Sequence[int]) -> None:
+        place, angle = At(work[0]), At(work[1])
+        one = At(1)
+        b.emit(
+            "VEC", Type.I32, start.type, Type.I32, fn=Vec.ADD, flags=Operand.ROW, a=near[1], b=near[2],
+            out=place, rows=rows, cols=one, lda=4, ldo=4,
+        )  # fmt: skip
+        b.emit(
+            "VEC", frequency.type, Type.NONE, Type.F32, fn=Vec.COPY, a=near[0], out=angle, rows=rows,
+            cols=At(half), lda=0, ldo=half * 4,
+        )  # fmt: skip
+        b.emit(
+            "VEC", Type.F32, Type.I32, Type.F32, fn=Vec.MUL, flags=Operand.COLUMN, a=angle, b=place,
+            out=angle, rows=rows, cols=At(half), lda=half * 4, ldb=4, ldo=half * 4,
+        )  # fmt: skip
+        for fn, out in ((Vec.COS, made[0]), (Vec.SIN, made[1])):
+            for side in (0, 1):
+                b.emit(
+                    "VEC", Type.F32, Type.NONE, cos.type, fn=fn, a=angle,
+                    out=out + side * half * cos.type.bytes, rows=rows, cols=At(half), lda=half * 4,
+                    ldo=width * cos.type.bytes,
+                )  # fmt: skip
+
+    rows_kernel(b, given, [Rows.of(cos), Rows.of(sin)], body, scratch=[4, half * 4])
+
+
 def position_register(b: Builder, position: Tensor, *, symbol: str = "position") -> int:
     """The first number of `position` in a register: where the new tokens begin."""
     near = b.sram(64)
@@ -264,9 +329,11 @@ __all__ = [
     "Buffers",
     "HeadNorm",
     "Rows",
+    "angles",
     "copy",
     "elementwise",
     "embed",
+    "keep",
     "position_register",
     "rmsnorm",
     "rotate",
