@@ -120,9 +120,16 @@ def test_rotation_with_the_norm_of_each_head() -> None:
     bench = Bench(x=bf16(37, 64), cos=bf16(37, 16), sin=bf16(37, 16) + 0, gain=bf16(16))
     bench.out("out", 37, 64)
     chip, _ = bench.run(
-        lambda b,
-        t: rows.rotate( b, rows.Rows.of(t["x"]), t["cos"], t["sin"], rows.Rows.of(t["out"]), heads=4, norm=rows.HeadNorm(gain=t["gain"], eps=1e-6), ),
-    )  # fmt: skip
+        lambda b, t: rows.rotate(
+            b,
+            rows.Rows.of(t["x"]),
+            t["cos"],
+            t["sin"],
+            rows.Rows.of(t["out"]),
+            heads=4,
+            norm=rows.HeadNorm(gain=t["gain"], eps=1e-6),
+        )
+    )
     heads = normed(bench.given["x"].view(37, 4, 16), bench.given["gain"])
     left, right = heads.chunk(2, -1)
     cos, sin = bench.given["cos"].float()[:, None], bench.given["sin"].float()[:, None]

@@ -93,4 +93,4 @@ def ppu(
     def training(*_: Any) -> Callable[..., Any]:
         raise InputError("the PPU backend runs inference: call the model under torch.no_grad()")
 
-    return aot_autograd(fw_compiler=training, inference_compiler=inference)(graph, list(inputs))  # type: ignore[no-any-return]
+    return aot_autograd(fw_compiler=training, inference_compiler=inference)(graph, list(inputs))

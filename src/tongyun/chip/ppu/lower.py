@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -122,10 +123,18 @@ class _Lowering:
         if source.op == "placeholder":
             return self._place(source, "input")
         self.here = source
-        for recognise in (
-            self._norm, self._mixture_sum, self._attention, self._swiglu, self._product, self._cache, self._sum,
-            self._embedding, self._advance,
-        ):  # fmt: skip
+        known = (
+            self._norm,
+            self._mixture_sum,
+            self._attention,
+            self._swiglu,
+            self._product,
+            self._cache,
+            self._sum,
+            self._embedding,
+            self._advance,
+        )
+        for recognise in known:
             found = recognise(source)
             if found is not None:
                 self.made[source] = found
@@ -136,16 +145,14 @@ class _Lowering:
         trace = node.meta.get("stack_trace") or ""
         lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
         where = f"{lines[-1][0]}:{lines[-1][1]}: " if lines else ""
-        return InputError(
-            f"{where}the PPU compiler does not know {patterns.name_of(node) or node.op} here ({node.name})"
-        )
+        what = patterns.name_of(node) or node.op
+        return InputError(f"{where}the PPU compiler does not know {what} here ({node.name})")
 
     def _place(self, node: Node, role: str) -> Tensor:
         value = node.meta["val"]
         if value.dtype not in _TYPES:
-            raise InputError(
-                f"{node.name}: the PPU has no data type {value.dtype}; it has {', '.join(map(str, _TYPES))}"
-            )
+            known = ", ".join(map(str, _TYPES))
+            raise InputError(f"{node.name}: the PPU has no data type {value.dtype}; it has {known}")
         shape = tuple(int(size) for size in value.shape) or (1,)
         self.made[node] = self.b.layout.place(node.name, shape, _TYPES[value.dtype], role)
         return self.made[node]
@@ -174,7 +181,7 @@ class _Lowering:
             name=tensor.name, at=tensor.at, shape=(count, width), type=tensor.type, role=tensor.role
         )
 
-    def _kernel(self, kind: str):  # type: ignore[no-untyped-def]
+    def _kernel(self, kind: str) -> AbstractContextManager[None]:
         name = self.here.name if self.here is not None else kind
         return self.b.kernel(kind, f"{kind} {name}")
 
@@ -394,12 +401,10 @@ class _Lowering:
             with self._kernel("experts_up"):
                 experts.grouped(self.b, x, up, both, offset, token=token)
             stride = 4 * inner
-            halves = [
-                rows.Rows(tensor=both, rows=pairs, cols=inner, stride=stride, offset=side * 2 * inner)
-                for side in (0, 1)
-            ]
+            first = rows.Rows(tensor=both, rows=pairs, cols=inner, stride=stride)
+            second = replace(first, offset=2 * inner)
             with self._kernel("swiglu"):
-                rows.swiglu(self.b, halves[0], halves[1], act)
+                rows.swiglu(self.b, first, second, act)
         with self._kernel("experts_down"):
             experts.grouped(self.b, act, down, each, offset)
         with self._kernel("combine"):

@@ -200,7 +200,7 @@ def attention_of(node: Any) -> Attended | None:
         same = shape_of(args[0])[2] == shape_of(args[1])[2]
         return Attended(args[0], args[1], args[2], scale, None) if same else None
     start = _causal(call.kwargs.get("attn_mask"))
-    return start and Attended(args[0], args[1], args[2], scale, start.start)
+    return None if start is None else Attended(args[0], args[1], args[2], scale, start.start)
 
 
 def _causal(mask: Any) -> Start | None:

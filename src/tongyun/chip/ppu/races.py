@@ -65,8 +65,8 @@ class SramRaces:
             latest = seen[where].max(axis=0)
             for other in np.flatnonzero(latest > clock):
                 deed = "writes" if writes else "reads"
-                return f"race: {_NAMES[me]} {deed} SRAM near {at} that {_NAMES[other]} {kind}, "
-                    "and nothing orders them"
+                theirs = f"{_NAMES[other]} {kind}"
+                return f"race: {_NAMES[me]} {deed} SRAM near {at} that {theirs}, and nothing orders them"
         (self._written if writes else self._read)[where, me] = clock[me]
         return None
 
