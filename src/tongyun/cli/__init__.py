@@ -14,6 +14,7 @@ import typer
 
 from tongyun.cli.bench import bench
 from tongyun.cli.calibrate import calibrate
+from tongyun.cli.chip import app as chip
 from tongyun.cli.plan import plan
 from tongyun.cli.serve import serve
 from tongyun.cli.simulate import simulate
@@ -43,6 +44,7 @@ def build() -> typer.Typer:
     app.add_typer(bench, name="bench")
     app.command()(train)
     app.command()(validate)
+    app.add_typer(chip, name="chip")
     app.add_typer(specs, name="specs")
     return app
 

@@ -78,7 +78,7 @@ def _find(name: str) -> tuple[str, Any]:
         return kind, find.find(kind, rest)
     if name.endswith(".toml"):
         return "chips", find.find_chip(name)
-    for candidate in ("chips", "fabrics", "storage", "workloads", "models", "prices"):
+    for candidate in ("chips", "fabrics", "storage", "workloads", "models", "prices", "ppus"):
         try:
             return candidate, find.find(candidate, name)
         except SpecError as error:
@@ -282,6 +282,30 @@ def _workloads() -> tuple[list[Column], Any, str]:
     return [*left, column("share a prefix"), column("source", left=True)], row, LEGEND
 
 
+def _ppus() -> tuple[list[Column], Any, str]:
+    from tongyun.report import column
+    from tongyun.specs.ppu import PpuSpec
+
+    def row(spec: PpuSpec) -> list[str]:
+        chip = spec.at()
+        return [
+            spec.name,
+            spec.title,
+            str(chip.cores),
+            f"{chip.clock_hz / 1e9:.2f}",
+            f"{chip.peak_flops_per_s() / 1e12:.0f}",
+            f"{chip.sram_bytes / 2**10:.0f}",
+            f"{chip.l2_bytes / 2**20:.0f}",
+            _human(spec.shared.hbm, "gb"),
+            _human(spec.shared.hbm_bandwidth, "tb_per_s"),
+            _letters(spec),
+        ]
+
+    left = [column("ppu", left=True), column("what", left=True)]
+    heads = ("cores", "GHz", "bf16 TFLOPS", "SRAM KiB", "L2 MiB", "HBM GB", "TB/s", "source")
+    return [*left, *map(column, heads)], row, LEGEND
+
+
 def _models() -> tuple[list[Column], Any, str]:
     from tongyun.model.config import ModelConfig
     from tongyun.report import NOTHING, column
@@ -320,6 +344,7 @@ _LAYOUTS = {
     "prices": _prices,
     "workloads": _workloads,
     "models": _models,
+    "ppus": _ppus,
 }
 
 

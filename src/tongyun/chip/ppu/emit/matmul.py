@@ -73,32 +73,36 @@ def mapped(matmul: Matmul, ppu: Ppu) -> Tiling:
     )
 
 
-_ISSUED = 10
+_ISSUED = 7
 """Instructions of one step along k, each a cycle of the control."""
 
 
 def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
-    """Cycles of a product on a tiling: rounds of tiles, each bound by tensor unit, port or HBM.
+    """Cycles of a product on a tiling: rounds of tiles, each bound by tensor unit, port, L2 or latency.
 
-    All traffic of a round at HBM's rate is pessimistic where L2 holds the other operand, so HBM is
-    charged for each operand once, over the whole product.
+    Two buffers hide a load's latency behind the step before it: a step takes at least half of the way
+    of a buffer, from its request over its product to its next request. HBM is charged for each
+    operand once, which holds where the L2 keeps the other one.
     """
     products = 2 if matmul.gate else 1
     rows, cols = -(-matmul.m // tiling.m), -(-matmul.n // tiling.n)
     steps = -(-matmul.k // tiling.k)
     rounds = -(-rows * cols // ppu.cores)
     busy = min(rows * cols, ppu.cores)
-    m, n = min(tiling.m, matmul.m), min(tiling.n, matmul.n)
-    tiles = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-tiling.k // ppu.tile_k)
-    rate = ppu.tensor_flops[DType.BF16]
-    tensor = products * tiles * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / rate
-    moved = 2 * tiling.k * (m + products * n)
-    step = max(tensor, moved / ppu.port_bytes, moved * busy / ppu.l2_rate, _ISSUED)
-    fill = (ppu.hbm_latency_s * ppu.clock_hz) + moved / ppu.port_bytes
-    drain = m * n / ppu.vector_lanes
+    m, n, k = min(tiling.m, matmul.m), min(tiling.n, matmul.n), min(tiling.k, matmul.k)
+    tiles = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-k // ppu.tile_k)
+    tensor = products * tiles * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / ppu.tensor_flops[DType.BF16]
+    moved = 2 * k * (m + products * n)
+    hbm_rate = ppu.hbm_bytes_per_s / ppu.clock_hz
+    latency = (ppu.hbm_latency_s + ppu.l2_latency_s) / 2 * ppu.clock_hz
+    # Cores of one round share the tiles of one operand.
+    shared = 2 * k * (min(busy, rows) * m + products * n * -(-busy // rows))
+    transfer = max(moved / ppu.port_bytes, moved * busy / ppu.l2_rate, shared / hbm_rate)
+    way = latency + transfer + tensor + ppu.tensor_latency_s * ppu.clock_hz
+    step = max(tensor, transfer, way / 2, _ISSUED)
+    drain = products * m * n / ppu.vector_lanes
     once = 2 * (matmul.m * matmul.k + products * matmul.n * matmul.k + matmul.m * matmul.n)
-    hbm = once / (ppu.hbm_bytes_per_s / ppu.clock_hz)
-    return max(rounds * max(steps * step, drain), hbm) + fill + drain
+    return max(rounds * max(steps * step, drain), once / hbm_rate) + way + drain
 
 
 def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom

@@ -1,0 +1,237 @@
+"""When a program's instructions run: queues, semaphores and shared memory in integer time.
+
+A program's order is a legal order, so one pass over each core's instructions gives their times: an
+instruction starts when it is issued, its queue is free and its tokens are there. Cores meet at the
+L2, the HBM and the links, which are servers; a core is stopped before each request, and the one whose
+request is earliest goes on. Time is counted in 1/256 of a cycle. Knows no numbers in memory: those a
+program reads (a position, the experts' rows) are given by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tongyun.chip.ppu.asm import disassemble
+from tongyun.chip.ppu.isa import SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
+from tongyun.chip.ppu.program import Program
+from tongyun.errors import InputError
+from tongyun.specs.ppu import Ppu
+from tongyun.units import DType
+
+TICKS = 256
+"""Parts of a cycle."""
+ENGINES = tuple(Engine)
+COUNTERS = (
+    "flops", "hbm_bytes", "l2_bytes", "sram_bytes", "icn_bytes", "vector_elements",
+    *(f"{engine.value}_ticks" for engine in ENGINES),
+)  # fmt: skip
+_OPERANDS = 14
+_TENSOR = {Type.BF16: DType.BF16, Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A run's time and what it did, kernel by kernel; `times` says how often a kernel counts."""
+
+    ppu: Ppu
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    cycles: NDArray[np.float64]
+    counters: NDArray[np.int64]
+    """Shape (kernels, counters), in the order of `COUNTERS`."""
+    times: NDArray[np.int64]
+    instructions: int
+
+    @property
+    def total_cycles(self) -> float:
+        return float(self.cycles @ self.times)
+
+    @property
+    def seconds(self) -> float:
+        return self.total_cycles / self.ppu.clock_hz
+
+    def total(self, counter: str) -> int:
+        """A counter over all kernels and cores; ticks are summed over cores."""
+        return int(self.counters[:, COUNTERS.index(counter)] @ self.times)
+
+
+def simulate(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
+    """Run a program's times on a chip; `symbols` gives the numbers it reads from memory, by name.
+
+    InputError names a symbol that is missing.
+    """
+    return _simulate(program, ppu, dict(symbols or {}), np.ones(len(program.kernels), dtype=np.int64))
+
+
+def simulate_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
+    """The same, with kernels that repeat (the layers of a model) run three times and then counted.
+
+    Of a sequence that repeats r times the first two and the last are run; the second stands for those left
+    out. What differs is what the L2 still holds, which settles after the first.
+    """
+    shorter, times = _shortened(program)
+    return _simulate(shorter, ppu, dict(symbols or {}), times)
+
+
+def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: NDArray[np.int64]) -> Timing:
+    from tongyun.chip.ppu.clockwork import run
+
+    missing = [name for name in program.symbols if name not in symbols]
+    if missing:
+        raise InputError(
+            f"the program reads '{missing[0]}' from memory: give its value; it reads {program.symbols}"
+        )
+    instructions = disassemble(program.words)
+    tables = [np.atleast_1d(np.asarray(symbols[name], dtype=np.int64)) for name in program.symbols]
+    starts = np.cumsum([0, *(len(table) for table in tables)]).astype(np.int64)
+    values = np.concatenate(tables) if tables else np.zeros(1, dtype=np.int64)
+    cycles, counters, count = run(
+        *_decoded(instructions, ppu), starts, values, _rates(ppu), len(program.kernels)
+    )
+    return Timing(
+        ppu=ppu,
+        names=tuple(kernel.name for kernel in program.kernels),
+        kinds=tuple(kernel.kind for kernel in program.kernels),
+        cycles=np.asarray(cycles) / TICKS,
+        counters=np.asarray(counters),
+        times=times,
+        instructions=int(count),
+    )
+
+
+# Words to flat arrays.
+
+OPS = (
+    "HALT", "ALU", "LDS", "LOOP", "ENDLOOP", "BARRIER", "LOAD", "GATHER", "STORE", "SCATTER", "MMA",
+    "ATTN", "VEC", "RED", "RMSNORM", "ROPE", "DRAIN", "ATTN_END", "ATTN_MERGE", "ATTN_INIT", "TOPK",
+    "SORT", "ALL_REDUCE", "ALL_GATHER", "REDUCE_SCATTER", "ALL_TO_ALL", "SEND", "RECV", "SYNC_LOAD",
+    "SYNC_STORE", "SYNC_TENSOR", "SYNC_VECTOR",
+)  # fmt: skip
+_NUMBER = {name: number for number, name in enumerate(OPS)}
+
+
+def _decoded(instructions: Sequence[Instruction], ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
+    """(head, imm, reg): op, engine, function, flags, wait, signal, type bytes and rate; then operands."""
+    count = len(instructions)
+    head = np.zeros((count, 8), dtype=np.int64)
+    imm, reg = np.zeros((count, _OPERANDS), dtype=np.int64), np.zeros((count, _OPERANDS), dtype=np.int64)
+    first: dict[tuple[int, int], int] = {}
+    kernel = 0
+    for at, each in enumerate(instructions):
+        kernel += each.op == "BARRIER"
+        size = each.types[0].bytes if each.types else 0
+        head[at] = (
+            _NUMBER[each.op],
+            ENGINES.index(each.opcode.engine),
+            each.fn,
+            each.flags,
+            _listed(each.wait),
+            _listed(each.signal),
+            size,
+            _tile_ticks(each, ppu),
+        )
+        for place, (name, form) in enumerate(each.opcode.operands.items()):
+            value = each.operands.get(name, 0)
+            if isinstance(value, At):
+                imm[at, place], reg[at, place] = value.imm, value.reg
+            elif form is not Form.FLOAT:
+                imm[at, place] = int(value)
+        if each.op == "LDS":
+            # A table's entries are told apart by their distance from the first one the kernel reads.
+            key = (kernel, int(imm[at, 2]))
+            first.setdefault(key, int(imm[at, 1]))
+            imm[at, 3] = (imm[at, 1] - first[key]) // 4
+    return head, imm, reg
+
+
+def _listed(mask: int) -> int:
+    """The semaphores of a mask, each plus one, five bits each from the lowest on."""
+    bits = [bit for bit in range(SEMAPHORES) if mask >> bit & 1]
+    if len(bits) > 12:
+        raise InputError(f"an instruction with {len(bits)} semaphores; the timing simulator takes 12")
+    return sum(bit + 1 << 5 * place for place, bit in enumerate(bits))
+
+
+def _tile_ticks(each: Instruction, ppu: Ppu) -> int:
+    """Ticks of the smallest product of the tensor unit, for the operand types of an instruction."""
+    if each.op not in {"MMA", "ATTN"}:
+        return 0
+    dtype = _TENSOR.get(each.types[1], DType.BF16)
+    if dtype not in ppu.tensor_flops:
+        raise InputError(f"{ppu.name} has no tensor rate for {dtype}; it has {', '.join(ppu.tensor_flops)}")
+    return -(-2 * ppu.tile_m * ppu.tile_n * ppu.tile_k * TICKS // int(ppu.tensor_flops[dtype]))
+
+
+def _rates(ppu: Ppu) -> NDArray[np.float64]:
+    cycle = ppu.clock_hz * TICKS
+    tensor = [ppu.cores, ppu.tile_m, ppu.tile_n, ppu.tile_k, ppu.tensor_latency_s * cycle]
+    vector = [TICKS / ppu.vector_lanes, TICKS / ppu.special_lanes, ppu.vector_latency_s * cycle]
+    l2 = [TICKS / ppu.port_bytes, TICKS / ppu.l2_rate, ppu.l2_latency_s * cycle]
+    hbm = [cycle / ppu.hbm_bytes_per_s, ppu.hbm_latency_s * cycle]
+    link = [cycle / ppu.icn_bytes_per_s if ppu.icn_bytes_per_s else 0.0, ppu.icn_latency_s * cycle]
+    return np.array([*tensor, *vector, *l2, *hbm, ppu.l2_bytes, ppu.barrier_s * cycle, *link])
+
+
+# Repeated kernels.
+
+
+def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
+    """The program without the middle of its longest repetition, and how often each kernel left counts."""
+    borders = np.flatnonzero((program.words[:, 0] & 0xFF) == 5)
+    ends = [*borders[1:], len(program.words) - 1]
+    marks = [_signature(program.words[a:b]) for a, b in zip(borders, ends, strict=True)]
+    start, period, repeats = _repetition(marks)
+    if repeats <= 3:
+        return program, np.ones(len(marks), dtype=np.int64)
+    keep = [*range(start + 2 * period), *range(start + (repeats - 1) * period, len(marks))]
+    words = [program.words[borders[i] : ends[i]].copy() for i in keep]
+    for number, part in enumerate(words):
+        part[0, 2] = number
+    times = np.ones(len(keep), dtype=np.int64)
+    times[start + period : start + 2 * period] = repeats - 2
+    shorter = replace(
+        program,
+        words=np.concatenate([*words, program.words[-1:]]),
+        kernels=tuple(program.kernels[i] for i in keep),
+    )
+    return shorter, times
+
+
+def _signature(words: NDArray[np.uint32]) -> bytes:
+    """A kernel's words without the places of its tensors and its number."""
+    bare = words.copy()
+    moves = np.isin(bare[:, 0] & 0xFF, (0x10, 0x11, 0x18, 0x19))
+    bare[moves, 2] = 0
+    bare[moves, 3] &= 0xFF000000
+    bare[0, 2] = 0
+    return bare.tobytes()
+
+
+def _repetition(marks: Sequence[bytes]) -> tuple[int, int, int]:
+    """(first, period, times) of the longest run of one sequence again and again."""
+    best = (0, 1, 1)
+    for period in range(1, len(marks) // 4 + 1):
+        run = 0
+        for at in range(period, len(marks)):
+            run = run + 1 if marks[at] == marks[at - period] else 0
+            repeats = run // period + 1
+            if (repeats - 1) * period > (best[2] - 1) * best[1]:
+                best = (at - run - period + 1, period, repeats)
+    return best
+
+
+__all__ = [
+    "COUNTERS",
+    "ENGINES",
+    "OPS",
+    "SEMAPHORES",
+    "TICKS",
+    "Operand",
+    "Timing",
+    "simulate",
+    "simulate_repeated",
+]

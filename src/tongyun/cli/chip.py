@@ -1,0 +1,182 @@
+"""`tongyun chip`: compile a model's step for a PPU, look at the program, profile it on the simulated chip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tongyun.chip.ppu.energy import Energy
+    from tongyun.chip.ppu.lower import Lowered
+    from tongyun.chip.ppu.timing import Timing
+    from tongyun.specs import PpuSpec
+
+app = typer.Typer(help="Compile for a PPU and run on the simulated chip.", no_args_is_help=True)
+
+Model = Annotated[str, typer.Argument(help="A Qwen3 model of the catalogue, or the path of a config.json.")]
+Chip = Annotated[str, typer.Option(help="A PPU of the catalogue, or a TOML file.")]
+Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
+Context = Annotated[int, typer.Option(help="Tokens in the cache before the step.", min=0)]
+Layers = Annotated[int | None, typer.Option(help="Take only so many layers.", min=1)]
+Without = Annotated[
+    list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
+]
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the program goes.")],
+    chip: Chip = "zhenwu-810e",
+    tokens: Tokens = 1,
+    context: Context = 0,
+    layers: Layers = None,
+    without: Without = None,
+) -> None:
+    """Compile one step of a model into a program."""
+    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
+    lowered.program.save(output)
+    words = len(lowered.program.words)
+    typer.echo(
+        f"{output}: {len(lowered.program.kernels)} kernels, {words:,} instructions, "
+        f"{lowered.program.hbm_bytes:,} bytes of HBM on {spec.name}"
+    )
+
+
+@app.command()
+def disasm(
+    program: Annotated[Path, typer.Argument(help="A program written by `tongyun chip compile`.")],
+) -> None:
+    """Print a program as text, kernel by kernel."""
+    from tongyun.chip.ppu import asm
+    from tongyun.chip.ppu.program import Program
+
+    loaded = Program.load(program)
+    for instruction in asm.disassemble(loaded.words):
+        if instruction.op == "BARRIER":
+            typer.echo(f"\n; {loaded.kernels[instruction.plain('kernel')].name}")
+        typer.echo(asm.line(instruction))
+
+
+@app.command()
+def profile(
+    model: Model,
+    chip: Chip = "zhenwu-810e",
+    tokens: Tokens = 1,
+    context: Context = 0,
+    layers: Layers = None,
+    without: Without = None,
+    every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Where the time, bytes and joules of one step go on the simulated chip."""
+    import numpy as np
+
+    from tongyun.chip.ppu import timing
+    from tongyun.chip.ppu.energy import energy
+
+    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
+    symbols: dict[str, Any] = {"position": [context]}
+    if "expert_offset" in lowered.program.symbols:
+        experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
+        symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
+    simulate = timing.simulate if every else timing.simulate_repeated
+    result = simulate(lowered.program, spec.at(), symbols)
+    if json:
+        _print_json(result, energy(result, spec))
+    else:
+        _print_table(model, spec, result, energy(result, spec))
+
+
+def _lowered(
+    model: str, chip: str, tokens: int, context: int, layers: int | None, without: list[str] | None
+) -> tuple[Lowered, PpuSpec]:
+    from tongyun.chip.ppu.capture import compile_step
+    from tongyun.chip.ppu.lower import Fusions
+    from tongyun.specs import find_model, find_ppu
+
+    spec = find_ppu(chip)
+    config, _ = find_model(model)
+    fusions = Fusions.without(*(without or ()))
+    return compile_step(
+        config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions
+    ), spec
+
+
+def _experts(model: str, key: str = "num_experts") -> int:
+    from tongyun.specs import find_model
+
+    return int(find_model(model)[0][key])
+
+
+def _by_kind(result: Timing) -> dict[str, tuple[int, float, float, float]]:
+    """Kind to (kernels, seconds, FLOPs, HBM bytes), longest first."""
+    kinds: dict[str, tuple[int, float, float, float]] = {}
+    for place, kind in enumerate(result.kinds):
+        count, seconds, flops, moved = kinds.get(kind, (0, 0.0, 0.0, 0.0))
+        times = int(result.times[place])
+        kinds[kind] = (
+            count + times,
+            seconds + times * float(result.cycles[place]) / result.ppu.clock_hz,
+            flops + times * float(result.counters[place, 0]),
+            moved + times * float(result.counters[place, 1]),
+        )
+    return dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
+
+
+def _print_json(result: Timing, joules: Energy) -> None:
+    from json import dumps
+
+    kinds = {
+        kind: dict(zip(("kernels", "seconds", "flops", "hbm_bytes"), row, strict=True))
+        for kind, row in _by_kind(result).items()
+    }
+    totals = {name: result.total(name) for name in ("flops", "hbm_bytes", "l2_bytes", "vector_elements")}
+    answer = {
+        "source": "simulated",
+        "chip": result.ppu.name,
+        "seconds": result.seconds,
+        "seconds_within_envelope": joules.seconds,
+        "cycles": result.total_cycles,
+        "instructions": result.instructions,
+        **totals,
+        "joules": {name: list(values) for name, values in joules.joules.items()},
+        "kinds": kinds,
+    }
+    typer.echo(dumps(answer, indent=2))
+
+
+def _print_table(model: str, spec: PpuSpec, result: Timing, joules: Energy) -> None:
+    from rich.console import Console
+
+    from tongyun.report import column, table
+    from tongyun.units import Source
+
+    rows = []
+    for kind, (count, seconds, flops, moved) in _by_kind(result).items():
+        bound = max(flops / result.ppu.peak_flops_per_s(), moved / result.ppu.hbm_peak_bytes_per_s)
+        rows.append(
+            [
+                kind,
+                str(count),
+                f"{seconds * 1e3:.3f}",
+                f"{100 * seconds / result.seconds:.1f}",
+                f"{flops / 1e9:,.1f}",
+                f"{moved / 1e6:,.1f}",
+                f"{100 * bound / seconds:.0f}",
+            ]
+        )
+    heads = ("kernels", "ms", "%", "GFLOP", "HBM MB", "% of roofline")
+    columns = [column("kind", left=True), *map(column, heads)]
+    low, nominal, high = joules.total
+    within = f"{joules.seconds * 1e3:.3f} ms within {spec.at().limit_w:.0f} W"
+    power = f"{nominal:.3g} J ({low:.3g} to {high:.3g}), {nominal / joules.seconds:.0f} W"
+    caption = f"simulated; {result.seconds * 1e3:.3f} ms, {within}; {power}"
+    assumed = sum(figure.source is Source.ASSUMED for _, figure in spec.figures())
+    caption += f"; {assumed} of the chip's figures are assumed"
+    Console().print(table(f"{model} on {spec.title}", columns, rows, caption=caption))
+
+
+__all__ = ["app"]
