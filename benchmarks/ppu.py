@@ -2,8 +2,8 @@
 
     python benchmarks/ppu.py [--model Qwen/Qwen3-0.6B] [--tokens 512]
 
-Prints the functional simulator's GFLOP/s, the timing simulator's instructions a second, a step with its layers
-run once against all of them, and the ablation of the fusions. All times are this machine's wall time;
+Prints the functional simulator's GFLOP/s, the timing simulator's instructions a second, a step with its
+layers run once against all of them, and the ablation of the fusions. Seconds are this machine's wall time;
 milliseconds, bytes and joules of the chip are simulated.
 """
 
@@ -102,10 +102,9 @@ def step(model: str, tokens: int, ppu: Ppu) -> None:
         lowered = compile_step(config, ppu, tokens=tokens, fusions=Fusions.without(*without))
         result = simulate_repeated(lowered.program, ppu, symbols)
         joules = energy(result, find_ppu("zhenwu-810e"))
-        print(
-            f"{', '.join(without) or 'none':>10} {len(lowered.program.kernels):>8} {result.seconds * 1e3:>9.4f} "
-            f"{result.total('l2_bytes') / 1e6:>9.1f} {result.total('hbm_bytes') / 1e6:>9.1f} {joules.total[1]:>7.3f}"
-        )
+        moved = " ".join(f"{result.total(name) / 1e6:>9.1f}" for name in ("l2_bytes", "hbm_bytes"))
+        name, kernels = ", ".join(without) or "none", len(lowered.program.kernels)
+        print(f"{name:>10} {kernels:>8} {result.seconds * 1e3:>9.4f} {moved} {joules.total[1]:>7.3f}")
 
 
 def main() -> None:

@@ -81,14 +81,13 @@ def _trace(config: dict[str, Any], backend: Any, tokens: int, context: int, laye
             model = make_model(settings).eval()
         finally:
             torch.set_default_dtype(before)
-        cache = transformers.StaticCache(config=settings, max_cache_len=room)
+        cache: Any = transformers.StaticCache(config=settings, max_cache_len=room)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        traced = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        traced: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
         if context:
             # A cache that has been written to is an input, and its mask is one over all positions.
             heads = settings.num_key_value_heads
-            begin: Any = cache.early_initialization
-            begin(1, heads, settings.head_dim, torch.bfloat16, torch.device("cpu"))
+            cache.early_initialization(1, heads, settings.head_dim, torch.bfloat16, torch.device("cpu"))
             # transformers masks differently behind a cache that is known to be empty.
             for layer in cache.layers:
                 layer.cumulative_length_int = context

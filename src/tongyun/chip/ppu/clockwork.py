@@ -346,7 +346,8 @@ def run(head: Any, imm: Any, reg: Any, starts: Any, values: Any, rates: Any, ker
     ticks, counters = np.zeros(kernels, np.int64), np.zeros((kernels + 1, 12), np.int64)
     for c in range(cores):
         regs[c, 1], regs[c, 2] = c, cores
-    kernel, total, begun = -1, 0, now[0]
+    kernel, total = -1, 0
+    begun: Any = now[0]
     while True:
         for c in range(cores):
             total += _core(
@@ -373,7 +374,7 @@ def run(head: Any, imm: Any, reg: Any, starts: Any, values: Any, rates: Any, ker
                 size -= 1
                 heap[0] = heap[size]
             _sift(heap, size, 0, request)
-        latest = now.max()
+        latest: Any = now.max()
         for c in range(cores):
             for engine in range(6):
                 latest = max(latest, done[c, engine])
@@ -383,8 +384,8 @@ def run(head: Any, imm: Any, reg: Any, starts: Any, values: Any, rates: Any, ker
             return ticks, counters[:kernels], total + cores
         kernel = int(imm[pc[0], 0])
         begun = latest
-        latest += np.int64(rates[14])
-        total += cores
+        latest = latest + np.int64(rates[14])
+        total += int(cores)
         for c in range(cores):
             now[c] = latest
             pc[c] += 1
