@@ -1,11 +1,15 @@
 """How many requests a second the simulated engine plays, by leaps and step by step.
 
     python benchmarks/simulator.py [--requests 1000] [--qps 6.45] [--repeat 5] [--json]
+    python benchmarks/simulator.py --trace mooncake_conversation.jsonl [--json]
 
 Llama-3.1-8B on one A100, Poisson arrivals, conversation-like lengths (lognormal, mean 1,155
 prompt and 211 output tokens, the means of the public Azure conversation trace of 2023).
 Seconds are those of the simulation alone, tables filled anew each time; the process's own
 start is printed beside it. Both ways must agree on every record, or nothing is printed.
+
+With `--trace`: all of it on Qwen3-235B-A22B in fp8 on 64 H200, four replicas of eight chips that
+prefill and four that decode, from reading the file to the last record.
 """
 
 from __future__ import annotations
@@ -13,16 +17,21 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
+import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 
+from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.sched.scheduler import SchedulerConfig
 from tongyun.cloud.simulate import Simulated, simulate
+from tongyun.cloud.trace import read_trace
 from tongyun.cloud.workload import Arrivals, Distribution, Lengths, Process, Workload, requests, sample
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision
@@ -39,6 +48,29 @@ LIMITS = SchedulerConfig(
     prefix_caching=False,
 )
 """KV of 8 B bf16 in 80 GB (16 GB weights, 131 kB a token): 384,000 tokens take 50 GB."""
+
+POOLS = """
+name = "mooncake-hour"
+model = "Qwen/Qwen3-235B-A22B"
+chip = "h200"
+dtype = "fp8"
+
+[[pool]]
+role = "prefill"
+replicas = 4
+tp = 4
+ep = 8
+dp = 2
+step_tokens = 2048
+
+[[pool]]
+role = "decode"
+replicas = 4
+tp = 4
+ep = 8
+dp = 2
+step_tokens = 2048
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +121,24 @@ def measure(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def replay(trace: Path) -> Row:
+    """A trace on the pools; prompts the model cannot take are refused and counted as played."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "fleet.toml"
+        file.write_text(POOLS)
+        begun = time.perf_counter()
+        spec, fleet = read_fleet(file)
+        arrivals = read_trace(trace)
+        played = fleet.play(arrivals, find_router(spec.router), chip=fleet.question.chip.at())
+        took = time.perf_counter() - begun
+    return Row(
+        way=f"{played.report.succeeded:,} of {len(arrivals):,} served",
+        seconds=took,
+        requests_per_s=len(arrivals) / took,
+        steps=sum(one.steps for one in played.engines),
+    )
+
+
 def _agree(ours: Simulated, theirs: Simulated) -> None:
     if ours != theirs:
         raise SystemExit("the two simulations differ")
@@ -99,9 +149,10 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--qps", type=float, default=6.45)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--trace", type=Path, help="play this on pools of 64 H200 instead")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = measure(args)
+    rows = measure(args) if args.trace is None else [replay(args.trace)]
     memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if args.json:
         print(to_json({"rows": rows, "memory_mb": memory_mb}))
@@ -109,7 +160,10 @@ def main() -> None:
     columns = [column("way", left=True), column("seconds"), column("requests/s"), column("steps")]
     lines = [[r.way, f"{r.seconds:.3f}", f"{r.requests_per_s:,.0f}", f"{r.steps:,}"] for r in rows]
     title = f"{args.requests} requests at {args.qps}/s, {MODEL} on one {CHIP}"
-    caption = f"records of both ways are equal to the last bit; peak memory {memory_mb:.0f} MB"
+    caption = "records of both ways are equal to the last bit; "
+    if args.trace is not None:
+        title, caption = f"{args.trace.name} on 64 H200 in two pools", ""
+    caption += f"peak memory {memory_mb:.0f} MB"
     Console(width=110).print(table(title, columns, lines, caption=caption))
 
 

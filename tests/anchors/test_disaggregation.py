@@ -13,7 +13,7 @@ import pytest
 from tongyun.cloud.latency import Slo
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.workload import Arrivals, Lengths, Process, Workload, sample
-from tongyun.codesign.fleet import Fleet, Played
+from tongyun.codesign.fleet import Fleet, Played, pools_of
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.errors import InputError
@@ -35,7 +35,7 @@ def played(prefill: int, *, rate: float, isl: int, osl: int, slo: Slo) -> Played
         precision=Precision.of("bf16", None),
     )
     plan = Plan(shard=Shard(tp=2), batch=128, step_tokens=2048, replicas=4, idle_chips=0)
-    fleet = Fleet(question=question, plan=plan, prefill_replicas=prefill)
+    fleet = Fleet(question=question, pools=pools_of(plan, prefill))
     load = sample(
         Workload(
             arrivals=Arrivals(process=Process.POISSON, rate_per_s=rate),

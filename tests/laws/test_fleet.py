@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -30,6 +32,13 @@ class Price:
     def __call__(self, load: StepLoad) -> Cost:
         seconds = 0.02 + 0.001 * float(load.new_tokens.sum()) + 1e-5 * float(load.context.sum())
         return Cost(seconds=seconds, joules=1.0, sources=frozenset({Source.ASSUMED}))
+
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        new = decoding + sum(new for new, _ in chunks)
+        context = context_tokens + sum(cached for _, cached in chunks)
+        return 0.02 + 0.001 * float(new) + 1e-5 * float(context), 1.0
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
         seconds = 0.02 + 0.001 * sequences + 1e-5 * context_tokens

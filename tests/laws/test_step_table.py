@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tongyun.cloud.engine.simulated import StepLoad
+from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor, StepLoad
 from tongyun.cloud.engine.step_table import CHUNK_GRAIN, GRAIN, StepTable
+from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.scheduler import SchedulerConfig
+from tongyun.cloud.simulate import simulate
 from tongyun.cost import step_cost
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision, StepShape
@@ -79,3 +82,26 @@ def test_many_steps_are_priced_as_each_alone(
         load = StepLoad(new_tokens=np.ones(sequences, dtype=np.int64), context=contexts, samples=sequences)
         assert table(load).seconds == ahead[k]
         assert table(load).joules == joules[k]
+
+
+def test_a_simulation_by_leaps_is_priced_as_the_one_by_steps(
+    priced: tuple[StepTable, ModelConfig, str],
+) -> None:
+    """Steps with prompts in them, told by their sums, cost what their pieces do, to the last bit."""
+    table, _, _ = priced
+    rng = np.random.default_rng(5)
+    load = [
+        Request(
+            id=f"r{i}",
+            prompt=tuple(range(int(rng.integers(1, 900)))),
+            output_tokens=int(rng.integers(1, 80)),
+            arrival_s=moment_s,
+        )
+        for i, moment_s in enumerate(np.cumsum(rng.exponential(0.05, 40)).tolist())
+    ]
+    config = SchedulerConfig(
+        blocks=300, block_tokens=16, max_context_tokens=2000, max_sequences=12, max_step_tokens=200
+    )
+    by_leaps, by_steps = LeapingExecutor(table), SimulatedExecutor(table)
+    assert simulate(load, config, by_leaps) == simulate(load, config, by_steps)
+    assert by_leaps.joules == pytest.approx(by_steps.joules, rel=1e-9)

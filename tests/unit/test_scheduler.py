@@ -187,7 +187,7 @@ def test_many_aborts_leave_no_trail():
     for n in range(1000):
         target.add(request(f"r{n}", 3))
         assert target.abort(f"r{n}")
-    assert len(target._heap) < 20 and not target.has_work and target.next_batch(0.0) is None
+    assert len(target._waiting._heap) < 20 and not target.has_work and target.next_batch(0.0) is None
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_a_light_load_is_served_as_fast_as_it_comes() -> None:
     assert report["succeeded"] == report["requests"] == 200
     assert report["output_tokens"] == 200 * 50
     assert told["output_tokens_per_s"] == pytest.approx(4 * 50, rel=0.25)
-    assert told["plan"]["replicas"] == len(told["engines"]) == 2
+    assert told["pools"][0]["plan"]["replicas"] == len(told["engines"]) == 2
     assert 0 < told["use"] < 1
     assert told["joules"] > 0 and told["usd_per_mtoken"] > 0
     assert "simulated" in told["source"]
@@ -44,7 +44,7 @@ def test_a_light_load_is_served_as_fast_as_it_comes() -> None:
 
 def test_without_a_cut_the_best_plan_is_taken_and_is_within_its_limits() -> None:
     told = run("--chips", "4", "--workload", "smoke", "--ttft-ms", "2000", "--tpot-ms", "30")
-    assert told["plan"]["shard"]["pp"] == 1
+    assert told["pools"][0]["plan"]["shard"]["pp"] == 1
     assert told["attainment"] > 0.9
 
 

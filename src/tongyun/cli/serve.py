@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tongyun.cli.fleet import refuse_told, typed
+from tongyun.cli.twin import twin_gateway
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,7 +119,14 @@ def _limits(options: ServeOptions, blocks: int, block_tokens: int, context_token
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A Hugging Face model directory, or a hub id.")],
+    context_: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="A Hugging Face model directory, or a hub id.", show_default=False)
+    ] = None,
+    fleet: Annotated[Path | None, typer.Option(help="With --twin: TOML file of a fleet.")] = None,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Answer with filler text at the pace of the simulated fleet.")
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one and prints it.")] = 8000,
     api_key: Annotated[
@@ -138,6 +148,23 @@ def serve(
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP endpoint until SIGTERM."""
+    body_bytes = _amount("--body-limit-mb", body_limit_mb, 1e6)
+    if twin or fleet is not None:
+        if fleet is None or not twin:
+            raise InputError("a twin needs both: --twin and --fleet, the TOML file of the fleet it is one of")
+        refuse_told(typed(context_), OF_A_MODEL, "--twin runs no model")
+        run_server(
+            lambda key: twin_gateway(
+                fleet, model, names=tuple(name or ()), api_key=key, body_bytes=body_bytes
+            ),
+            api_key=api_key,
+            host=host,
+            port=port,
+            drain_s=drain_timeout,
+        )
+        return
+    if model is None:
+        raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
     options = ServeOptions(
         model=model,
         names=tuple(name or ()),
@@ -150,18 +177,26 @@ def serve(
         max_sequences=max_sequences,
         max_step_tokens=max_step_tokens,
         prefix_caching=prefix_caching,
-        api_key=api_key,
-        body_bytes=_amount("--body-limit-mb", body_limit_mb, 1e6),
+        body_bytes=body_bytes,
     )
-    run_server(options, host=host, port=port, drain_s=drain_timeout)
+    run_server(
+        lambda key: build_gateway(replace(options, api_key=key)),
+        api_key=api_key,
+        host=host,
+        port=port,
+        drain_s=drain_timeout,
+    )
 
 
-def run_server(options: ServeOptions, *, host: str, port: int, drain_s: float) -> None:
-    """Bind, load, announce the URL on stdout, and serve until a signal."""
+def run_server(
+    build: Callable[[str | None], Gateway], *, api_key: str | None, host: str, port: int, drain_s: float
+) -> None:
+    """Bind, `build` with the key stripped, announce the URL on stdout, and serve until a signal."""
     from tongyun.cloud.gateway.app import build_app
     from tongyun.cloud.gateway.server import bind, run, url_of
 
-    if options.api_key is not None and not options.api_key.strip():
+    key = None if api_key is None else api_key.strip()
+    if key == "":
         # An unset variable in a script must not open the server to everybody.
         raise InputError("--api-key is empty; leave it (and TONGYUN_API_KEY) out to serve without a key")
     if drain_s < 0:
@@ -169,15 +204,27 @@ def run_server(options: ServeOptions, *, host: str, port: int, drain_s: float) -
     # The port comes first: loading a model for a minute to find it taken would be unkind.
     with bind(host, port) as sock:
         url = url_of(sock)
-        gateway = build_gateway(
-            options if options.api_key is None else replace(options, api_key=options.api_key.strip())
-        )
+        gateway = build(key)
         served = gateway.served
 
         def announce() -> None:
             typer.echo(f"{served.names[0]}: context {served.context_tokens} tokens, at {url}/v1")
 
         run(build_app(gateway), sock, drain_s=drain_s, on_ready=announce)
+
+
+OF_A_MODEL = (
+    "context",
+    "max_sequences",
+    "max_step_tokens",
+    "prefix_caching",
+    "kv_gb",
+    "kv_dtype",
+    "device",
+    "kernels",
+    "threads",
+)
+"""Flags that a twin has no use for: its fleet file says what there is."""
 
 
 def _amount(flag: str, value: float, unit: float) -> int:

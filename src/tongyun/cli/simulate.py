@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tongyun.cli.fleet import read_fleet, refuse_told, typed
+from tongyun.cli.plan import ask
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
@@ -15,15 +17,21 @@ if TYPE_CHECKING:
 
     from tongyun.cloud.latency import Slo
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Played
+    from tongyun.codesign.fleet import Fleet, Played, Pool
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
 
 
 def simulate(
-    model: Annotated[str, typer.Option(help="Hugging Face id in the catalogue, or a directory.")],
-    chip: Annotated[str, typer.Option(help="Catalogue name, or a TOML file.")],
+    context: typer.Context,
+    fleet: Annotated[
+        Path | None, typer.Option(help="TOML file: model, chip, pools, router; no flags for them then.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hugging Face id in the catalogue, or a directory.")
+    ] = None,
+    chip: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     rate: Annotated[
         float | None, typer.Option(help="Requests a second, Poisson, of --isl and --osl.")
@@ -58,25 +66,20 @@ def simulate(
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
     from tongyun.cloud.sched.router import find_router
-    from tongyun.codesign.fleet import Fleet
 
     slo = _slo(ttft_ms, tpot_ms)
-    policy = find_router(router)
+    find_router(router)
     arrivals = _arrivals(given)
-    question = _question(given, arrivals, slo)
-    plan = _given_plan(given, question) if tp is not None else _best_plan(question)
-    fleet = Fleet(
-        question=question, plan=plan, prefill_replicas=prefill_replicas, prefix_caching=prefix_caching
-    )
+    router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
-    played = fleet.play(arrivals, policy, chip=question.chip.at(), seed=seed, slo=slo)
+    played = asked.play(arrivals, find_router(router), chip=asked.question.chip.at(), seed=seed, slo=slo)
     seconds = time.perf_counter() - begun
     if json:
         from tongyun.report import to_json
 
-        typer.echo(to_json(as_json(question, plan, played, router) | {"seconds": seconds}))
+        typer.echo(to_json(as_json(asked, played, router) | {"seconds": seconds}))
     else:
-        show(question, plan, played, router)
+        show(asked, played, router)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
@@ -134,19 +137,37 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     )
 
 
-def _question(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> Question:
-    """The planner's question for requests of the load's mean lengths."""
-    from tongyun.cli.plan import ask
+def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
+    """The router's name and the fleet, from its file or from the flags."""
+    from tongyun.codesign.fleet import Fleet, pools_of
 
-    prompt = sum(arrival.prompt_tokens for arrival in arrivals) / len(arrivals)
-    output = sum(arrival.output_tokens for arrival in arrivals) / len(arrivals)
-    return ask(
-        {**given, "isl": max(1, round(prompt)), "osl": max(2, round(output))},
+    isl, osl = _lengths(arrivals)
+    if given["fleet"] is not None:
+        refuse_told(typed(given["context"]))
+        spec, fleet = read_fleet(
+            given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=given["usd_per_chip_hour"]
+        )
+        return spec.router, fleet
+    for name in ("model", "chip"):
+        if given[name] is None:
+            raise InputError(f"--{name} is missing; or --fleet names a file that says it")
+    question = ask(
+        {**given, "isl": isl, "osl": osl},
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
         dtypes=(given["dtype"], given["kv_dtype"]),
         usd_per_chip_hour=given["usd_per_chip_hour"],
     )
+    plan = _given_plan(given, question) if given["tp"] is not None else _best_plan(question)
+    pools = pools_of(plan, given["prefill_replicas"])
+    return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
+
+
+def _lengths(arrivals: list[Arrival]) -> tuple[int, int]:
+    """Mean prompt and output tokens."""
+    prompt = sum(arrival.prompt_tokens for arrival in arrivals) / len(arrivals)
+    output = sum(arrival.output_tokens for arrival in arrivals) / len(arrivals)
+    return max(1, round(prompt)), max(2, round(output))
 
 
 def _given_plan(given: dict[str, Any], question: Question) -> Plan:
@@ -181,27 +202,34 @@ def _best_plan(question: Question) -> Plan:
 # ── what is shown ────────────────────────────────────────────────────────────────────
 
 
-def show(question: Question, plan: Plan, played: Played, router: str) -> None:
+def show(fleet: Fleet, played: Played, router: str) -> None:
     from tongyun import report
 
-    report.show(_latencies(question, plan, played, router), _figures(question, played))
+    report.show(_latencies(fleet, played, router), _figures(fleet.question, played))
 
 
-def _latencies(question: Question, plan: Plan, played: Played, router: str) -> Table:
+def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
     from tongyun.report import NOTHING, column, number, table
     from tongyun.units import MS
 
-    done, shard = played.report, plan.shard
-    title = (
-        f"{question.model.name} on {question.chips} × {question.chip.title}: {plan.replicas} × (tp{shard.tp} "
-        f"ep{shard.ep} dp{shard.dp}), batch {plan.batch}, {plan.step_tokens} tokens a step, {router}"
-    )
+    done, question = played.report, fleet.question
+    pools = " + ".join(_title(pool) for pool in fleet.pools)
+    title = f"{question.model.name} on {question.chips} × {question.chip.title}: {pools}, {router}"
     rows = []
     for name, one in (("TTFT ms", done.ttft_s), ("TPOT ms", done.tpot_s), ("end to end ms", done.latency_s)):
         values = () if one is None else (one.mean, one.p50, one.p90, one.p99, one.p99_9, one.most)
         rows.append([name, *([number(value / MS) for value in values] or [NOTHING] * 6)])
     names = ("mean", "p50", "p90", "p99", "p99.9", "max")
     return table(title, [column("", left=True), *map(column, names)], rows)
+
+
+def _title(pool: Pool) -> str:
+    plan, shard = pool.plan, pool.plan.shard
+    role = "" if pool.role == "mixed" else f"{pool.role} "
+    return (
+        f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), "
+        f"batch {plan.batch}, {plan.step_tokens} tokens a step"
+    )
 
 
 def _figures(question: Question, played: Played) -> Table:
@@ -227,15 +255,15 @@ def _figures(question: Question, played: Played) -> Table:
     return table("", [column("", left=True), column("value")], rows, caption=tag)
 
 
-def as_json(question: Question, plan: Plan, played: Played, router: str) -> dict[str, Any]:
+def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
     """Everything in SI."""
-    done = played.report
+    done, question = played.report, fleet.question
     rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
     return {
         "model": question.model.name,
         "chip": question.chip.name,
         "chips": question.chips,
-        "plan": plan,
+        "pools": fleet.pools,
         "router": router,
         "report": done,
         **{name: getattr(done, name) for name in (*rates, "attainment")},

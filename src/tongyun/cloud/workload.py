@@ -8,6 +8,7 @@ same arrivals. Knows no endpoint, no engine and no text.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -259,7 +260,8 @@ def requests(
     for index, arrival in enumerate(arrivals):
         yield Request(
             id=f"{name}{index}",
-            prompt=tuple(_prompt(arrival, index, seed, vocabulary).tolist()),
+            # In a row: millions of numbers, each an object of its own, would fill the memory.
+            prompt=array("i", _prompt(arrival, index, seed, vocabulary).astype(np.int32).tobytes()),
             output_tokens=arrival.output_tokens,
             arrival_s=arrival.time_s,
             ignore_eos=True,

@@ -1,4 +1,4 @@
-"""Play a load on a simulated fleet: equal replicas of one plan behind a router.
+"""Play a load on a simulated fleet: pools of equal replicas behind a router.
 
 The production scheduler runs for every attention group of every replica, on virtual time,
 with steps priced by the chip's spec. Decides how much KV cache a group has; knows no
@@ -8,19 +8,19 @@ flags. All that comes out is simulated.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
-from tongyun.cloud.engine.simulated import LeapingExecutor
+from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.latency import LatencyReport, Slo, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import play_fleet, play_pools
+from tongyun.cloud.simulate import Simulated, play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
@@ -61,35 +61,91 @@ class Played:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pool:
+    """Equal replicas with one task: `mixed`, `prefill` or `decode`."""
+
+    role: str = "mixed"
+    plan: Plan
+
+    @property
+    def chips(self) -> int:
+        return self.plan.replicas * self.plan.shard.ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """A pool put together: an engine for each attention group of each replica, a replica's together."""
+
+    pool: Pool
+    loops: tuple[EngineLoop, ...]
+    executors: tuple[SimulatedExecutor, ...]
+    table: StepTable
+
+    @property
+    def shortest_s(self) -> float:
+        """Seconds of a step in which one request decodes its first token."""
+        return float(self.table.decode(1, np.array([1]))[0, 0])
+
+    def joules(self, chip: Chip, busy_s: Sequence[float], duration_s: float) -> float:
+        """Of the pool's chips over that time, of which its engines spent `busy_s` in steps."""
+        shard = self.pool.plan.shard
+        # A step's joules are those of all ranks of the replica, which its groups share.
+        busy = sum(executor.joules for executor in self.executors) / shard.dp
+        resting_s = sum(max(duration_s - each_s, 0.0) for each_s in busy_s)
+        return busy + chip.idle_w * shard.ranks / shard.dp * resting_s
+
+
+def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
+    """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode."""
+    if not 0 <= prefill_replicas < max(plan.replicas, 1):
+        raise InputError(
+            f"{prefill_replicas} of {plan.replicas} replicas for prefill: accepted: "
+            f"0 … {plan.replicas - 1}, the rest decodes"
+        )
+    if not prefill_replicas:
+        return (Pool(plan=plan),)
+    counts = {"prefill": prefill_replicas, "decode": plan.replicas - prefill_replicas}
+    return tuple(
+        Pool(role=role, plan=replace(plan, replicas=count, idle_chips=0)) for role, count in counts.items()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """Replicas of `plan` for a model and chips as in `question`, whose lengths only size activations."""
+    """Pools for a model and chips as in `question`, whose lengths are those that have to fit.
+
+    One mixed pool, or one that prefills before one that decodes.
+    """
 
     question: Question
-    plan: Plan
-    prefill_replicas: int = 0
-    """Of the plan's, those that only prefill; the others then only decode."""
+    pools: tuple[Pool, ...]
     prefix_caching: bool = True
     block_tokens: int = BLOCK_TOKENS
 
     def __post_init__(self) -> None:
-        if self.plan.shard.pp > 1:
-            raise InputError(
-                f"pp {self.plan.shard.pp}: pipeline stages are not simulated request by request; accepted: 1"
-            )
+        if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
+            raise ValueError("a fleet is one mixed pool, or a prefill and a decode pool in this order")
+        for pool in self.pools:
+            if pool.plan.shard.pp > 1:
+                raise InputError(
+                    f"pp {pool.plan.shard.pp}: pipeline stages are not simulated request by request; "
+                    "accepted: 1"
+                )
+        if self.idle_chips < 0:
+            raise InputError(f"{self.question.chips} chips: the pools take {-self.idle_chips} more")
 
-        if not 0 <= self.prefill_replicas < max(self.plan.replicas, 1):
-            raise InputError(
-                f"{self.prefill_replicas} of {self.plan.replicas} replicas for prefill: accepted: "
-                f"0 … {self.plan.replicas - 1}, the rest decodes"
-            )
+    @property
+    def idle_chips(self) -> int:
+        """Chips there are that no pool takes."""
+        return self.question.chips - sum(pool.chips for pool in self.pools)
 
-    def limits(self, chip: Chip) -> SchedulerConfig:
+    def limits(self, chip: Chip, plan: Plan) -> SchedulerConfig:
         """An attention group's scheduler: the plan's limits, and the KV blocks that fit the memory.
 
         Infeasible with the bytes that are missing, where weights and activations leave no room
-        for one request of the longest context.
+        for one request of the question's lengths.
         """
-        question, plan = self.question, self.plan
+        question = self.question
         model, precision, part = question.model, question.precision, slice_of(question.model, plan.shard)
         room = USABLE_MEMORY * chip.memory_bytes - weight_bytes(model, plan.shard, precision)
         tokens, sequences = np.array(plan.step_tokens), np.array(plan.batch)
@@ -112,20 +168,50 @@ class Fleet:
             prefix_caching=self.prefix_caching,
         )
 
-    def _hand_over(self, chip: Chip) -> Callable[[int], float]:
-        """Seconds for the keys and values of so many tokens from one replica to another.
+    def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
+        """A pool's engines, every one on a virtual clock of its own.
 
-        Every rank sends its share to its counterpart at once, when the prompt is computed:
-        latency + bytes / (achieved · bandwidth), over the scale-up links where the fleet is
-        one node and over the network else.
+        With `words`, the tokens they make up, every step is taken by itself and can be told.
         """
-        link = chip.scale_up if self.question.chips <= chip.chips_per_node else chip.scale_out
+        question, limits = self.question, self.limits(chip, pool.plan)
+        table = StepTable(
+            question.model,
+            chip,
+            question.precision,
+            pool.plan.shard,
+            max_step_tokens=limits.max_step_tokens,
+            max_context_tokens=limits.max_context_tokens,
+        )
+        groups = range(pool.plan.replicas * pool.plan.shard.dp)
+        kind = LeapingExecutor if words is None else SimulatedExecutor
+        executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
+        return Engines(
+            pool=pool,
+            loops=tuple(EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors),
+            executors=executors,
+            table=table,
+        )
+
+    def hand_over(self, chip: Chip) -> Callable[[int], float]:
+        """Seconds for the keys and values of so many tokens from a prefill to a decode replica.
+
+        Every rank sends its share at once, when the prompt is computed, and the side whose
+        ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
+        scale-up links where the fleet is one node and over the network else.
+        """
+        question = self.question
+        link = chip.scale_up if question.chips <= chip.chips_per_node else chip.scale_out
         if link is None:
             raise InputError(f"{chip.name}: no links between replicas; keys and values cannot be handed over")
-        model, precision = self.question.model, self.question.precision
-        part = slice_of(model, self.plan.shard)
+        model, precision = question.model, question.precision
+        parts = [slice_of(model, pool.plan.shard) for pool in self.pools]
         rate = link.bytes_per_s * link.achieved
-        return lambda tokens: link.latency_s + float(kv_bytes(model, tokens, precision, part)) / rate
+
+        def seconds(tokens: int) -> float:
+            share = max(float(kv_bytes(model, tokens, precision, part)) for part in parts)
+            return link.latency_s + share / rate
+
+        return seconds
 
     def play(
         self,
@@ -139,43 +225,34 @@ class Fleet:
         """Send `arrivals` through `router`; the same arguments give the same result to the last bit."""
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
-        question, plan, limits = self.question, self.plan, self.limits(chip)
-        model, shard = question.model, plan.shard
-        table = StepTable(
-            model,
-            chip,
-            question.precision,
-            shard,
-            max_step_tokens=limits.max_step_tokens,
-            max_context_tokens=limits.max_context_tokens,
-        )
-        groups = plan.replicas * shard.dp
-        executors = [LeapingExecutor(table, vocabulary=model.vocab) for _ in range(groups)]
-        loops = [EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors]
-        load = requests(arrivals, vocabulary=model.vocab, seed=seed)
-        if self.prefill_replicas:
-            cut = self.prefill_replicas * shard.dp
-            pools, hand_over_s = (loops[:cut], loops[cut:]), self._hand_over(chip)
-            routers = router, LeastLoad()
-            records, played = play_pools(
-                load, pools, routers, lambda request: hand_over_s(len(request.prompt))
+        question = self.question
+        pools = [self.engines(pool, chip) for pool in self.pools]
+        load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
+        results: Sequence[Sequence[Simulated]]
+        if len(pools) == 2:
+            prefill, decode = pools
+            hand_over_s = self.hand_over(chip)
+            records, results = play_pools(
+                load,
+                (prefill.loops, decode.loops),
+                (router, LeastLoad()),
+                lambda request: hand_over_s(len(request.prompt)),
             )
-            results = [*played[0], *played[1]]
         else:
-            results = play_fleet(load, loops, router)
-            records = tuple(record for result in results for record in result.records)
+            results = [play_fleet(load, pools[0].loops, router)]
+            records = tuple(record for result in results[0] for record in result.records)
         report = summarise(records, slo)
-        # A step's joules are those of all ranks of the replica, which its groups share.
-        busy = sum(executor.joules for executor in executors) / shard.dp
-        resting_s = sum(max(report.duration_s - result.stats.busy_s, 0.0) for result in results)
-        idle = chip.idle_w * (shard.ranks / shard.dp * resting_s + plan.idle_chips * report.duration_s)
+        joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
+            pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
+            for pool, result in zip(pools, results, strict=True)
+        )
         price = question.price
         return Played(
             report=report,
-            engines=tuple(result.stats for result in results),
-            joules=busy + idle,
+            engines=tuple(one.stats for result in results for one in result),
+            joules=joules,
             usd_per_mtoken=None
             if price is None or not report.output_tokens
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
-            sources=table.sources,
+            sources=frozenset().union(*(pool.table.sources for pool in pools)),
         )

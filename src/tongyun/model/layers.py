@@ -143,6 +143,12 @@ class Layers:
             *self.collective("attention_sum", Kind.ALL_REDUCE, "tp", payload, repeat),
         ]
 
+    def attending(self) -> list[Operator]:
+        """What of `attention` looks at keys and values; latent attention has no such part."""
+        if self.config.latent is not None:
+            raise ValueError("latent attention looks at keys and values in forms of its own")
+        return self._attend_all(self.part.full_layers, self.part.window_layers)
+
     def _grouped_query(self) -> list[Operator]:
         config, part, tokens = self.config, self.part, self.shape.tokens
         width = (part.heads + 2 * part.kv_heads) * config.head_dim
@@ -166,7 +172,7 @@ class Layers:
             + tokens * 2 * part.kv_heads * config.head_dim * self.precision.kv.bytes,
             resident_bytes=scales * part.layers,
         )
-        return [qkv, rotate, *self._attend_all(part.full_layers, part.window_layers)]
+        return [qkv, rotate, *self.attending()]
 
     def _attend_all(self, full: int, windowed: int) -> list[Operator]:
         """Attention of decode and prefill sequences, in full and in sliding-window layers."""

@@ -5,6 +5,7 @@ from tongyun.specs.find import (
     every,
     find_chip,
     find_fabric,
+    find_fleet,
     find_model,
     find_price,
     find_storage,
@@ -13,6 +14,7 @@ from tongyun.specs.find import (
     loads,
     names,
 )
+from tongyun.specs.fleet import FleetSpec, PoolSpec
 from tongyun.specs.schema import (
     Calibration,
     Chip,
@@ -32,7 +34,9 @@ __all__ = [
     "Corner",
     "FabricSpec",
     "Figure",
+    "FleetSpec",
     "Link",
+    "PoolSpec",
     "PriceSpec",
     "StorageSpec",
     "WorkloadSpec",
@@ -40,6 +44,7 @@ __all__ = [
     "every",
     "find_chip",
     "find_fabric",
+    "find_fleet",
     "find_model",
     "find_price",
     "find_storage",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from tongyun.errors import SpecError, unknown
+from tongyun.specs.fleet import FleetSpec
 from tongyun.specs.form import Where, read_fields
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
@@ -59,6 +60,11 @@ def find_storage(name: str) -> StorageSpec:
 def find_workload(name: str) -> WorkloadSpec:
     """A workload by catalogue name, alias or path of a TOML file."""
     return _find("workloads", WorkloadSpec, name)
+
+
+def find_fleet(path: str | Path) -> FleetSpec:
+    """A fleet, which is always the user's own TOML file."""
+    return load(Path(path).expanduser(), FleetSpec)
 
 
 def find_price(chip: str) -> PriceSpec:

@@ -124,6 +124,19 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """True or false."""
+
+    def read(self, raw: object, where: Where) -> bool:
+        if not isinstance(raw, bool):
+            raise where.wrong(f"expected true or false, got {shown(raw)}")
+        return raw
+
+    def plain(self, value: bool) -> bool:
+        return value
+
+
+@dataclass(frozen=True)
 class Fact:
     """A figure of one dimension; `better` says which way its range favours us."""
 
@@ -237,6 +250,21 @@ class Section:
 
     def plain(self, value: Any) -> dict[str, Any]:
         return plain_fields(value)
+
+
+@dataclass(frozen=True)
+class Sections:
+    """A list of tables, one at least, each read into the same dataclass."""
+
+    schema: type[Any]
+
+    def read(self, raw: object, where: Where) -> tuple[Any, ...]:
+        if not isinstance(raw, list) or not raw:
+            raise where.wrong(f"expected one table or more, each under [[{where.key}]], got {shown(raw)}")
+        return tuple(Section(self.schema).read(item, where / i) for i, item in enumerate(raw))
+
+    def plain(self, value: tuple[Any, ...]) -> list[dict[str, Any]]:
+        return [plain_fields(item) for item in value]
 
 
 @dataclass(frozen=True)

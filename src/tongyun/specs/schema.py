@@ -26,6 +26,7 @@ from tongyun.specs.figure import (
     Corner,
     Figure,
 )
+from tongyun.specs.fleet import FleetSpec
 from tongyun.specs.form import (
     ByDType,
     Fact,
@@ -330,7 +331,7 @@ class PriceSpec:
     chip_hour: Figure = has(Fact(PRICE, more_is_better=False))
 
 
-Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec
+Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | FleetSpec
 
 SCHEMAS: Mapping[str, type[Spec]] = {
     "chips": ChipSpec,
@@ -339,4 +340,5 @@ SCHEMAS: Mapping[str, type[Spec]] = {
     "prices": PriceSpec,
     "workloads": WorkloadSpec,
 }
-"""Kind of spec (its catalogue folder) to schema; models are `config.json` files and have none."""
+"""Kind of spec (its catalogue folder) to schema; models are `config.json` files and
+have none, and fleets are the user's own files."""

@@ -9,12 +9,13 @@ itself; it knows no thread, no text and no tensor.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, Foresight, StepResult, TokenEvent
-from tongyun.cloud.sched.request import Batch, Finish, Request
+from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.errors import ServiceError
 
@@ -35,12 +36,25 @@ class Turn(NamedTuple):
     ended: dict[str, Finish]
     moment_s: float
 
+    def events(self) -> list[TokenEvent]:
+        """What the step did to each request of its batch."""
+        tokens, scores = self.result.tokens, self.result.scores or {}
+        ended, now_s = self.ended, self.moment_s
+        events = []
+        for request, _, _, samples, _, _, cached_tokens in self.batch.pieces:
+            if samples:
+                one = request.id
+                events.append(
+                    TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens)
+                )
+        return events
+
 
 class Leap(NamedTuple):
-    """Decoding steps taken at once: whose, how many, who ended with the last, and when that was."""
+    """Steps foreseen: how many, the prompts' pieces where it is one, who ended with the last, and when."""
 
-    requests: list[Request]
     steps: int
+    pieces: Sequence[Piece]
     ended: dict[str, Finish]
     moment_s: float
 
@@ -64,6 +78,8 @@ class EngineLoop:
         self._steps = 0
         self._busy_s = 0.0
         self._finished: Counter[Finish] = Counter()
+        # In flight with stop tokens: what they produce has to be looked at.
+        self._watched: set[str] = set()
 
     @property
     def has_work(self) -> bool:
@@ -76,12 +92,19 @@ class EngineLoop:
     def add(self, request: Request) -> None:
         """Queue a request; RequestError if it cannot be served."""
         self._scheduler.add(request)
+        if request.stop_token_ids:
+            self._watched.add(request.id)
+
+    def produced(self, request_id: str) -> int:
+        """How many tokens a request in flight has produced."""
+        return self._scheduler.produced(request_id)
 
     def abort(self, request_id: str) -> list[TokenEvent]:
         """End a request between two steps; no event if it is not in flight."""
         if not self._scheduler.abort(request_id):
             return []
         self._finished[Finish.ABORT] += 1
+        self._watched.discard(request_id)
         return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
 
     def step(self) -> list[TokenEvent] | None:
@@ -90,7 +113,7 @@ class EngineLoop:
         StepError if the executor failed: the loop itself can go on.
         """
         done = self.turn()
-        return None if done is None else _events(*done)
+        return None if done is None else done.events()
 
     def turn(self) -> Turn | None:
         """`step`, reported as a whole: for who has no use for an event of each token."""
@@ -107,37 +130,55 @@ class EngineLoop:
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
         ended = self._scheduler.commit(batch, result.tokens, stopped)
-        self._steps += 1
-        self._busy_s += now_s - begin_s
-        self._finished.update(ended.values())
+        self._watched.difference_update(ended)
+        self._count(1, now_s - begin_s, ended)
         return Turn(batch, result, ended, now_s)
 
     def leap(self, until_s: float = float("inf")) -> Leap | None:
-        """Take all steps ahead in which nothing is decided, up to the first that ends at `until_s` or later.
+        """Take the next step, or all steps ahead in which nothing is decided, up to the first that
+        ends at `until_s` or later.
 
-        What a step would do next is not foreseen: None then, or where the executor has no
-        `Foresight`, or a token could end a request by itself. The outcome is that of single
-        steps to the last bit, without an event for each token.
+        None where there is nothing to run or a step cannot be foreseen: the executor has no
+        `Foresight`, a token could end a request by itself, or blocks have run out. The outcome
+        is that of `turn` to the last bit, without an event for each token.
         """
-        executor = self._foresight
-        if self._eos or executor is None:
+        executor, scheduler = self._foresight, self._scheduler
+        if executor is None or self._eos or self._watched:
             return None
-        ahead = self._scheduler.ahead()
-        if ahead is None or any(map(_stops, ahead.requests)):
-            return None
+        ahead = scheduler.ahead(executor.new_tokens)
+        if ahead is None:
+            return self._glide(executor)
         begin_s = self.clock.now()
-        each_s = executor.coming_s(len(ahead.requests), ahead.context_tokens, ahead.steps)
+        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, ahead.steps)
         # Summed one after the other, as the clock would.
         moments_s = np.add.accumulate(np.concatenate(([begin_s], each_s)))
         steps = min(ahead.steps, int(np.searchsorted(moments_s[1:], until_s)) + 1)
         executor.went(steps)
         spent_s = np.diff(moments_s[: steps + 1])
         self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])
-        self._steps += steps
         self.clock.wait_until(float(moments_s[steps]))
-        ended = self._scheduler.leap(steps, executor.new_tokens)
-        self._finished.update(ended.values())
-        return Leap(ahead.requests, steps, ended, self.clock.now())
+        ended = scheduler.leap(steps)
+        self._count(steps, 0.0, ended)
+        return Leap(steps, (), ended, self.clock.now())
+
+    def _glide(self, executor: Foresight) -> Leap | None:
+        """One step, with those that decode only counted."""
+        begin_s = self.clock.now()
+        step = self._scheduler.next_step(begin_s, executor.new_tokens)
+        if step is None:
+            return None
+        result = executor.beside(*step)
+        self.clock.wait_until(begin_s + result.duration_s)
+        now_s = self.clock.now()
+        ended = self._scheduler.commit_step(step, result.tokens)
+        self._count(1, now_s - begin_s, ended)
+        return Leap(1, step.pieces, ended, now_s)
+
+    def _count(self, steps: int, busy_s: float, ended: dict[str, Finish]) -> None:
+        self._steps += steps
+        self._busy_s += busy_s
+        if ended:
+            self._finished.update(ended.values())
 
     def stats(self) -> EngineStats:
         scheduler, pool = self._scheduler, self._scheduler.pool
@@ -175,20 +216,7 @@ class EngineLoop:
         for piece in batch.pieces:
             self._scheduler.abort(piece.request.id)
             self._finished[Finish.ERROR] += 1
+            self._watched.discard(piece.request.id)
             events.append(TokenEvent(piece.request.id, None, self.clock.now(), Finish.ERROR, error=message))
         self._scheduler.commit(batch, {}, {})
         return StepError(message, events)
-
-
-def _stops(request: Request) -> bool:
-    return bool(request.stop_token_ids)
-
-
-def _events(batch: Batch, result: StepResult, ended: dict[str, Finish], now_s: float) -> list[TokenEvent]:
-    tokens, scores = result.tokens, result.scores or {}
-    events = []
-    for request, _, _, samples, _, _, cached_tokens in batch.pieces:
-        if samples:
-            one = request.id
-            events.append(TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens))
-    return events

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.cloud.sched.request import Batch, Finish, Request
+from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,12 @@ class Foresight(Protocol):
         """Seconds of each of the next `steps` steps, [steps]: the same sequences decode in all of them.
 
         Exactly what `execute` would report, one step after the other.
+        """
+
+    def beside(self, decoding: int, context_tokens: int, pieces: Sequence[Piece]) -> StepResult:
+        """A step of these pieces of prompts beside so many requests that decode behind these tokens in all.
+
+        As `execute` would report it, with tokens of the given pieces only.
         """
 
     def went(self, steps: int) -> None:

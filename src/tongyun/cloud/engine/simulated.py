@@ -7,7 +7,7 @@ again, and any stretch of them can be told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.cloud.engine.protocol import StepResult
-from tongyun.cloud.sched.request import Batch, Request
+from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.units import Cost
 
 
@@ -49,13 +49,25 @@ class DecodeCosts(Protocol):
         Each as `__call__` says.
         """
 
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding.
+
+        As `__call__` says, which must not ask for more of those that decode than their sum.
+        """
+
 
 class SimulatedExecutor:
     """Asks `step_cost` how long a step takes; time itself is the clock's business."""
 
-    def __init__(self, step_cost: StepCost, *, vocabulary: int = 32_000) -> None:
+    def __init__(
+        self, step_cost: StepCost, *, vocabulary: int = 32_000, words: Sequence[int] | None = None
+    ) -> None:
+        """Tokens are those below `vocabulary`, or `words` alone, where somebody reads them."""
         self._step_cost = step_cost
-        self._vocabulary = vocabulary
+        self._vocabulary = vocabulary if words is None else len(words)
+        self._words = words
         self.joules = 0.0
         """Of all steps so far."""
 
@@ -71,21 +83,26 @@ class SimulatedExecutor:
 
     def new_tokens(self, request: Request, known: int, count: int) -> list[int]:
         """Tokens that count up from what the prompt's end and the place say."""
+        if self._words is not None:
+            return [self._token(request, known + i) for i in range(count)]
         first, vocabulary = self._token(request, known), self._vocabulary
         if first + count <= vocabulary:
             return list(range(first, first + count))
         return [(first + i) % vocabulary for i in range(count)]
 
     def _token(self, request: Request, known: int) -> int:
-        return (31 * request.prompt[-1] + known) % self._vocabulary
+        number = (31 * request.prompt[-1] + known) % self._vocabulary
+        return number if self._words is None else self._words[number]
 
 
 class LeapingExecutor(SimulatedExecutor):
     """A simulated executor whose price can foresee decoding steps (see `Foresight`)."""
 
-    def __init__(self, step_cost: DecodeCosts, *, vocabulary: int = 32_000) -> None:
-        super().__init__(step_cost, vocabulary=vocabulary)
-        self._decode = step_cost.decode
+    def __init__(
+        self, step_cost: DecodeCosts, *, vocabulary: int = 32_000, words: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(step_cost, vocabulary=vocabulary, words=words)
+        self._decode, self._mixed = step_cost.decode, step_cost.mixed
         self._coming_joules = np.zeros(0)
 
     def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
@@ -93,6 +110,18 @@ class LeapingExecutor(SimulatedExecutor):
         costs = self._decode(sequences, context_tokens + sequences * np.arange(steps))
         self._coming_joules = costs[1]
         return np.asarray(costs[0])
+
+    def beside(self, decoding: int, context_tokens: int, pieces: Sequence[Piece]) -> StepResult:
+        """A step of these pieces of prompts beside so many requests that decode."""
+        tokens = {
+            piece.request.id: self._token(piece.request, len(piece.history))
+            for piece in pieces
+            if piece.samples
+        }
+        chunks = [(piece.length, piece.start) for piece in pieces]
+        seconds, joules = self._mixed(decoding, context_tokens, chunks, decoding + len(tokens))
+        self.joules += joules
+        return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
 
     def went(self, steps: int) -> None:
         self.joules += float(self._coming_joules[:steps].sum())

@@ -10,7 +10,8 @@ which memory serves it), and steps are remembered whole. Either way a step costs
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +34,12 @@ GRAIN = 8
 """Decoding contexts are priced to the nearest so many tokens, so that a price is used often."""
 CHUNK_GRAIN = 64
 """What is cached before a chunk of a prompt, on chips whose steps are sums of parts."""
+CHUNK_SIZES = 32
+"""Chunks of so many sizes are priced at once."""
 HEAD = ("head", "logits_gather", "sample")
 """Operators that work on sampled rows."""
 Chunks = tuple[tuple[int, int], ...]
+N = TypeVar("N", float, Array)
 
 
 class StepTable:
@@ -76,17 +80,29 @@ class StepTable:
     def __call__(self, load: StepLoad) -> Cost:
         """The cost of one batch."""
         one = load.new_tokens == 1
-        decoding = int(one.sum())
-        if decoding == len(one) == load.samples:
-            seconds, joules = self._row(decoding)[:, self._place(decoding, load.context.sum())]
-            return Cost(seconds=float(seconds), joules=float(joules), sources=self.sources)
-        place = int(self._place(decoding, load.context[one].sum())) if decoding else 0
-        chunks = tuple(zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True))
-        key = decoding, place, chunks, load.samples
-        if key not in self._mixed:
-            self._mixed[key] = self._mix(decoding, place, chunks, load.samples)
-        seconds, joules = self._mixed[key]
+        chunks = zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True)
+        context_tokens = int(load.context[one].sum())
+        seconds, joules = self.mixed(int(one.sum()), context_tokens, tuple(chunks), load.samples)
         return Cost(seconds=seconds, joules=joules, sources=self.sources)
+
+    def mixed(
+        self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
+    ) -> tuple[float, float]:
+        """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding."""
+        single = [cached for new, cached in chunks if new == 1]
+        if single:
+            # A prompt's last token by itself is computed as a decoding one is.
+            decoding += len(single)
+            context_tokens += sum(single)
+            chunks = [chunk for chunk in chunks if chunk[0] != 1]
+        place = round(context_tokens / decoding / GRAIN) if decoding else 0
+        if not chunks and samples == decoding:
+            seconds, joules = self._row(decoding)[:, place].tolist()
+            return seconds, joules
+        key = decoding, place, tuple(chunks), samples
+        if key not in self._mixed:
+            self._mixed[key] = self._mix(*key)
+        return self._mixed[key]
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""
@@ -112,11 +128,14 @@ class StepTable:
             prefill = StepShape.ragged(chunks).prefill if chunks else None
             cost = self._whole(StepShape(decode=decode, prefill=prefill, sampled=samples))
             return float(cost[0]), float(cost[1])
-        parts = self._of_tokens()[:, tokens] + self._of_heads()[:, samples]
+        seconds, busy_s = self._of_chunks(chunks)
+        tables = [(self._of_tokens(), tokens), (self._of_heads(), samples)]
         if decoding:
-            parts = parts + self._attending(decoding)[:, place]
-        seconds, joules = self._costs(parts + self._of_chunks(chunks))
-        return float(seconds), float(joules)
+            tables.append((self._attending(decoding), place))
+        for table, at in tables:
+            seconds += table.item(0, at)
+            busy_s += table.item(1, at)
+        return self._cost(seconds, busy_s)
 
     def _attending(self, sequences: int) -> Array:
         """Timings of decoding attention behind each of the contexts, [2, contexts]."""
@@ -142,21 +161,29 @@ class StepTable:
             self._heads = self._timed(op for op in operators if op.name in HEAD)
         return self._heads
 
-    def _of_chunks(self, chunks: Chunks) -> Array:
+    def _of_chunks(self, chunks: Chunks) -> tuple[float, float]:
         """Timing of the prompts' attention; several share a call, which only they together tell."""
         if len(chunks) == 1:
             return self._of_chunk(*chunks[0])
-        return self._attention_of(StepShape.ragged(chunks)) if chunks else np.zeros(2)
+        if not chunks:
+            return 0.0, 0.0
+        seconds, busy_s = self._attention_of(StepShape.ragged(chunks)).tolist()
+        return seconds, busy_s
 
-    def _of_chunk(self, new: int, cached: int) -> Array:
-        """Timing of one chunk's attention, from a table for chunks of this size."""
-        if new not in self._chunks:
-            self._chunks[new] = self._attention_of(StepShape.prefilling(float(new), self._cached))
-        return self._chunks[new][:, round(cached / CHUNK_GRAIN)]
+    def _of_chunk(self, new: int, cached: int) -> tuple[float, float]:
+        """Timing of one chunk's attention, from a table for chunks of about this size."""
+        row, size = divmod(new, CHUNK_SIZES)
+        if row not in self._chunks:
+            sizes = np.arange(CHUNK_SIZES, dtype=np.float64) + row * CHUNK_SIZES
+            # No chunk has no tokens.
+            shape = StepShape.prefilling(np.maximum(sizes, 1.0)[:, None], self._cached)
+            self._chunks[row] = self._attention_of(shape)
+        table, place = self._chunks[row], round(cached / CHUNK_GRAIN)
+        return table.item(0, size, place), table.item(1, size, place)
 
     def _attention_of(self, shape: StepShape) -> Array:
         layers = Layers(config=self._config, part=self._part, shape=shape, precision=self._precision)
-        return self._timed(op for op in layers.attention() if op.kind is Kind.ATTENTION)
+        return self._timed(op for op in layers.attending() if op.kind is Kind.ATTENTION)
 
     def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
         return step(self._config, shape, self._shard, self._precision)
@@ -168,11 +195,13 @@ class StepTable:
 
     def _costs(self, timings: Array) -> Array:
         """Seconds and joules of whole steps; see `step_cost`."""
+        return np.stack(self._cost(timings[0], timings[1]))
+
+    def _cost(self, timed_s: N, busy_s: N) -> tuple[N, N]:
         chip = self._chip
-        seconds = timings[0] + chip.step_host_s
+        seconds = timed_s + chip.step_host_s
         watts_busy = chip.tdp_w - chip.idle_w
-        joules = self._shard.stage_ranks * (chip.idle_w * seconds + watts_busy * timings[1])
-        return np.stack((seconds, joules))
+        return seconds, self._shard.stage_ranks * (chip.idle_w * seconds + watts_busy * busy_s)
 
     def _whole(self, shape: StepShape) -> Array:
         cost = step_cost(self._config, shape, self._chip, self._shard, self._precision)

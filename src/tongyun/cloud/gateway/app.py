@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +18,7 @@ from tongyun.cloud.gateway.ask import Served, ask_chat, ask_completion
 from tongyun.cloud.gateway.bridge import Bridge
 from tongyun.cloud.gateway.exchange import Ask, Exchange
 from tongyun.cloud.gateway.faults import Refused, fault_object, status_of
-from tongyun.cloud.gateway.guard import Guard
+from tongyun.cloud.gateway.guard import ARRIVED, Guard
 from tongyun.cloud.gateway.meters import Meters
 from tongyun.cloud.gateway.ports import StartEngine
 from tongyun.cloud.gateway.reply import Reply
@@ -34,6 +34,8 @@ class Gateway:
     start_engine: StartEngine
     api_key: str | None = None
     body_bytes: int = 16 * 2**20
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Said with every answer."""
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -48,7 +50,7 @@ def build_app(gateway: Gateway) -> FastAPI:
         await asyncio.to_thread(bridge.stop)
 
     app = FastAPI(title="Tongyun", version=__version__, lifespan=lifespan)
-    app.add_middleware(Guard, api_key=gateway.api_key, body_bytes=gateway.body_bytes)
+    app.add_middleware(Guard, api_key=gateway.api_key, body_bytes=gateway.body_bytes, headers=gateway.headers)
     _add_faults(app, meters)
     _add_generation(app, gateway.served, meters)
     _add_models(app, gateway.served)
@@ -58,17 +60,18 @@ def build_app(gateway: Gateway) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, served: Served, meters: Meters) -> None:
-    def reply(ask: Ask) -> Reply:
-        return Reply(Exchange(ask, served.vocabulary), app.state.bridge, meters)
+    def reply(ask: Ask, request: Request) -> Reply:
+        exchange = Exchange(ask, served.vocabulary, request.scope[ARRIVED])
+        return Reply(exchange, app.state.bridge, meters)
 
     # The body is read by hand: pydantic parses the bytes in one pass, whatever content type came with them.
     @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
     async def completions(request: Request) -> Response:
-        return reply(await ask_completion(read_completion(await request.body()), served))
+        return reply(await ask_completion(read_completion(await request.body()), served), request)
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        return reply(await ask_chat(read_chat(await request.body()), served))
+        return reply(await ask_chat(read_chat(await request.body()), served), request)
 
 
 def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, object]:

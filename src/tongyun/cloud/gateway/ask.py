@@ -31,6 +31,8 @@ class Served:
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     created: int
+    answer_tokens: int | None = None
+    """Of a chat that names no limit; None: as many as the context leaves."""
 
     def check(self, name: str) -> None:
         """`model_not_found` unless `name` is ours."""
@@ -104,7 +106,7 @@ def _room(prompt_tokens: int, asked: int | None, served: Served) -> int:
             param="max_tokens" if left > 0 else "prompt",
             code="context_length_exceeded",
         )
-    return left if asked is None else asked
+    return min(left, served.answer_tokens or left) if asked is None else asked
 
 
 async def _tokens(prompt: str | list[int], served: Served) -> tuple[int, ...]:

@@ -93,6 +93,7 @@ def _request(exchange: Exchange, choice: Choice) -> Request:
         id=choice.id,
         prompt=ask.prompts[at],
         output_tokens=ask.output_tokens[at],
+        arrival_s=exchange.arrived_s,
         sampling=ask.sampling_of(choice.index),
         ignore_eos=ask.ignore_eos,
         stop_token_ids=ask.stop_token_ids,

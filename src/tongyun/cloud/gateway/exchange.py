@@ -75,7 +75,8 @@ class Choice:
 class Exchange:
     """The state of one request between its submission and its last byte."""
 
-    def __init__(self, ask: Ask, vocabulary: Vocabulary) -> None:
+    def __init__(self, ask: Ask, vocabulary: Vocabulary, arrived_s: float | None = None) -> None:
+        """`arrived_s`: when it reached this process, by `time.perf_counter`; now if left out."""
         self.ask, self.vocabulary = ask, vocabulary
         self.choices = [
             Choice(index=i, id=f"{ask.id}-{i}", text=TextStream(vocabulary.bytes_of, ask.stops))
@@ -84,7 +85,7 @@ class Exchange:
         self.frames = (
             Frames(ask.kind, ask.id, ask.created, ask.model, ask.include_usage) if ask.stream else None
         )
-        self.arrived_s = time.perf_counter()
+        self.arrived_s = time.perf_counter() if arrived_s is None else arrived_s
         self.fault: RequestError | None = None
         self.gone = False
         """The client hung up."""

@@ -8,26 +8,38 @@ from __future__ import annotations
 
 import hmac
 import re
+import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tongyun.cloud.gateway.faults import Refused, fault_bytes
 
+ARRIVED = "tongyun.arrived_s"
+"""Key of a request's scope: when it came, by `time.perf_counter`."""
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
 
 class Guard:
-    """`x-request-id` on every answer, `Authorization: Bearer` under /v1, a bound on bodies."""
+    """`x-request-id` on every answer, `Authorization: Bearer` under /v1, a bound on bodies.
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, body_bytes: int) -> None:
+    `headers` go with every answer as well.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, api_key: str | None, body_bytes: int, headers: Mapping[str, str]
+    ) -> None:
         self.app, self.body_bytes = app, body_bytes
+        self._always = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        # Before the body is read and tokenised, which is part of what a client waits for.
+        scope[ARRIVED] = time.perf_counter()
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
         request_id = given if _ID.fullmatch(given) else f"req-{uuid.uuid4().hex}".encode()
@@ -35,7 +47,7 @@ class Guard:
         def send_named(message: Message) -> object:
             # Not a coroutine itself: a stream passes here once a token.
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id), *self._always]
             return send(message)
 
         fault = self._refuse(scope, headers)

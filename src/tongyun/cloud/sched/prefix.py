@@ -11,13 +11,19 @@ from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
 
+TOKEN_BYTES = array("i").itemsize
 ROOT = b""
 """The parent of a first block."""
 
 
+def row(tokens: Sequence[int]) -> array[int]:
+    """Tokens side by side in memory, four bytes each; always a copy."""
+    return array("i", tokens)
+
+
 def packed(tokens: Sequence[int]) -> bytes:
-    """Tokens as bytes, eight each: what is hashed, and what a hit is verified against."""
-    return array("q", tokens).tobytes()
+    """Tokens as bytes, four each: what is hashed, and what a hit is verified against."""
+    return (tokens if isinstance(tokens, array) and tokens.typecode == "i" else row(tokens)).tobytes()
 
 
 def child_key(parent: bytes, contents: bytes) -> bytes:
@@ -27,8 +33,9 @@ def child_key(parent: bytes, contents: bytes) -> bytes:
 
 def block_keys(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
     """Keys of the full blocks of `tokens`; a last block that is not full has none."""
+    contents, block_bytes = packed(tokens), block_tokens * TOKEN_BYTES
     keys, parent = [], ROOT
-    for end in range(block_tokens, len(tokens) + 1, block_tokens):
-        parent = child_key(parent, packed(tokens[end - block_tokens : end]))
+    for end in range(block_bytes, len(contents) + 1, block_bytes):
+        parent = child_key(parent, contents[end - block_bytes : end])
         keys.append(parent)
     return keys

@@ -2,8 +2,10 @@
 
 The simulated and the real engine both drive this class, so it knows no clock, tensor
 or chip. A turn is two calls: `next_batch` proposes work and `commit` records what came
-back. `add` and `abort` may come at any moment. Where turns would only repeat, `ahead`
-says how many, and `leap` takes them at once. Nothing else changes a request.
+back. `add` and `abort` may come at any moment. Who can tell beforehand what tokens will
+be takes lighter turns, in which requests that only decode are counted and not listed:
+`next_step` and `commit_step`, or where turns would only repeat, `ahead` and `leap`.
+Nothing else changes a request.
 
 A step holds one token of every request that is decoding, then prompt chunks as far as
 the token budget goes. A request is admitted when its whole known text fits, and grows a
@@ -15,16 +17,15 @@ request ends.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from math import ceil
-from typing import NamedTuple
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.coast import NewTokens, foresee, take
+from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
+from tongyun.cloud.sched.waiting import Waiting
 from tongyun.errors import InputError, RequestError
 
 
@@ -73,15 +74,6 @@ class Counters:
     """Seconds requests spent between arrival and first admission, summed."""
 
 
-class Ahead(NamedTuple):
-    """Steps in which the same requests decode and nothing else happens."""
-
-    requests: list[Request]
-    context_tokens: int
-    """Tokens of all of them that have keys and values before the first of the steps."""
-    steps: int
-
-
 class Scheduler:
     """Continuous batching over a paged KV cache with prefix sharing."""
 
@@ -92,17 +84,17 @@ class Scheduler:
         self._reserve = ceil(config.watermark * config.blocks)
         self._sequences: dict[str, Sequence] = {}
         self._serial = 0
-        # Aborted requests stay in the heap until they surface or outnumber the living.
-        self._heap: list[tuple[Rank, Sequence]] = []
-        self._waiting = 0
+        self._waiting = Waiting()
         # Best rank first, so that the one to preempt is always at an end.
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
-        self._proposed: tuple[Batch, list[Sequence]] | None = None
+        self._proposed: tuple[Batch | Step, list[Sequence]] | None = None
+        # While it is there, what decoding sequences know falls behind.
+        self._coast: Coast | None = None
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return len(self._waiting)
 
     @property
     def running(self) -> int:
@@ -142,49 +134,44 @@ class Scheduler:
         seq = Sequence(request, self._serial)
         self._serial += 1
         self._sequences[request.id] = seq
-        self._enqueue(seq)
+        self._waiting.push(seq)
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; False if it is not in flight.
 
         Between the two calls of a turn the step's result for it is dropped at `commit`.
         """
+        self.settle()
         seq = self._sequences.pop(request_id, None)
         if seq is None:
             return False
-        if seq.state is State.WAITING:
-            self._waiting -= 1
-            if len(self._heap) > 2 * self._waiting + 16:
-                self._heap = [entry for entry in self._heap if entry[1].state is State.WAITING]
-                heapify(self._heap)
-        else:
+        waited = seq.state is State.WAITING
+        if not waited:
             (self._decoding if seq.state is State.DECODING else self._prefilling).remove(seq)
             self.pool.release(seq.blocks)
         seq.state = State.ENDED
+        if waited:
+            self._waiting.left()
         return True
+
+    def produced(self, request_id: str) -> int:
+        """How many tokens a request in flight has produced."""
+        self.settle()
+        seq = self._sequences[request_id]
+        return len(seq.history) - len(seq.request.prompt)
 
     def next_batch(self, now: float) -> Batch | None:
         """The next step's work, or None when no request is left; `commit` must follow."""
-        if self._proposed is not None:
-            raise RuntimeError("next_batch was called twice without commit")
+        self._check_turn()
+        self.settle()
         self._make_way(now)
         pieces: list[Piece] = []
         preempted = self._propose_decodes(pieces)
         chosen = self._decoding[:]
-        budget = self.config.max_step_tokens - len(pieces)
-        for seq in self._prefilling:
-            if budget <= 0:
-                break
-            budget -= self._propose_chunk(seq, budget, pieces, chosen)
         # What was just preempted would come straight back and be preempted again.
-        while budget > 0 and self._waiting and not preempted:
-            admitted = self._admit(now)
-            if admitted is None:
-                break
-            budget -= self._propose_chunk(admitted, budget, pieces, chosen)
+        self._propose_prompts(now, pieces, chosen, len(pieces), admit=not preempted)
         if not pieces:
-            if self._sequences:
-                raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
+            self._check_idle()
             return None
         batch = Batch(pieces)
         self._proposed = batch, chosen
@@ -197,13 +184,138 @@ class Scheduler:
 
         Returns every request that ended with this step, those at their output limit included.
         """
-        if self._proposed is None or self._proposed[0] is not batch:
+        ended: dict[str, Finish] = {}
+        self._record(batch.pieces, self._take_proposed(batch), tokens, stopped, ended)
+        self._leave(ended)
+        return ended
+
+    # ── lighter turns ────────────────────────────────────────────────────────────────
+
+    def next_step(self, now: float, new_tokens: NewTokens) -> Step | None:
+        """As `next_batch`, with those that decode only counted; `commit_step` must follow at once.
+
+        None also where a request may have to be preempted: `next_batch` knows how.
+        """
+        self._check_turn()
+        if self._waiting:
+            worst = self._worst()
+            if worst is not None and self._waiting.head().rank[0] < worst.rank[0]:
+                return None
+        coast = self._coasting(new_tokens)
+        if not coast.grow():
+            return None
+        pieces: list[Piece] = []
+        chosen: list[Sequence] = []
+        self._propose_prompts(now, pieces, chosen, coast.count, admit=True)
+        if not pieces and not coast.count:
+            self._check_idle()
+            return None
+        step = Step(coast.count, coast.context_tokens, pieces)
+        self._proposed = step, chosen
+        return step
+
+    def commit_step(self, step: Step, tokens: Mapping[str, int]) -> dict[str, Finish]:
+        """Record a step of `next_step`: `tokens` of the pieces that sample; returns who ended."""
+        chosen, coast = self._take_proposed(step), self._coast
+        assert coast is not None
+        self.counters.computed_tokens += step.decoding
+        self.counters.output_tokens += step.decoding
+        ended = {seq.request.id: Finish.LENGTH for seq in coast.commit()}
+        if chosen:
+            self._record(step.pieces, chosen, tokens, {}, ended)
+            for seq in chosen:
+                if seq.state is State.DECODING:
+                    coast.join(seq)
+        self._leave(ended)
+        return ended
+
+    def ahead(self, new_tokens: NewTokens) -> Ahead | None:
+        """The steps in which the same requests decode and nothing is decided; None if the next is not one."""
+        decoding = self._decoding
+        if self._proposed is not None or self._prefilling or not decoding:
+            return None
+        full = self.running >= self.config.max_sequences
+        if self._waiting:
+            head = self._waiting.head()
+            refused = full or head.refused_at == (self.pool.free, self.pool.published)
+            if not refused or head.rank[0] < decoding[-1].rank[0]:
+                return None
+        coast = self._coasting(new_tokens)
+        steps = coast.ahead(still=len(self._waiting) > 0 and not full)
+        return Ahead(coast.count, coast.context_tokens, steps) if steps > 0 else None
+
+    def leap(self, steps: int) -> dict[str, Finish]:
+        """Take so many steps of those `ahead` at once; returns who ended, all at their output limit.
+
+        Once settled, everything is as so many turns would have left it.
+        """
+        coast = self._coast
+        assert coast is not None
+        tokens = steps * coast.count
+        self.counters.computed_tokens += tokens
+        self.counters.output_tokens += tokens
+        ended = {seq.request.id: Finish.LENGTH for seq in coast.leap(steps)}
+        self._leave(ended)
+        return ended
+
+    def settle(self) -> None:
+        """Make true what decoding sequences know, where their steps were only counted."""
+        if self._coast is not None:
+            self._coast.settle(self._decoding)
+            self._coast = None
+
+    def _coasting(self, new_tokens: NewTokens) -> Coast:
+        if self._coast is None:
+            config = self.config
+            self._coast = Coast(
+                self._decoding, self.pool, config.block_tokens, new_tokens, caching=config.prefix_caching
+            )
+        return self._coast
+
+    # ── what turns are made of ───────────────────────────────────────────────────────
+
+    def _check_turn(self) -> None:
+        if self._proposed is not None:
+            raise RuntimeError("next_batch was called twice without commit")
+
+    def _check_idle(self) -> None:
+        if self._sequences:
+            raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
+
+    def _take_proposed(self, work: Batch | Step) -> list[Sequence]:
+        """The sequences of the turn that is committed."""
+        if self._proposed is None or self._proposed[0] is not work:
             raise RuntimeError("commit of a batch that was not proposed last")
         chosen, self._proposed = self._proposed[1], None
+        return chosen
+
+    def _propose_prompts(
+        self, now: float, pieces: list[Piece], chosen: list[Sequence], decoding: int, *, admit: bool
+    ) -> None:
+        """Chunks of prompts, those under way first, as far as the budget goes beside so many that decode."""
+        budget = self.config.max_step_tokens - decoding
+        for seq in self._prefilling:
+            if budget <= 0:
+                break
+            budget -= self._propose_chunk(seq, budget, pieces, chosen)
+        while budget > 0 and self._waiting and admit:
+            admitted = self._admit(now)
+            if admitted is None:
+                break
+            budget -= self._propose_chunk(admitted, budget, pieces, chosen)
+
+    def _record(
+        self,
+        pieces: Iterable[Piece],
+        chosen: list[Sequence],
+        tokens: Mapping[str, int],
+        stopped: Mapping[str, Finish],
+        ended: dict[str, Finish],
+    ) -> None:
+        """What was computed and sampled; adds to `ended`."""
         caching, block_tokens = self.config.prefix_caching, self.config.block_tokens
-        ended: dict[str, Finish] = {}
         computed_tokens = output_tokens = 0
-        for piece, seq in zip(batch.pieces, chosen, strict=True):
+        for piece, seq in zip(pieces, chosen, strict=True):
             if seq.state is State.ENDED:
                 continue
             seq.computed = computed = piece.start + piece.length
@@ -224,57 +336,20 @@ class Scheduler:
                 insort(self._decoding, seq, key=_rank)
         self.counters.computed_tokens += computed_tokens
         self.counters.output_tokens += output_tokens
+
+    def _leave(self, ended: Collection[str]) -> None:
+        """Forget who ended, and sort out who decodes and who is in prefill now."""
         for request_id in ended:
             self._end(self._sequences.pop(request_id))
         if ended:
             self._decoding = [seq for seq in self._decoding if seq.state is State.DECODING]
         if self._prefilling:
             self._prefilling = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
-        return ended
-
-    def ahead(self) -> Ahead | None:
-        """The steps in which the same requests decode and nothing is decided; None if the next is not one."""
-        decoding = self._decoding
-        if self._proposed is not None or self._prefilling or not decoding:
-            return None
-        full = self.running >= self.config.max_sequences
-        if self._waiting:
-            head = self._head()
-            refused = full or head.refused_at == (self.pool.free, self.pool.published)
-            if not refused or head.rank[0] < decoding[-1].rank[0]:
-                return None
-        steps = foresee(
-            decoding,
-            self.pool,
-            self.config.block_tokens,
-            still=bool(self._waiting) and not full,
-            caching=self.config.prefix_caching,
-        )
-        if not steps:
-            return None
-        context_tokens = sum([len(seq.history) for seq in decoding]) - len(decoding)
-        return Ahead(requests=[seq.request for seq in decoding], context_tokens=context_tokens, steps=steps)
-
-    def leap(self, steps: int, new_tokens: NewTokens) -> dict[str, Finish]:
-        """Take so many steps of those `ahead` at once; returns who ended, all at their output limit.
-
-        Leaves everything as so many turns would have.
-        """
-        decoding, config = self._decoding, self.config
-        take(decoding, steps, new_tokens, self.pool, config.block_tokens, caching=config.prefix_caching)
-        self.counters.computed_tokens += steps * len(decoding)
-        self.counters.output_tokens += steps * len(decoding)
-        ended = {seq.request.id: Finish.LENGTH for seq in decoding if len(seq.history) >= seq.limit}
-        for request_id in ended:
-            self._end(self._sequences.pop(request_id))
-        if ended:
-            self._decoding = [seq for seq in decoding if seq.state is State.DECODING]
-        return ended
 
     def _make_way(self, now: float) -> None:
         """Preempt requests of a lower priority while one of a higher priority cannot start."""
         while self._waiting:
-            head, worst = self._head(), self._worst()
+            head, worst = self._waiting.head(), self._worst()
             if worst is None or head.rank[0] >= worst.rank[0]:
                 return
             if self._admit(now) is not None:
@@ -321,7 +396,7 @@ class Scheduler:
 
     def _admit(self, now: float) -> Sequence | None:
         """Start the best-ranked waiting request if its known text fits; nobody overtakes it."""
-        seq, pool = self._head(), self.pool
+        seq, pool = self._waiting.head(), self.pool
         state = pool.free, pool.published
         if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
             return None
@@ -331,8 +406,7 @@ class Scheduler:
         if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
             seq.refused_at = state
             return None
-        heappop(self._heap)
-        self._waiting -= 1
+        self._waiting.pop()
         pool.share(shared)
         seq.blocks = shared + pool.take(need)
         seq.room = len(seq.blocks) * block_tokens
@@ -361,18 +435,7 @@ class Scheduler:
         # A new list: pieces and tests may still look at the old one.
         seq.blocks, seq.computed = [], 0
         self.counters.preemptions += 1
-        self._enqueue(seq)
-
-    def _enqueue(self, seq: Sequence) -> None:
-        seq.state = State.WAITING
-        heappush(self._heap, (seq.rank, seq))
-        self._waiting += 1
-
-    def _head(self) -> Sequence:
-        """The best-ranked waiting request; there must be one."""
-        while self._heap[0][1].state is State.ENDED:
-            heappop(self._heap)
-        return self._heap[0][1]
+        self._waiting.push(seq)
 
     def _worst(self) -> Sequence | None:
         """The lowest-ranked running request."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.prefix import ROOT, child_key, packed
+from tongyun.cloud.sched.prefix import ROOT, child_key, row
 from tongyun.cloud.sched.request import Request
 
 Rank = tuple[int, float, int]
@@ -37,6 +37,7 @@ class Sequence:
         "computed",
         "history",
         "limit",
+        "offset",
         "publish_at",
         "published",
         "rank",
@@ -50,9 +51,11 @@ class Sequence:
         self.request = request
         self.rank: Rank = (-request.priority, request.arrival_s, serial)
         self.state = State.WAITING
-        self.history = list(request.prompt)
+        self.history = row(request.prompt)
         self.limit = len(self.history) + request.output_tokens
         self.computed = 0
+        self.offset = 0
+        """While its steps are only counted: tokens it knew when the count was zero."""
         self.blocks: list[int] = []
         self.room = 0
         self.admitted = False
@@ -68,7 +71,7 @@ class Sequence:
 
     def named(self, index: int, block_tokens: int) -> tuple[bytes, bytes, bytes]:
         """Key, parent key and packed tokens of the full block `index`, the next after known ones."""
-        contents = packed(self.history[index * block_tokens : (index + 1) * block_tokens])
+        contents = self.history[index * block_tokens : (index + 1) * block_tokens].tobytes()
         parent = self._keys[index - 1] if index else ROOT
         if index == len(self._keys):
             self._keys.append(child_key(parent, contents))

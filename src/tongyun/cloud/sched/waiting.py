@@ -1,0 +1,42 @@
+"""Requests that wait for blocks, the best-ranked first. Knows no pool and no policy but rank."""
+
+from __future__ import annotations
+
+from heapq import heapify, heappop, heappush
+
+from tongyun.cloud.sched.sequence import Rank, Sequence, State
+
+
+class Waiting:
+    """A heap in which those that were aborted stay until they surface or outnumber the living."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[Rank, Sequence]] = []
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def push(self, seq: Sequence) -> None:
+        """Let `seq`, which holds nothing, wait from now on."""
+        seq.state = State.WAITING
+        heappush(self._heap, (seq.rank, seq))
+        self._count += 1
+
+    def head(self) -> Sequence:
+        """The best-ranked; there must be one."""
+        while self._heap[0][1].state is State.ENDED:
+            heappop(self._heap)
+        return self._heap[0][1]
+
+    def pop(self) -> None:
+        """The head waits no more."""
+        heappop(self._heap)
+        self._count -= 1
+
+    def left(self) -> None:
+        """One that waited has ended."""
+        self._count -= 1
+        if len(self._heap) > 2 * self._count + 16:
+            self._heap = [entry for entry in self._heap if entry[1].state is State.WAITING]
+            heapify(self._heap)

@@ -1,0 +1,52 @@
+"""What a fleet file may say: which model, on which chips, in which pools, behind which router.
+
+Names of models, chips and routers are checked by who looks them up; a fleet measures
+nothing, so that its numbers are choices and need no source.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tongyun.specs.form import Flag, Sections, Text, Whole, has
+
+ROLES = ("mixed", "prefill", "decode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSpec:
+    """Equal replicas with one task; a replica has tp · dp ranks, one chip each."""
+
+    role: str = has(Text(ROLES), default="mixed")
+    """`mixed` replicas take a request from its prompt to its end."""
+    replicas: int = has(Whole())
+    tp: int = has(Whole(), default=1)
+    ep: int = has(Whole(), default=1)
+    dp: int = has(Whole(), default=1)
+    """Attention groups of a replica."""
+    batch: int = has(Whole(), default=64)
+    """Requests at once in an attention group."""
+    step_tokens: int = has(Whole(), default=1024)
+    """Token budget of a step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FleetSpec:
+    """One model on pools of one kind of chip; the router chooses for every request that arrives."""
+
+    name: str = has(Text())
+    note: str | None = has(Text(), default=None)
+    model: str = has(Text())
+    chip: str = has(Text())
+    dtype: str | None = has(Text(), default=None)
+    """Weights and arithmetic; default as released."""
+    kv_dtype: str | None = has(Text(), default=None)
+    router: str = has(Text(), default="least-load")
+    prefix_caching: bool = has(Flag(), default=True)
+    pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
+
+    def problem(self) -> str | None:
+        roles = [pool.role for pool in self.pool]
+        if sorted(roles) in (["mixed"], ["decode", "prefill"]):
+            return None
+        return f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"
