@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tongyun.cloud.latency import Percentiles, Slo
 from tongyun.cloud.sched.router import LeastLoad
 from tongyun.codesign.demand import Demand
-from tongyun.codesign.fleet import Fleet, Played
+from tongyun.codesign.fleet import Fleet, Played, pools_of
 from tongyun.codesign.plan import Answer, Offer, Plan
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
@@ -129,7 +129,7 @@ def _play(answer: Answer, demand: Demand, plan: Plan, offer: Offer) -> Trial:
     slo = Slo(ttft_s=question.ttft_s, tpot_s=question.tpot_s)
     # A fleet's batch and budget are a group's. Free chips are not part of it.
     grouped = replace(plan, batch=max(1, plan.batch // plan.shard.dp), idle_chips=0)
-    fleet = Fleet(question=replace(question, chips=chips), plan=grouped)
+    fleet = Fleet(question=replace(question, chips=chips), pools=pools_of(grouped))
     played = fleet.play(demand.arrivals, LeastLoad(), chip=question.chip.at(), slo=slo)
     report = played.report
     ttft, tpot = report.ttft_s or _NEVER, report.tpot_s or _NEVER
