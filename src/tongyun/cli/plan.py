@@ -15,9 +15,11 @@ import typer
 from tongyun.cli.planned import as_json, show
 
 if TYPE_CHECKING:
+    from tongyun.codesign.demand import Demand
     from tongyun.codesign.explain import Explanation
     from tongyun.codesign.plan import Answer
     from tongyun.codesign.space import Question
+    from tongyun.codesign.tails import Tails
     from tongyun.model.config import ModelConfig
     from tongyun.model.graph import Precision
     from tongyun.specs import ChipSpec, PriceSpec
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 def plan(
     model: Annotated[str, typer.Option(help="Hugging Face id in the catalogue, or a directory.")],
-    isl: Annotated[int, typer.Option(help="Input tokens of a request.")],
-    osl: Annotated[int, typer.Option(help="Output tokens of a request.")],
+    isl: Annotated[int | None, typer.Option(help="Input tokens of a request.")] = None,
+    osl: Annotated[int | None, typer.Option(help="Output tokens of a request.")] = None,
     chip: Annotated[
         str | None, typer.Option(help="Catalogue name, `local` (calibrated), or a TOML file.")
     ] = None,
@@ -56,10 +58,21 @@ def plan(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests a second to serve: p50 and p99, on as few chips as can.")
+    ] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Arrivals and lengths: a catalogue name or a TOML file.")
+    ] = None,
+    trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
 ) -> None:
     """Plan a deployment: best and Pareto under limits on TTFT and TPOT."""
     given = dict(locals())
     wanted = _check(given)
+    asked = {"isl": isl, "osl": osl}
+    demand = _demand(given)
+    if demand is not None:
+        given["isl"], given["osl"] = demand.isl, demand.osl
     import tongyun.codesign.plan  # noqa: F401  # loading it is no part of the search that is timed
 
     begin = time.perf_counter()
@@ -68,14 +81,25 @@ def plan(
     main = answers[0] if chip is not None else None
     explanation = _explanation(main) if explain else None
     rivals = answers if compare is not None else []
+    felt = _tails(main, demand)
     if json:
+        from tongyun.cli.felt import as_json as felt_json
         from tongyun.report import to_json
 
-        typer.echo(to_json(_object(main, explanation, rivals, seconds)))
+        found = _object(main, explanation, rivals, seconds)
+        typer.echo(to_json(found if felt is None else found | {"demand": felt_json(felt)}))
     else:
         _show_all(main, explanation, rivals, seconds)
-    _write(given, answers)
+        if felt is not None:
+            from tongyun.cli.felt import show as show_felt
+
+            show_felt(felt)
+    _write({**given, **asked}, answers)
     _refuse(main, answers)
+    if felt is not None and felt.best is None:
+        from tongyun.errors import Infeasible
+
+        raise Infeasible(f"no plan for {felt.demand.name}: {felt.limit}")
 
 
 def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
@@ -95,6 +119,46 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
             raise InputError(f"--{flag} says what --launch writes, which is not given")
     rest = [] if compare is None else named(compare, chips)
     return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
+
+
+def _demand(given: dict[str, Any]) -> Demand | None:
+    """The load of at most one of --workload and --trace, or of --rate with --isl and --osl."""
+    from tongyun.errors import InputError
+
+    sources = [flag for flag in ("workload", "trace") if given[flag] is not None]
+    sized = [flag for flag in ("isl", "osl") if given[flag] is not None]
+    if len(sources) > 1 or (sources and sized):
+        told = ", ".join(f"--{flag}" for flag in (*sources, *sized))
+        raise InputError(f"{told}: give --isl and --osl, or one of --workload and --trace")
+    if not sources and len(sized) < 2:
+        raise InputError("how long are requests? give --isl and --osl, --workload or --trace")
+    rate = given["rate"]
+    if not sources and rate is None:
+        return None
+    if given["chip"] is None:
+        raise InputError("--rate, --workload and --trace are about one chip's plan: name it with --chip")
+    from tongyun.codesign.demand import of_rate, of_trace, of_workload
+
+    if given["workload"] is not None:
+        from tongyun.cloud.workload import Workload
+        from tongyun.specs import find_workload
+
+        return of_workload(Workload.from_spec(find_workload(given["workload"])), rate)
+    if given["trace"] is not None:
+        from tongyun.cloud.trace import read_trace
+        from tongyun.codesign.demand import REQUESTS
+
+        return of_trace(read_trace(given["trace"], limit=REQUESTS), rate, name=str(given["trace"]))
+    return of_rate(rate, given["isl"], given["osl"])
+
+
+def _tails(main: Answer | None, demand: Demand | None) -> Tails | None:
+    """Percentiles under the demand, where there is one and a plan to play."""
+    if main is None or main.best is None or demand is None:
+        return None
+    from tongyun.codesign.tails import tails
+
+    return tails(main, demand)
 
 
 def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
