@@ -92,18 +92,28 @@ def _place(b: Builder, item: Rows, unit: int, size: int) -> At:
     return At(item.tensor.at + item.offset, at)
 
 
-def rmsnorm(b: Builder, x: Tensor, gain: Tensor, out: Tensor, eps: float) -> None:
-    """out = x · rsqrt(mean(x²) + eps) · gain over rows as long as the gain."""
+def rmsnorm(b: Builder, x: Rows, gain: Tensor, out: Rows, eps: float) -> None:
+    """out = x · rsqrt(mean(x²) + eps) · gain over stretches as long as the gain; a row may hold several."""
     width = gain.shape[-1]
-    row = Rows(tensor=gain, rows=1, cols=width, stride=0)
+    row, heads = Rows(tensor=gain, rows=1, cols=width, stride=0), x.cols // width
 
     def body(rows: At, given: Sequence[At], made: Sequence[At], _: Sequence[int]) -> None:
         b.emit(
-            "RMSNORM", x.type, out.type, a=given[0], gain=given[1], out=made[0], rows=rows, cols=At(width),
-            lda=width * x.type.bytes, ldo=width * out.type.bytes, eps=eps,
+            "RMSNORM", x.tensor.type, out.tensor.type, a=given[0], gain=given[1], out=made[0],
+            rows=_many(b, rows, heads), cols=At(width), lda=width * x.tensor.type.bytes,
+            ldo=width * out.tensor.type.bytes, eps=eps,
         )  # fmt: skip
 
-    rows_kernel(b, [Rows.of(x, width), row], [Rows.of(out, width)], body)
+    rows_kernel(b, [x, row], [out], body)
+
+
+def _many(b: Builder, rows: At, heads: int) -> At:
+    """Heads of a row lie one behind the other: rows · heads rows of one head's width."""
+    if heads == 1:
+        return rows
+    many = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
+    b.alu(Alu.MUL, many, imm=heads, into=many)
+    return At(rows.imm * heads, many)
 
 
 def elementwise(
@@ -199,12 +209,9 @@ def rotate(
     def body(rows: At, near: Sequence[At], made: Sequence[At], work: Sequence[int]) -> None:
         source = near[0]
         if norm is not None:
-            # Heads of a row lie one behind the other: rows · heads rows of one head's width.
-            many = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
-            b.alu(Alu.MUL, many, imm=heads, into=many)
             b.emit(
                 "RMSNORM", Type.BF16, Type.BF16, a=near[0], gain=near[3], out=At(work[0]),
-                rows=At(rows.imm * heads, many), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
+                rows=_many(b, rows, heads), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
             )  # fmt: skip
             source = At(work[0])
         b.emit(
@@ -288,7 +295,7 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
     first = Rows(tensor=start, rows=number, cols=1, stride=0)
     given = [
         Rows(tensor=frequency, rows=1, cols=half, stride=0),
-        Rows(tensor=count, rows=number, cols=1, stride=4),
+        Rows(tensor=count, rows=number, cols=1, stride=count.type.bytes),
         first,
     ]
 
@@ -296,8 +303,8 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
         place, angle = At(work[0]), At(work[1])
         one = At(1)
         b.emit(
-            "VEC", Type.I32, start.type, Type.I32, fn=Vec.ADD, flags=Operand.ROW, a=near[1], b=near[2],
-            out=place, rows=rows, cols=one, lda=4, ldo=4,
+            "VEC", count.type, start.type, Type.I32, fn=Vec.ADD, flags=Operand.ROW, a=near[1], b=near[2],
+            out=place, rows=rows, cols=one, lda=count.type.bytes, ldo=4,
         )  # fmt: skip
         b.emit(
             "VEC", frequency.type, Type.NONE, Type.F32, fn=Vec.COPY, a=near[0], out=angle, rows=rows,
