@@ -42,6 +42,8 @@ class Kernel:
     layer: int | None = None
     line: str = ""
     """Where in the user's source the operator stands."""
+    moves: Mapping[str, int] = field(default_factory=dict)
+    """Bytes to and from memory by tensor, from shapes and tiles; empty where numbers in memory decide."""
 
 
 @dataclass(frozen=True, kw_only=True)

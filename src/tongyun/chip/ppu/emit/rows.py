@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tongyun.chip.ppu.emit.builder import Buffers, Builder
 from tongyun.chip.ppu.isa import Alu, At, Operand, Red, Type, Vec
 from tongyun.chip.ppu.program import Tensor
+from tongyun.chip.ppu.traffic import LINE, pieces, tiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ def rows_kernel(
     near_in = [b.pair(size * item.width) for item in inputs]
     near_out = [b.pair(size * item.width) for item in outputs]
     work = [b.sram(size * width) for width in scratch]
+    for item in (*inputs, *outputs):
+        b.moves(item.tensor, tiled(pieces(count, size), [item.width], item.stride))
     with b.units(-(-count // size)) as unit:
         rows = At(size, b.left(count, unit, size))
         for number, (item, near) in enumerate(zip(inputs, near_in, strict=True)):
@@ -270,6 +273,8 @@ def keep(b: Builder, fresh: Tensor, cache: Tensor, start: Tensor) -> None:
     chunks = -(-tokens // size)
     b.lend("free", "store", "load")
     near = b.pair(size * wide)
+    for tensor, stride in ((fresh, heads * wide), (cache, wide)):
+        b.moves(tensor, sequences * heads * tiled(pieces(tokens, size), [wide], stride))
     with b.units(sequences * heads * chunks) as unit:
         chunk, pair = b.alu(Alu.MOD, unit, imm=chunks), b.alu(Alu.DIV, unit, imm=chunks)
         head, sequence = b.alu(Alu.MOD, pair, imm=heads), b.alu(Alu.DIV, pair, imm=heads)
@@ -328,6 +333,7 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
 def position_register(b: Builder, position: Tensor, *, symbol: str = "position") -> int:
     """The first number of `position` in a register: where the new tokens begin."""
     near = b.sram(64)
+    b.moves(position, b.ppu.cores * LINE)
     b.load(Type.I32, At(position.at), near, rows=1, cols=1, stride=0, sram_stride=0, signal=["position"])
     return b.lds(near, symbol, wait=["position"])
 
