@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from tongyun.chip.ppu.program import Program
 from tongyun.cli import build
 from tongyun.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 MODEL = ["Qwen/Qwen3-0.6B", "--layers", "1", "--tokens", "4"]
 
@@ -48,3 +55,31 @@ def test_what_is_wrong_is_named() -> None:
         assert isinstance(result.exception, InputError)
         assert words in str(result.exception)
         assert result.exception.exit_code == 2
+
+
+def test_a_prompt_runs_and_its_tokens_are_torchs() -> None:
+    arguments = ["chip", "run", "stdlib-moe", "--prompt", "import os", "--tokens", "4", "--json"]
+    result = CliRunner().invoke(build(), arguments)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.output)
+    assert len(answer["tokens"]) == 4
+    assert answer["same"] + answer["near_ties"] == 4
+    assert answer["wrong"] == 0
+    assert answer["flops"] > 4 * 2 * 1e6
+    assert 0 < answer["chip_s"] < answer["wall_s"]
+    assert answer["sources"] == {"chip_s": "simulated", "joules": "simulated", "wall_s": "measured"}
+    plain = CliRunner().invoke(build(), [*arguments[:-1]])
+    assert "(simulated)" in plain.output
+    assert answer["text"].strip()[:3] in plain.output
+
+
+def test_a_run_that_cannot_be_is_refused() -> None:
+    for arguments, words in (
+        (["stdlib-moe", "--tokens", "2000"], "accepted are 1 … 1024 together"),
+        (["stdlib-moe", "--prompt", ""], "at least one in the prompt"),
+        (["Qwen/Qwen3-32B", "--random"], "too many to simulate"),
+        (["no-such-model"], "no-such-model"),
+    ):
+        result = CliRunner().invoke(build(), ["chip", "run", *arguments])
+        assert isinstance(result.exception, InputError), result.output
+        assert words in str(result.exception)

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tongyun.cli import chip_run
+
 if TYPE_CHECKING:
     from tongyun.chip.ppu.energy import Energy
-    from tongyun.chip.ppu.lower import Lowered
+    from tongyun.chip.ppu.program import Program
     from tongyun.chip.ppu.timing import Timing
     from tongyun.specs import PpuSpec
 
 app = typer.Typer(help="Compile for a PPU and run on the simulated chip.", no_args_is_help=True)
 
+run = app.command()(chip_run.run)
 Model = Annotated[str, typer.Argument(help="A Qwen3 model of the catalogue, or the path of a config.json.")]
 Chip = Annotated[str, typer.Option(help="A PPU of the catalogue, or a TOML file.")]
 Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
@@ -36,12 +39,12 @@ def compile_(
     without: Without = None,
 ) -> None:
     """Compile one step of a model into a program."""
-    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
-    lowered.program.save(output)
-    words = len(lowered.program.words)
+    program, spec = _program(model, chip, tokens, context, layers, without)
+    program.save(output)
+    words = len(program.words)
     typer.echo(
-        f"{output}: {len(lowered.program.kernels)} kernels, {words:,} instructions, "
-        f"{lowered.program.hbm_bytes:,} bytes of HBM on {spec.name}"
+        f"{output}: {len(program.kernels)} kernels, {words:,} instructions, "
+        f"{program.hbm_bytes:,} bytes of HBM on {spec.name}"
     )
 
 
@@ -77,30 +80,30 @@ def profile(
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
+    program, spec = _program(model, chip, tokens, context, layers, without)
     symbols: dict[str, Any] = {"position": [context]}
-    if "expert_offset" in lowered.program.symbols:
+    if "expert_offset" in program.symbols:
         experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
         symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
     simulate = timing.simulate if every else timing.simulate_repeated
-    result = simulate(lowered.program, spec.at(), symbols)
+    result = simulate(program, spec.at(), symbols)
     if json:
         _print_json(result, energy(result, spec))
     else:
         _print_table(model, spec, result, energy(result, spec))
 
 
-def _lowered(
+def _program(
     model: str, chip: str, tokens: int, context: int, layers: int | None, without: list[str] | None
-) -> tuple[Lowered, PpuSpec]:
-    from tongyun.chip.ppu.capture import compile_step
+) -> tuple[Program, PpuSpec]:
+    from tongyun.chip.ppu.cached import cached_step
     from tongyun.chip.ppu.lower import Fusions
     from tongyun.specs import find_model, find_ppu
 
     spec = find_ppu(chip)
     config, _ = find_model(model)
     fusions = Fusions.without(*(without or ()))
-    return compile_step(
+    return cached_step(
         config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions
     ), spec
 

@@ -30,7 +30,7 @@ from tongyun.model.kernels.attention import Layout, lay_out
 from tongyun.model.kernels.whole import WholeOps
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
-from tongyun.model.weights import load_model
+from tongyun.model.weights import load_model, random_model
 from tongyun.specs import PpuSpec, find_ppu
 
 LEAST = 16
@@ -53,11 +53,19 @@ class PpuOptions:
 
 def open_ppu_executor(directory: Path, options: PpuOptions) -> PpuExecutor:
     """Load the model of a directory, in bf16, for a simulated chip."""
-    return PpuExecutor(
-        load_model(directory, ops=WholeOps(), activation_dtype=torch.bfloat16),
-        find_ppu(options.chip),
-        options,
-    )
+    return PpuExecutor(load_for_chip(directory), find_ppu(options.chip), options)
+
+
+def load_for_chip(directory: Path) -> Qwen3:
+    """A model as the compiler takes it: whole operators, bf16."""
+    return load_model(directory, ops=WholeOps(), activation_dtype=torch.bfloat16)
+
+
+def random_for_chip(config: ModelConfig) -> Qwen3:
+    """The same with random weights."""
+    model = random_model(config, ops=WholeOps())
+    model.activation_dtype = torch.bfloat16
+    return model
 
 
 class PpuExecutor:
@@ -81,7 +89,8 @@ class PpuExecutor:
             config, blocks=self.blocks + 1, block_tokens=options.block_tokens, dtype=model.activation_dtype
         )
         self.backend = Backend(ppu=spec.at(), cores=1)
-        self._programs: dict[int, tuple[Callable[..., torch.Tensor], Compiled]] = {}
+        self._programs: dict[int, Callable[..., torch.Tensor]] = {}
+        self._compiled: dict[int, Compiled] = {}
 
     def execute(self, batch: Batch) -> StepResult:
         """Run one step. `duration_s` is the simulators' own time, `chip_s` and `joules` are simulated."""
@@ -91,9 +100,10 @@ class PpuExecutor:
             return StepResult(tokens={}, duration_s=0.0)
         with torch.no_grad():
             layout, tokens_T, last_N = self._filled(pieces)
-            call, program = self._program(tokens_T, layout, last_N)
-            logits_NV = call(tokens_T, last_N, layout)
-        chip_s, joules = self._price(program, layout, len(pieces))
+            size = len(tokens_T)
+            logits_NV = self._program(size)(tokens_T, last_N, layout)
+        program = self._compiled.setdefault(size, self.backend.compiled[-1])
+        chip_s, joules = self._price(program, layout)
         rows = [row for row, piece in enumerate(pieces) if piece.samples]
         tokens, scores = ({}, None) if not rows else choose_tokens(
             logits_NV[rows], [pieces[row] for row in rows], self.model.ops.argmax
@@ -101,6 +111,12 @@ class PpuExecutor:
         return StepResult(
             tokens=tokens, scores=scores, duration_s=time.perf_counter() - begun, chip_s=chip_s, joules=joules
         )
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of products that the chip's instructions did, rows that only fill a program up included."""
+        runs = (counts for program in self.backend.compiled for counts in program.runs)
+        return sum(sum(counts.flops.values()) for counts in runs)
 
     def _filled(self, pieces: Sequence[Piece]) -> tuple[Layout, torch.Tensor, torch.Tensor]:
         """The step's index tensors, tokens and last rows, filled up to the size of a program."""
@@ -131,11 +147,8 @@ class PpuExecutor:
             size *= 4
         return max(min(size, most), tokens)
 
-    def _program(
-        self, tokens_T: torch.Tensor, layout: Layout, last_N: torch.Tensor
-    ) -> tuple[Callable[..., torch.Tensor], Compiled]:
-        """The compiled step of this size; the first of a size is traced and compiled."""
-        size = len(tokens_T)
+    def _program(self, size: int) -> Callable[..., torch.Tensor]:
+        """The step of this size; traced and compiled when it is first called."""
         if size not in self._programs:
             model, cache = self.model, self.cache
 
@@ -147,11 +160,10 @@ class PpuExecutor:
             code = step.__code__.replace(co_name=f"step_of_{size}")
             own = FunctionType(code, step.__globals__, code.co_name, None, step.__closure__)
             call = torch.compile(own, backend=self.backend, fullgraph=True, dynamic=False)
-            call(tokens_T, last_N, layout)
-            self._programs[size] = call, self.backend.compiled[-1]
+            self._programs[size] = call
         return self._programs[size]
 
-    def _price(self, program: Compiled, layout: Layout, pieces: int) -> tuple[float, float]:
+    def _price(self, program: Compiled, layout: Layout) -> tuple[float, float]:
         """Seconds and joules of the step on the chip, both simulated; experts' rows counted as balanced."""
         symbols: dict[str, ArrayLike] = {
             "slot": layout.slots_T.numpy(),
