@@ -30,6 +30,10 @@ from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
 
 Constant = NDArray[np.int32] | NDArray[np.int64]
+_ADDS = 2
+"""Additions to the stream in a layer: attention's and the feed-forward's."""
+_SHARED = {"embed", "angles"}
+"""Kernels that are of no layer, though the first one asks for them."""
 _TYPES = {dtype: kind for kind, dtype in TORCH.items()}
 
 
@@ -89,13 +93,16 @@ class _Lowering:
     def __post_init__(self) -> None:
         self.b = Builder(self.ppu)
         self.here: Node | None = None
+        self.layer: int | None = None
 
     def run(self) -> Lowered:
         placeholders = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        for node in self.graph.graph.nodes:
+        stream = [node for node in self.graph.graph.nodes if self._is_residual(node)]
+        for number, node in enumerate(stream):
             # In the graph's order, so that the way down from the last operator stays short.
-            if self._is_residual(node):
-                self.value(node)
+            self.layer = number // _ADDS
+            self.value(node)
+        self.layer = None
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
         results = [item for item in output.args[0] if isinstance(item, Node)]
         tensors = [self.value(node) for node in results]
@@ -203,7 +210,8 @@ class _Lowering:
 
     def _kernel(self, kind: str) -> AbstractContextManager[None]:
         name = self.here.name if self.here is not None else kind
-        return self.b.kernel(kind, f"{kind} {name}")
+        layer = None if kind in _SHARED else self.layer
+        return self.b.kernel(kind, f"{kind} {name}", layer=layer)
 
     # Operators.
 
