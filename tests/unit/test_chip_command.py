@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from tongyun.chip.ppu.program import Program
 from tongyun.cli import build
 from tongyun.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
 
 MODEL = ["Qwen/Qwen3-0.6B", "--layers", "1", "--tokens", "4"]
 
@@ -36,15 +44,90 @@ def test_a_profile_for_programs() -> None:
     assert all(low <= middle <= high for low, middle, high in answer["joules"].values())
 
 
+def test_a_trace_has_one_slice_at_a_time_on_each_engine(tmp_path: Path) -> None:
+    file = tmp_path / "trace.json"
+    result = CliRunner().invoke(build(), ["chip", "profile", *MODEL, "--trace", str(file), "--json"])
+    assert result.exit_code == 0, result.output
+    answer, found = json.loads(result.stdout), json.loads(file.read_text())
+    threads = {e["tid"]: e["args"]["name"] for e in found["traceEvents"] if e["name"] == "thread_name"}
+    assert set(threads.values()) == {"kernels", "load", "store", "tensor", "vector", "icn"}
+    assert found["otherData"]["source"] == "simulated"
+    slices = [event for event in found["traceEvents"] if event["ph"] == "X"]
+    for thread in threads:
+        mine = [event for event in slices if event["tid"] == thread]
+        assert all({"name", "ts", "dur", "pid", "tid"} <= event.keys() for event in mine)
+        for one, following in pairwise(mine):
+            assert one["dur"] > 0
+            assert one["ts"] + one["dur"] <= following["ts"] + 1e-9
+    kernels = [event for event in slices if threads[event["tid"]] == "kernels"]
+    assert sum(event["dur"] for event in kernels) == pytest.approx(answer["seconds"] * 1e6)
+    assert sum(event["args"]["flops"] for event in kernels) == answer["flops"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
+
+
+def test_every_cut_of_a_profile_adds_up_to_the_whole() -> None:
+    whole: dict[str, list[float]] = {}
+    for cut in ("kind", "layer", "operator"):
+        arguments = ["chip", "profile", "Qwen/Qwen3-0.6B", "--layers", "3", "--tokens", "4", "--every"]
+        result = CliRunner().invoke(build(), [*arguments, "--by", cut, "--json"])
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.output)
+        parts = answer[f"{cut}s"]
+        joules = sum(values[1] for values in answer["joules"].values())
+        for name, total in (
+            ("cycles", answer["cycles"]), ("flops", answer["flops"]), ("hbm_bytes", answer["hbm_bytes"]),
+            ("l2_bytes", answer["l2_bytes"]), ("joules", joules),
+        ):  # fmt: skip
+            whole.setdefault(name, []).append(total)
+            assert sum(part[name] for part in parts.values()) == pytest.approx(total)
+        if cut == "layer":
+            assert list(parts) == ["outside layers", "layer 0", "layer 1", "layer 2"]
+            assert len({part["kernels"] for name, part in parts.items() if name != "outside layers"}) == 1
+            assert parts["layer 1"]["flops"] == parts["layer 2"]["flops"]
+        if cut == "operator":
+            assert parts["attention 1"]["kernels"] == 3
+            assert parts["embed, outside layers"]["kernels"] == 1
+    assert all(len(set(totals)) == 1 for totals in whole.values())
+
+
 def test_what_is_wrong_is_named() -> None:
     for arguments, words in (
         (["profile", "Qwen/Qwen3-06B"], "did you mean Qwen/Qwen3-0.6B"),
         (["profile", *MODEL, "--chip", "zhenwu-810"], "did you mean zhenwu-810e"),
         (["profile", *MODEL, "--without", "norms"], "did you mean norm"),
         (["profile", "meta-llama/Llama-3.1-8B"], "unknown model_type 'llama'"),
+        (["profile", *MODEL, "--by", "layers"], "did you mean layer"),
         (["disasm", "no.ppu"], "no.ppu: No such file"),
     ):
         result = CliRunner().invoke(build(), ["chip", *arguments])
         assert isinstance(result.exception, InputError)
         assert words in str(result.exception)
         assert result.exception.exit_code == 2
+
+
+def test_a_prompt_runs_and_its_tokens_are_torchs() -> None:
+    arguments = ["chip", "run", "stdlib-moe", "--prompt", "import os", "--tokens", "4", "--json"]
+    result = CliRunner().invoke(build(), arguments)
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.output)
+    assert len(answer["tokens"]) == 4
+    assert answer["same"] + answer["near_ties"] == 4
+    assert answer["wrong"] == 0
+    assert answer["flops"] > 4 * 2 * 1e6
+    assert 0 < answer["chip_s"] < answer["wall_s"]
+    assert answer["sources"] == {"chip_s": "simulated", "joules": "simulated", "wall_s": "measured"}
+    plain = CliRunner().invoke(build(), [*arguments[:-1]])
+    assert "(simulated)" in plain.output
+    assert answer["text"].strip()[:3] in plain.output
+
+
+def test_a_run_that_cannot_be_is_refused() -> None:
+    for arguments, words in (
+        (["stdlib-moe", "--tokens", "2000"], "accepted are 1 … 1024 together"),
+        (["stdlib-moe", "--prompt", ""], "at least one in the prompt"),
+        (["Qwen/Qwen3-32B", "--random"], "too many to simulate"),
+        (["no-such-model"], "no-such-model"),
+    ):
+        result = CliRunner().invoke(build(), ["chip", "run", *arguments])
+        assert isinstance(result.exception, InputError), result.output
+        assert words in str(result.exception)

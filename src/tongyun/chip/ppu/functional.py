@@ -8,8 +8,9 @@ same HBM between two barriers. Several chips run in step from collective to coll
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -375,19 +376,16 @@ class _Run:
 
 
 def _alu(fn: int, a: int, b: int) -> int:
-    if fn in {Alu.DIV, Alu.MOD} and b == 0:
+    if b == 0 and fn in {Alu.DIV, Alu.MOD}:
         raise Fault("division by zero")
-    return {
-        Alu.ADD: lambda: a + b,
-        Alu.SUB: lambda: a - b,
-        Alu.MUL: lambda: a * b,
-        Alu.DIV: lambda: a // b,
-        Alu.MOD: lambda: a % b,
-        Alu.MIN: lambda: min(a, b),
-        Alu.MAX: lambda: max(a, b),
-        Alu.XOR: lambda: a ^ b,
-        Alu.LESS: lambda: int(a < b),
-    }[Alu(fn)]()
+    return _ALU[fn](a, b)
+
+
+_ALU: tuple[Callable[[int, int], int], ...] = (
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, min, max, operator.xor,
+    lambda a, b: int(a < b),
+)  # fmt: skip
+"""By number; see `Alu`."""
 
 
 def _collective(chips: Sequence[Chip], asked: Sequence[Instruction | None]) -> None:

@@ -7,6 +7,7 @@ to the host.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -19,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from tongyun.chip.ppu import patterns
 from tongyun.chip.ppu.emit import attention as attend
-from tongyun.chip.ppu.emit import experts, rows
+from tongyun.chip.ppu.emit import experts, paged, rows
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.isa import Type, Vec
@@ -29,6 +30,10 @@ from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
 
 Constant = NDArray[np.int32] | NDArray[np.int64]
+_ADDS = 2
+"""Additions to the stream in a layer: attention's and the feed-forward's."""
+_SHARED = {"embed", "angles"}
+"""Kernels that are of no layer, though the first one asks for them."""
 _TYPES = {dtype: kind for kind, dtype in TORCH.items()}
 
 
@@ -88,13 +93,16 @@ class _Lowering:
     def __post_init__(self) -> None:
         self.b = Builder(self.ppu)
         self.here: Node | None = None
+        self.layer: int | None = None
 
     def run(self) -> Lowered:
         placeholders = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        for node in self.graph.graph.nodes:
+        stream = [node for node in self.graph.graph.nodes if self._is_residual(node)]
+        for number, node in enumerate(stream):
             # In the graph's order, so that the way down from the last operator stays short.
-            if self._is_residual(node):
-                self.value(node)
+            self.layer = number // _ADDS
+            self.value(node)
+        self.layer = None
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
         results = [item for item in output.args[0] if isinstance(item, Node)]
         tensors = [self.value(node) for node in results]
@@ -108,10 +116,12 @@ class _Lowering:
 
     @staticmethod
     def _is_residual(node: Node) -> bool:
-        adds = patterns.name_of(node) == "aten.add.Tensor" and all(
+        if patterns.name_of(node) != "aten.add.Tensor" or not all(
             isinstance(item, Node) for item in node.args
-        )
-        return adds and len(patterns.shape_of(node)) == 3 and node.meta["val"].dtype == torch.bfloat16
+        ):
+            return False
+        is_row = len(patterns.shape_of(node)) in (2, 3) and node.meta["val"].dtype == torch.bfloat16
+        return is_row and patterns.rotation_of(node) is None
 
     # Tensors.
 
@@ -127,12 +137,14 @@ class _Lowering:
             self._norm,
             self._mixture_sum,
             self._attention,
+            self._paged,
             self._swiglu,
             self._product,
             self._cache,
             self._sum,
             self._embedding,
             self._advance,
+            self._cast,
         )
         for recognise in known:
             found = recognise(source)
@@ -181,9 +193,25 @@ class _Lowering:
             name=tensor.name, at=tensor.at, shape=(count, width), type=tensor.type, role=tensor.role
         )
 
+    def _rows(self, node: Node, width: int | None = None) -> rows.Rows:
+        """A node as rows of its last axis, or of `width` numbers; a piece of a split stays where it is."""
+        part = patterns.part_of(node)
+        if part is None or patterns.through(node) in self.made:
+            return rows.Rows.of(self.value(node), width)
+        whole = self.value(part.whole)
+        size, stride = whole.type.bytes, part.row * whole.type.bytes
+        return rows.Rows(
+            tensor=whole,
+            rows=whole.bytes // stride,
+            cols=part.count,
+            stride=stride,
+            offset=part.offset * size,
+        )
+
     def _kernel(self, kind: str) -> AbstractContextManager[None]:
         name = self.here.name if self.here is not None else kind
-        return self.b.kernel(kind, f"{kind} {name}")
+        layer = None if kind in _SHARED else self.layer
+        return self.b.kernel(kind, f"{kind} {name}", layer=layer)
 
     # Operators.
 
@@ -191,10 +219,10 @@ class _Lowering:
         norm = patterns.norm_of(node)
         if norm is None:
             return None
-        x, gain = self.value(norm.x), self.value(norm.gain)
-        out = self._new(*self._flat(x, gain.shape[0]).shape)
+        x, gain = self._rows(norm.x), self.value(norm.gain)
+        out = self._new(x.rows, x.cols)
         with self._kernel("rmsnorm"):
-            rows.rmsnorm(self.b, x, gain, out, norm.eps)
+            rows.rmsnorm(self.b, x, gain, rows.Rows.of(out), norm.eps)
         return out
 
     def _fused_norm(self, node: Node) -> tuple[Tensor, Tensor | None, float]:
@@ -220,6 +248,9 @@ class _Lowering:
         parts = patterns.swiglu_of(node)
         if parts is None:
             return None
+        joint = self._joint(parts)
+        if joint is not None:
+            return joint
         gate, up = (patterns.product_of(part) for part in parts)
         if self.fusions.swiglu and gate and up and patterns.through(gate.x) is patterns.through(up.x):
             weights = self.value(gate.weight), self.value(up.weight)
@@ -229,10 +260,29 @@ class _Lowering:
             with self._kernel("matmul"):
                 matmul(self.b, x, weights[0], out, up=weights[1], gain=gain, eps=eps)
             return out
-        left, right = (self.value(part) for part in parts)
-        out = self._new(*left.shape)
+        left, right = (self._rows(part) for part in parts)
+        out = self._new(left.rows, left.cols)
         with self._kernel("swiglu"):
-            rows.swiglu(self.b, rows.Rows.of(left), rows.Rows.of(right), out)
+            rows.swiglu(self.b, left, right, out)
+        return out
+
+    def _joint(self, parts: tuple[Node, Node]) -> Tensor | None:
+        """Gate and up as the halves of one product, gate first."""
+        gate, up = (patterns.part_of(part) for part in parts)
+        product = patterns.product_of(gate.whole) if gate and self.fusions.swiglu else None
+        if product is None or gate is None or up is None or gate.whole is not up.whole:
+            return None
+        weight = self.value(product.weight)
+        (width, hidden) = weight.shape
+        if (gate.row, gate.offset, up.offset, gate.count) != (width, 0, width // 2, width // 2):
+            return None
+        half = replace(weight, shape=(width // 2, hidden))
+        x, gain, eps = self._fused_norm(product.x)
+        x = self._flat(x, hidden)
+        out = self._new(x.shape[0], width // 2)
+        with self._kernel("matmul"):
+            second = replace(half, at=weight.at + half.bytes)
+            matmul(self.b, x, half, out, up=second, gain=gain, eps=eps)
         return out
 
     def _sum(self, node: Node) -> Tensor | None:
@@ -263,9 +313,10 @@ class _Lowering:
         return out
 
     def _embedding(self, node: Node) -> Tensor | None:
-        if patterns.name_of(node) != "aten.embedding.default":
+        found = patterns.taken_of(node)
+        if found is None:
             return None
-        table, ids = (self.value(item) for item in node.args[:2])  # type: ignore[arg-type]
+        table, ids = self.value(found.table), self.value(found.ids)
         out = self._new(ids.bytes // ids.type.bytes, table.shape[1])
         with self._kernel("embed"):
             rows.embed(self.b, ids, table, out)
@@ -279,6 +330,18 @@ class _Lowering:
         out = self._new(*given.shape, type=given.type)
         with self._kernel("add"):
             rows.elementwise(self.b, Vec.ADD, given, out, imm=float(node.args[1]))
+        return out
+
+    def _cast(self, node: Node) -> Tensor | None:
+        """From one floating-point type to another."""
+        if patterns.name_of(node) != "aten._to_copy.default" or set(node.kwargs) != {"dtype"}:
+            return None
+        source, target = self.value(node.args[0]), node.meta["val"].dtype  # type: ignore[arg-type]
+        if target not in (torch.float32, torch.bfloat16) or source.type not in (Type.F32, Type.BF16):
+            return None
+        out = self._new(*source.shape, type=_TYPES[target])
+        with self._kernel("cast"):
+            rows.copy(self.b, rows.Rows.of(source), rows.Rows.of(out))
         return out
 
     # Attention.
@@ -309,15 +372,15 @@ class _Lowering:
             return self.value(node.args[0])  # type: ignore[arg-type]
         if node in self.made:
             return self.made[node]
-        sequences, tokens, heads, width = patterns.shape_of(rotation.x)
+        *batch, tokens, heads, width = patterns.shape_of(rotation.x)
         norm = patterns.norm_of(rotation.x) if self.fusions.rotate else None
-        x = self._flat(self.value(norm.x if norm else rotation.x), heads * width)
+        x = self._rows(norm.x if norm else rotation.x, heads * width)
         head = rows.HeadNorm(gain=self.value(norm.gain), eps=norm.eps) if norm else None
-        cos, sin = self._angles(rotation, sequences, tokens)
-        out = self._new(x.shape[0], heads * width)
+        cos, sin = self._angles(rotation, math.prod(batch), tokens)
+        out = self._new(x.rows, heads * width)
         self.here = node
         with self._kernel("rotate"):
-            rows.rotate(self.b, rows.Rows.of(x), cos, sin, rows.Rows.of(out), heads=heads, norm=head)
+            rows.rotate(self.b, x, cos, sin, rows.Rows.of(out), heads=heads, norm=head)
         self.made[node] = out
         return out
 
@@ -325,11 +388,16 @@ class _Lowering:
         cos, sin = patterns.angles_of(rotation.cos), patterns.angles_of(rotation.sin)
         if cos is None or sin is None or (cos.function, sin.function) != ("cos", "sin"):
             raise self._refused(rotation.cos)
-        key = (cos.frequency, cos.start, sequences, tokens)
+        key = (cos.frequency, cos.start or cos.positions, sequences, tokens)
         if key not in self.angles:
             frequency, start = self.value(cos.frequency), self._start(cos.start)
-            count = self._constant(
-                f"count_{sequences}_{tokens}", lambda: np.tile(np.arange(tokens, dtype=np.int32), sequences)
+            count = (
+                self.value(cos.positions)
+                if cos.positions is not None
+                else self._constant(
+                    f"count_{sequences}_{tokens}",
+                    lambda: np.tile(np.arange(tokens, dtype=np.int32), sequences),
+                )
             )
             wide = 2 * frequency.shape[-1]
             both = self._new(sequences * tokens, wide), self._new(sequences * tokens, wide)
@@ -366,6 +434,28 @@ class _Lowering:
         with self._kernel("attention"):
             attend.attention(self.b, shape, q, caches[0], caches[1], out, start)
         return out
+
+    def _paged(self, node: Node) -> Tensor | None:
+        """Attention over blocks: the step's keys and values go to their slots first."""
+        found = patterns.paged_of(node)
+        if found is None:
+            return None
+        caches = self.value(found.caches[0]), self.value(found.caches[1])
+        slots, first, starts, blocks = (
+            self.value(item) for item in (found.slots, found.rows, found.starts, found.blocks)
+        )
+        pages = paged.Pages(slots=slots, rows=first, starts=starts, blocks=blocks)
+        q, k = self._heads(found.q), self._heads(found.k)
+        width, heads = caches[0].shape[3], caches[0].shape[1]
+        out = self._new(*q.shape)
+        self.here = found.call
+        with self._kernel("keep"):
+            paged.store(self.b, (rows.Rows.of(k), self._rows(found.v, heads * width)), caches, slots)
+        with self._kernel("attention"):
+            paged.attention(self.b, q, caches, out, pages, width**-0.5)
+        for item in found.call.users:
+            self.made[item] = (out, *caches)[item.args[1]]  # type: ignore[index]
+        return self.made[node]
 
     # Experts.
 

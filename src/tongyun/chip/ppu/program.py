@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +15,9 @@ from tongyun.chip.ppu.asm import Words
 from tongyun.chip.ppu.isa import SLOTS, Type
 from tongyun.errors import InputError
 
-MAGIC = b"PPU1"
+MAGIC = b"PPU2"
+_DIGEST = 32
+"""Bytes of the SHA-256 behind the magic, over all that follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class Kernel:
     layer: int | None = None
     line: str = ""
     """Where in the user's source the operator stands."""
+    moves: Mapping[str, int] = field(default_factory=dict)
+    """Bytes to and from memory by tensor, from shapes and tiles; empty where numbers in memory decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +74,9 @@ class Program:
                 "chip": self.chip,
             }
         ).encode()
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_bytes(
-            MAGIC + len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
-        )
+        rest = len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        fresh.write_bytes(MAGIC + hashlib.sha256(rest).digest() + rest)
         fresh.replace(path)
 
     @classmethod
@@ -81,12 +86,16 @@ class Program:
             raw = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
-        size = int.from_bytes(raw[4:12], "little")
-        body = raw[12 + size :]
-        if raw[:4] != MAGIC or len(body) % (4 * SLOTS):
+        start = len(MAGIC) + _DIGEST
+        digest, rest = raw[len(MAGIC) : start], raw[start:]
+        if raw[: len(MAGIC)] != MAGIC:
             raise InputError(f"{path}: not a PPU program")
+        if hashlib.sha256(rest).digest() != digest:
+            raise InputError(f"{path}: damaged: its bytes are not those that were written")
+        size = int.from_bytes(rest[:8], "little")
+        body = rest[8 + size :]
         try:
-            header = json.loads(raw[12 : 12 + size])
+            header = json.loads(rest[8 : 8 + size])
             tensors = tuple(
                 Tensor(**{**item, "shape": tuple(item["shape"]), "type": Type(item["type"])})
                 for item in header["tensors"]

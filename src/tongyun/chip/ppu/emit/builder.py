@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tongyun.chip.ppu.asm import assemble
 from tongyun.chip.ppu.isa import CORE, CORES, REGISTERS, SEMAPHORES, ZERO, Alu, At, Instruction, Type, Value
@@ -43,6 +43,7 @@ class Builder:
     kernels: list[Kernel] = field(default_factory=list)
     symbols: list[str] = field(default_factory=list)
     _semaphores: dict[str, int] = field(default_factory=dict)
+    _moves: dict[str, int] = field(default_factory=dict)
     _register: int = _FIRST_REGISTER
     _sram: int = 0
     _returned: list[tuple[str, str, int]] = field(default_factory=list)
@@ -55,11 +56,17 @@ class Builder:
         self.emit("BARRIER", kernel=len(self.kernels))
         self.kernels.append(Kernel(name=name, kind=kind, layer=layer, line=line))
         self._semaphores, self._register, self._sram, self._returned = {}, _FIRST_REGISTER, 0, []
+        self._moves = {}
         yield
+        self.kernels[-1] = replace(self.kernels[-1], moves=self._moves)
         # What was lent at the start is taken back, so that a kernel leaves no token behind.
         for semaphore, engine, tokens in self._returned:
             for _ in range(tokens):
                 self.sync(engine, wait=[semaphore])
+
+    def moves(self, tensor: Tensor, size: int) -> None:
+        """This kernel moves so many bytes of a tensor, by its shapes and tiles."""
+        self._moves[tensor.name] = self._moves.get(tensor.name, 0) + size
 
     def program(self) -> Program:
         """End the program. Infeasible when its tensors exceed the chip's HBM."""
