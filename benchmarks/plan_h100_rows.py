@@ -1,8 +1,8 @@
 """Measured H100 deployments, and how each was measured.
 
 Rows are those of `silicon_sample.csv` in the package aiconfigurator-core (Apache-2.0). A row names
-engine, model, cut and users, but not how the load was made. Its source does, and the scripts of
-both sources are public:
+engine, model, cut and users, but not how the load was made. From the name of its source we infer which
+of two public scripts made it:
 
     eval       aiconfigurator's own harness: equal lengths; 10 requests a user (repository
                ai-dynamo/aiconfigurator before c0c44d9, eval/benchmarks/genai_perf_runner.py), later
@@ -14,8 +14,8 @@ both sources are public:
                benchmarks/*_h100_*.sh; from vLLM 0.14 on by default)
 
 Checkpoints in fp8 with one scale a tensor are NVIDIA's, which keep KV in fp8 too, and InferenceX
-asks for that; block-scaled ones are the model maker's, with KV in bf16. Rows prove it: 64 users of
-4096 + 512 tokens on one chip, Qwen3-32B, would need 77 GB of keys and values in bf16.
+asks for that; block-scaled ones are the model maker's, with KV in bf16. No row says so. What speaks for
+it: 64 users of 4096 + 512 tokens on one chip, Qwen3-32B, would need 77 GB of keys and values in bf16.
 """
 
 from __future__ import annotations
