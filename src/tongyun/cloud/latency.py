@@ -33,6 +33,8 @@ class RequestRecord:
     cached_tokens: int = 0
     finish: Finish | None = None
     error: str | None = None
+    model: str | None = None
+    priority_class: str | None = None
 
     @property
     def ok(self) -> bool:
