@@ -41,7 +41,9 @@ def simulate(
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV of moments and lengths.")
+    ] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out and count bad lines of a trace.")
@@ -270,9 +272,9 @@ def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
     for name, group in groups.items():
         done = group.report
         spans = [
-            number(None if one is None else value(one) / MS)
+            number(None if one is None else getattr(one, key) / MS)
             for one in (done.ttft_s, done.tpot_s)
-            for value in (lambda each: each.p50, lambda each: each.p99)
+            for key in ("p50", "p99")
         ]
         rows.append(
             [
