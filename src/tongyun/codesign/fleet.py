@@ -7,8 +7,8 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
-from tongyun.cloud.latency import LatencyReport, Slo, summarise
+from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import Simulated, play_fleet, play_pools
@@ -48,6 +48,20 @@ class Played:
     usd_per_mtoken: float | None
     """Of output tokens, all chips asked for paid over that time."""
     sources: frozenset[Source]
+    classes: Mapping[str, Group] = field(default_factory=dict)
+    """By class of service; empty where no request names one, as are `models`."""
+    models: Mapping[str, Group] = field(default_factory=dict)
+
+    def joules_per_token(self, group: Group) -> float | None:
+        """Of a group's output tokens, its share of all chips' energy; None without output."""
+        return group.share * self.joules / group.report.output_tokens if group.report.output_tokens else None
+
+    def usd_per_mtoken_of(self, group: Group) -> float | None:
+        """Of a group's output tokens, its share of what all chips cost; None without output or price."""
+        tokens = group.report.output_tokens
+        if self.usd_per_mtoken is None or not tokens:
+            return None
+        return group.share * self.usd_per_mtoken * self.report.output_tokens / tokens
 
     @property
     def use(self) -> float:
@@ -255,4 +269,6 @@ class Fleet:
             if price is None or not report.output_tokens
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
             sources=frozenset().union(*(pool.table.sources for pool in pools)),
+            classes=grouped(records, lambda record: record.priority_class, slo),
+            models=grouped(records, lambda record: record.model, slo),
         )

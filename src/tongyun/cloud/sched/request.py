@@ -43,6 +43,10 @@ class Request:
     sampling: object | None = None
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    model: str | None = None
+    """Which model it is for, where a fleet has several."""
+    priority_class: str | None = None
+    """The name of its class of service, for who reports by class; `priority` is what the scheduler reads."""
 
 
 class Piece(NamedTuple):
