@@ -205,7 +205,7 @@ def _best_plan(question: Question) -> Plan:
 def show(fleet: Fleet, played: Played, router: str) -> None:
     from tongyun import report
 
-    report.show(_latencies(fleet, played, router), _figures(fleet.question, played))
+    report.show(_latencies(fleet, played, router), _figures(fleet, played))
 
 
 def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
@@ -232,11 +232,11 @@ def _title(pool: Pool) -> str:
     )
 
 
-def _figures(question: Question, played: Played) -> Table:
+def _figures(fleet: Fleet, played: Played) -> Table:
     from tongyun.report import NOTHING, column, number, source_tag, table
     from tongyun.units import Source
 
-    done = played.report
+    done, question = played.report, fleet.question
     money = NOTHING if played.usd_per_mtoken is None else f"${number(played.usd_per_mtoken)}"
     rows = [
         ["requests ended", f"{done.succeeded:,} of {done.requests:,} in {number(done.duration_s)} s"],
@@ -244,6 +244,7 @@ def _figures(question: Question, played: Played) -> Table:
         ["per chip", number(done.output_tokens_per_s / question.chips)],
         ["engines in a step", f"{played.use:.1%}"],
         ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
+        *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
@@ -253,6 +254,11 @@ def _figures(question: Question, played: Played) -> Table:
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
+    """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
+    return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
 
 
 def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
@@ -269,6 +275,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         **{name: getattr(done, name) for name in (*rates, "attainment")},
         "use": played.use,
         "prefix_hits": played.prefix_hits,
+        "tier_hits": _tier_hits(fleet, played),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
         "engines": played.engines,

@@ -114,3 +114,5 @@ class EngineStats:
     busy_s: float
     """Seconds spent inside steps."""
     finished: dict[Finish, int]
+    tier_hit_tokens: tuple[int, ...] = ()
+    """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""
