@@ -209,7 +209,7 @@ def _best_plan(question: Question) -> Plan:
 def show(fleet: Fleet, played: Played, router: str) -> None:
     from tongyun import report
 
-    parts = [_latencies(fleet, played, router), _figures(fleet.question, played)]
+    parts = [_latencies(fleet, played, router), _figures(fleet, played)]
     for head, groups in (("class", played.classes), ("model", played.models)):
         if groups:
             parts.append(_groups(head, groups, played))
@@ -240,11 +240,11 @@ def _title(pool: Pool) -> str:
     )
 
 
-def _figures(question: Question, played: Played) -> Table:
+def _figures(fleet: Fleet, played: Played) -> Table:
     from tongyun.report import NOTHING, column, number, source_tag, table
     from tongyun.units import Source
 
-    done = played.report
+    done, question = played.report, fleet.question
     money = NOTHING if played.usd_per_mtoken is None else f"${number(played.usd_per_mtoken)}"
     rows = [
         ["requests ended", f"{done.succeeded:,} of {done.requests:,} in {number(done.duration_s)} s"],
@@ -252,6 +252,7 @@ def _figures(question: Question, played: Played) -> Table:
         ["per chip", number(done.output_tokens_per_s / question.chips)],
         ["engines in a step", f"{played.use:.1%}"],
         ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
+        *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
@@ -307,6 +308,11 @@ def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
     }
 
 
+def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
+    """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
+    return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
+
+
 def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
     """Everything in SI."""
     done, question = played.report, fleet.question
@@ -321,6 +327,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         **{name: getattr(done, name) for name in (*rates, "attainment")},
         "use": played.use,
         "prefix_hits": played.prefix_hits,
+        "tier_hits": _tier_hits(fleet, played),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
         "classes": _groups_json(played.classes, played),

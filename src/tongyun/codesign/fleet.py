@@ -25,6 +25,7 @@ from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
+from tongyun.codesign.tiers import CacheTiers
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.shard import slice_of
@@ -72,6 +73,12 @@ class Played:
     def prefix_hits(self) -> float:
         """Share of the prompt tokens that were found in a cache."""
         return self.report.cached_tokens / self.report.prompt_tokens if self.report.prompt_tokens else 0.0
+
+    @property
+    def tier_hits(self) -> tuple[float, ...]:
+        """Share of the prompt tokens that came back from each memory behind the cache."""
+        tokens = zip(*(one.tier_hit_tokens for one in self.engines), strict=True)
+        return tuple(sum(each) / max(self.report.prompt_tokens, 1) for each in tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +142,8 @@ class Fleet:
     pools: tuple[Pool, ...]
     prefix_caching: bool = True
     block_tokens: int = BLOCK_TOKENS
+    tiers: CacheTiers | None = None
+    """Memories behind the KV cache."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -180,6 +189,7 @@ class Fleet:
             max_sequences=plan.batch,
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
+            tiers=None if self.tiers is None else self.tiers.blocks(each),
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
@@ -199,6 +209,12 @@ class Fleet:
         groups = range(pool.plan.replicas * pool.plan.shard.dp)
         kind = LeapingExecutor if words is None else SimulatedExecutor
         executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
+        if self.tiers is not None:
+            shard, part = pool.plan.shard, slice_of(question.model, pool.plan.shard)
+            each = self.block_tokens * float(kv_bytes(question.model, 1, question.precision, part))
+            restore = self.tiers.restore(chip, each, shard.ranks)
+            for executor in executors:
+                executor.restore = restore
         return Engines(
             pool=pool,
             loops=tuple(EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors),
@@ -268,7 +284,10 @@ class Fleet:
             usd_per_mtoken=None
             if price is None or not report.output_tokens
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
-            sources=frozenset().union(*(pool.table.sources for pool in pools)),
+            sources=frozenset().union(
+                frozenset() if self.tiers is None else self.tiers.sources(chip),
+                *(pool.table.sources for pool in pools),
+            ),
             classes=grouped(records, lambda record: record.priority_class, slo),
             models=grouped(records, lambda record: record.model, slo),
         )

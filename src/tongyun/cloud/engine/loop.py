@@ -41,7 +41,7 @@ class Turn(NamedTuple):
         tokens, scores = self.result.tokens, self.result.scores or {}
         ended, now_s = self.ended, self.moment_s
         events = []
-        for request, _, _, samples, _, _, cached_tokens in self.batch.pieces:
+        for request, _, _, samples, _, _, cached_tokens, _ in self.batch.pieces:
             if samples:
                 one = request.id
                 events.append(
@@ -195,6 +195,7 @@ class EngineLoop:
             kv_blocks_cached=pool.idle,
             prompt_tokens=counters.prompt_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            tier_hit_tokens=tuple(counters.tier_hit_tokens),
             computed_tokens=counters.computed_tokens,
             output_tokens=counters.output_tokens,
             preemptions=counters.preemptions,

@@ -120,3 +120,5 @@ class EngineStats:
     """Simulated seconds on a chip that is software; zero where the engine's steps are measured."""
     chip_joules: float = 0.0
     """And the joules, simulated as well."""
+    tier_hit_tokens: tuple[int, ...] = ()
+    """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""

@@ -67,6 +67,8 @@ class Piece(NamedTuple):
     blocks: Sequence[int]
     cached_tokens: int = 0
     """How much of the prompt was found in the prefix cache when the request was admitted."""
+    restored: Sequence[int] = ()
+    """Blocks to bring back from each lower tier before the piece can be computed."""
 
     @property
     def end(self) -> int:
