@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.asm import disassemble
-from tongyun.chip.ppu.isa import SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
+from tongyun.chip.ppu.isa import OPCODES, SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
@@ -178,6 +178,13 @@ def _rates(ppu: Ppu) -> NDArray[np.float64]:
 
 # Repeated kernels.
 
+_PLACES = {
+    each.code: [each.slot[name] for name, form in each.operands.items() if form is Form.HBM]
+    for each in OPCODES
+    if Form.HBM in each.operands.values()
+}
+"""By opcode, the slots that hold a place in HBM."""
+
 
 def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
     """The program without the middle of its longest repetition, and how often each kernel left counts."""
@@ -204,9 +211,11 @@ def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
 def _signature(words: NDArray[np.uint32]) -> bytes:
     """A kernel's words without the places of its tensors and its number."""
     bare = words.copy()
-    moves = np.isin(bare[:, 0] & 0xFF, (0x10, 0x11, 0x18, 0x19))
-    bare[moves, 2] = 0
-    bare[moves, 3] &= 0xFF000000
+    for code, slots in _PLACES.items():
+        rows = bare[:, 0] & 0xFF == code
+        for slot in slots:
+            bare[rows, slot] = 0
+            bare[rows, slot + 1] &= 0xFF000000
     bare[0, 2] = 0
     return bare.tobytes()
 
