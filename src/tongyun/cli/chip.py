@@ -24,6 +24,7 @@ Chip = Annotated[str, typer.Option(help="A PPU of the catalogue, or a TOML file.
 Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
 Context = Annotated[int, typer.Option(help="Tokens in the cache before the step.", min=0)]
 Layers = Annotated[int | None, typer.Option(help="Take only so many layers.", min=1)]
+Chips = Annotated[int, typer.Option(help="Cut the model over so many chips of one ICN domain.", min=1)]
 Without = Annotated[
     list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
 ]
@@ -37,15 +38,16 @@ def compile_(
     tokens: Tokens = 1,
     context: Context = 0,
     layers: Layers = None,
+    chips: Chips = 1,
     without: Without = None,
 ) -> None:
     """Compile one step of a model into a program."""
-    program, spec = _program(model, chip, tokens, context, layers, without)
+    program, spec = _program(model, chip, tokens, context, layers, chips, without)
     program.save(output)
-    words = len(program.words)
+    words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
     typer.echo(
         f"{output}: {len(program.kernels)} kernels, {words:,} instructions, "
-        f"{program.hbm_bytes:,} bytes of HBM on {spec.name}"
+        f"{program.hbm_bytes:,} bytes of HBM on {on}"
     )
 
 
@@ -71,6 +73,7 @@ def profile(
     tokens: Tokens = 1,
     context: Context = 0,
     layers: Layers = None,
+    chips: Chips = 1,
     without: Without = None,
     every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
     by: Annotated[
@@ -87,7 +90,7 @@ def profile(
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    program, spec = _program(model, chip, tokens, context, layers, without)
+    program, spec = _program(model, chip, tokens, context, layers, chips, without)
     symbols: dict[str, Any] = {"position": [context]}
     if "expert_offset" in program.symbols:
         experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
@@ -110,18 +113,28 @@ def profile(
 
 
 def _program(
-    model: str, chip: str, tokens: int, context: int, layers: int | None, without: list[str] | None
+    model: str,
+    chip: str,
+    tokens: int,
+    context: int,
+    layers: int | None,
+    chips: int,
+    without: list[str] | None,
 ) -> tuple[Program, PpuSpec]:
     from tongyun.chip.ppu.cached import cached_step
     from tongyun.chip.ppu.lower import Fusions
+    from tongyun.errors import Infeasible, InputError
     from tongyun.specs import find_model, find_ppu
 
     spec = find_ppu(chip)
     config, _ = find_model(model)
     fusions = Fusions.without(*(without or ()))
-    return cached_step(
-        config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions
-    ), spec
+    try:
+        return cached_step(
+            config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips
+        ), spec
+    except Infeasible as short:
+        raise InputError(f"{model} with --chips {chips}: {short}") from None
 
 
 def _experts(model: str, key: str = "num_experts") -> int:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -19,19 +20,22 @@ from numpy.typing import NDArray
 from torch.fx import GraphModule, Node
 
 from tongyun.chip.ppu import patterns
+from tongyun.chip.ppu.draft import Draft
 from tongyun.chip.ppu.emit import attention as attend
 from tongyun.chip.ppu.emit import experts, paged, rows
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.matmul import matmul
-from tongyun.chip.ppu.isa import Type, Vec
+from tongyun.chip.ppu.isa import At, Type, Vec
 from tongyun.chip.ppu.program import Program, Tensor
+from tongyun.chip.ppu.repeat import Layer, UnlikeError, repeat
 from tongyun.chip.ppu.tiles import TORCH
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
 
 Constant = NDArray[np.int32] | NDArray[np.int64]
-_ADDS = 2
-"""Additions to the stream in a layer: attention's and the feed-forward's."""
+Shape = tuple[int, ...]
+_LEAST = 3
+"""Layers that show how one follows another: the first also holds what all share."""
 _SHARED = {"embed", "angles"}
 """Kernels that are of no layer, though the first one asks for them."""
 _TYPES = {dtype: kind for kind, dtype in TORCH.items()}
@@ -68,17 +72,72 @@ class Lowered:
     inputs: tuple[str | None, ...]
     """Tensor of each placeholder; None for those the program does not read."""
     outputs: tuple[str, ...]
-    output_shapes: tuple[tuple[int, ...], ...]
+    output_shapes: tuple[Shape, ...]
     constants: Mapping[str, Constant]
 
 
-def lower(graph: GraphModule, ppu: Ppu, fusions: Fusions | None = None) -> Lowered:
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How a captured step differs from what it stands for."""
+
+    layers: int | None = None
+    """The graph's last layer is repeated until there are so many; None leaves the graph's own."""
+    chips: int = 1
+    """Chips that run the program together, each with its own part of the weights."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What placeholders are called in the model."""
+
+
+def lower(
+    graph: GraphModule, ppu: Ppu, fusions: Fusions | None = None, scale: Scale | None = None
+) -> Lowered:
     """Lower one inference graph of ATen calls for a chip.
 
     InputError names an operator, type or shape that the compiler does not know, with its line;
-    Infeasible says how many bytes of memory are missing.
+    Infeasible says how many bytes of memory are missing; UnlikeError that layers cannot be repeated.
     """
-    return _Lowering(graph, ppu, fusions or Fusions()).run()
+    return _Lowering(graph, ppu, fusions or Fusions(), scale or Scale()).run()
+
+
+def _repeated(drafted: _Drafted, layers: Sequence[Layer], wanted: int) -> _Drafted:
+    """The last layer of a draft again and again, with its inputs and outputs."""
+    number, more = len(layers) - 1, wanted - len(layers)
+
+    def rename(name: str, turn: int) -> str:
+        fresh = name.replace(f".{number}.", f".{number + turn}.")
+        return fresh if fresh != name else f"{name}.{turn}"
+
+    longer = repeat(drafted.draft, layers[-2], layers[-1], more, rename)
+
+    def extended(names: Sequence[str | None], shapes: Sequence[Shape]) -> list[tuple[str | None, Shape]]:
+        """Behind each run of the layer's own tensors, those of the layers made from it."""
+        found: list[tuple[str | None, Shape]] = []
+        given = list(zip(names, shapes, strict=True))
+        for own, run in groupby(given, lambda item: item[0] in longer.copies[-1]):
+            items = list(run)
+            found += items
+            if own:
+                found += [
+                    (copy[name], shape) for copy in longer.copies for name, shape in items if name is not None
+                ]
+        return found
+
+    outputs = extended(drafted.outputs, drafted.shapes)
+    inputs = extended(drafted.inputs, [()] * len(drafted.inputs))
+    return _Drafted(
+        draft=longer.draft,
+        inputs=tuple(name for name, _ in inputs),
+        outputs=tuple(str(name) for name, _ in outputs),
+        shapes=tuple(shape for _, shape in outputs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Drafted:
+    draft: Draft
+    inputs: tuple[str | None, ...]
+    outputs: tuple[str, ...]
+    shapes: tuple[Shape, ...]
 
 
 @dataclass
@@ -86,6 +145,7 @@ class _Lowering:
     graph: GraphModule
     ppu: Ppu
     fusions: Fusions
+    scale: Scale
     made: dict[Node, Tensor] = field(default_factory=dict)
     constants: dict[str, Constant] = field(default_factory=dict)
     angles: dict[tuple[Node, Node | None, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -93,25 +153,49 @@ class _Lowering:
     def __post_init__(self) -> None:
         self.b = Builder(self.ppu)
         self.here: Node | None = None
-        self.layer: int | None = None
+        self.layers: list[Layer] = []
 
     def run(self) -> Lowered:
+        drafted = self._drafted()
+        wanted = self.scale.layers
+        if wanted is not None and wanted > len(self.layers):
+            if len(self.layers) < _LEAST:
+                raise UnlikeError(f"{len(self.layers)} layers do not show how one follows another")
+            drafted = _repeated(drafted, self.layers, wanted)
+        return Lowered(
+            program=drafted.draft.settled(self.ppu, set(drafted.outputs), self.scale.chips),
+            inputs=drafted.inputs,
+            outputs=drafted.outputs,
+            output_shapes=drafted.shapes,
+            constants=self.constants,
+        )
+
+    def _drafted(self) -> _Drafted:
+        """The graph as kernels, layer by layer: a layer ends with the second of its residual sums."""
         placeholders = [node for node in self.graph.graph.nodes if node.op == "placeholder"]
-        stream = [node for node in self.graph.graph.nodes if self._is_residual(node)]
-        for number, node in enumerate(stream):
+        sums, start = 0, 0
+        for node in self.graph.graph.nodes:
             # In the graph's order, so that the way down from the last operator stays short.
-            self.layer = number // _ADDS
-            self.value(node)
-        self.layer = None
+            if self._is_residual(node):
+                self.value(node)
+                sums += 1
+                if sums % 2 == 0:
+                    self.layers.append(Layer(start, len(self.b.kernels)))
+                    start = len(self.b.kernels)
+            elif self._is_advance(node):
+                self.value(node)
         (output,) = (node for node in self.graph.graph.nodes if node.op == "output")
         results = [item for item in output.args[0] if isinstance(item, Node)]
         tensors = [self.value(node) for node in results]
-        return Lowered(
-            program=self.b.program(),
+        for number, layer in enumerate(self.layers):
+            for place in range(layer.first, layer.last):
+                if self.b.kernels[place].kind not in _SHARED:
+                    self.b.kernels[place] = replace(self.b.kernels[place], layer=number)
+        return _Drafted(
+            draft=self.b.draft(),
             inputs=tuple(self.made[node].name if node in self.made else None for node in placeholders),
             outputs=tuple(tensor.name for tensor in tensors),
-            output_shapes=tuple(patterns.shape_of(node) for node in results),
-            constants=self.constants,
+            shapes=tuple(patterns.shape_of(node) for node in results),
         )
 
     @staticmethod
@@ -122,6 +206,14 @@ class _Lowering:
             return False
         is_row = len(patterns.shape_of(node)) in (2, 3) and node.meta["val"].dtype == torch.bfloat16
         return is_row and patterns.rotation_of(node) is None
+
+    @staticmethod
+    def _is_advance(node: Node) -> bool:
+        """How long a layer's cache is now: its kernel belongs to the layer."""
+        if patterns.name_of(node) != "aten.add.Tensor" or not isinstance(node.args[1], int):
+            return False
+        start = node.args[0]
+        return isinstance(start, Node) and start.op == "placeholder" and not patterns.shape_of(node)
 
     # Tensors.
 
@@ -139,6 +231,7 @@ class _Lowering:
             self._attention,
             self._paged,
             self._swiglu,
+            self._reduced,
             self._product,
             self._cache,
             self._sum,
@@ -166,7 +259,8 @@ class _Lowering:
             known = ", ".join(map(str, _TYPES))
             raise InputError(f"{node.name}: the PPU has no data type {value.dtype}; it has {known}")
         shape = tuple(int(size) for size in value.shape) or (1,)
-        self.made[node] = self.b.layout.place(node.name, shape, _TYPES[value.dtype], role)
+        name = self.scale.names.get(node.name, node.name)
+        self.made[node] = self.b.layout.place(name, shape, _TYPES[value.dtype], role)
         return self.made[node]
 
     def _new(self, *shape: int, type: Type = Type.BF16, role: str = "scratch") -> Tensor:
@@ -210,8 +304,7 @@ class _Lowering:
 
     def _kernel(self, kind: str) -> AbstractContextManager[None]:
         name = self.here.name if self.here is not None else kind
-        layer = None if kind in _SHARED else self.layer
-        return self.b.kernel(kind, f"{kind} {name}", layer=layer)
+        return self.b.kernel(kind, f"{kind} {name}")
 
     # Operators.
 
@@ -242,6 +335,20 @@ class _Lowering:
         out = self._new(x.shape[0], weight.shape[0])
         with self._kernel("matmul"):
             matmul(self.b, x, weight, out, gain=gain, eps=eps, residual=residual)
+        return out
+
+    def _reduced(self, node: Node, residual: Tensor | None = None) -> Tensor | None:
+        """The sum over the chips, and the residual with it: rounded once, as a product and its residual."""
+        reduced = patterns.reduced_of(node)
+        if reduced is None:
+            return None
+        part = self.value(reduced.part)
+        out = self._new(*part.shape, type=part.type)
+        with self._kernel("all_reduce"):
+            self.b.emit(
+                "ALL_REDUCE", part.type, source=At(part.at), target=At(out.at), bytes=part.bytes,
+                ranks=reduced.ranks, addend=At() if residual is None else At(residual.at),
+            )  # fmt: skip
         return out
 
     def _swiglu(self, node: Node) -> Tensor | None:
@@ -299,11 +406,11 @@ class _Lowering:
             inner = patterns.through(term)
             if not self.fusions.residual or len(inner.users) > 1 or inner in self.made:
                 continue
-            if patterns.product_of(term) or patterns.mixture_of(term):
+            if patterns.product_of(term) or patterns.mixture_of(term) or patterns.reduced_of(term):
                 other = self._flat(self.value(base), patterns.shape_of(node)[-1])
                 self.here = node
-                found = self._product(term, other)
-                return found if found is not None else self._mixture(term, other)
+                kinds = (self._reduced, self._product, self._mixture)
+                return next(found for kind in kinds if (found := kind(term, other)) is not None)
         a, b = self.value(left), self.value(right)
         out = self._new(*self._flat(a, patterns.shape_of(node)[-1]).shape)
         with self._kernel("add"):

@@ -121,6 +121,21 @@ def _last(args: Sequence[Any], place: int) -> int:
 
 
 @dataclass(frozen=True)
+class Reduced:
+    part: Node
+    """One chip's term of the sum."""
+    ranks: int
+
+
+def reduced_of(node: Any) -> Reduced | None:
+    """The sum of a tensor over the chips."""
+    behind = through(node)
+    if name_of(behind) != "tongyun.all_reduce.default":
+        return None
+    return Reduced(behind.args[0], int(behind.args[1]))
+
+
+@dataclass(frozen=True)
 class Rotation:
     x: Node
     """[sequences, tokens, heads, width], or [tokens, heads, width]."""

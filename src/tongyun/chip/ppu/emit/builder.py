@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from tongyun.chip.ppu.asm import assemble
+from tongyun.chip.ppu.draft import Draft
 from tongyun.chip.ppu.isa import CORE, CORES, REGISTERS, SEMAPHORES, ZERO, Alu, At, Instruction, Type, Value
 from tongyun.chip.ppu.program import Kernel, Layout, Program, Tensor
 from tongyun.errors import Infeasible, TongyunError
@@ -68,23 +69,14 @@ class Builder:
         """This kernel moves so many bytes of a tensor, by its shapes and tiles."""
         self._moves[tensor.name] = self._moves.get(tensor.name, 0) + size
 
-    def program(self) -> Program:
-        """End the program. Infeasible when its tensors exceed the chip's HBM."""
+    def draft(self) -> Draft:
+        """End the program; its tensors have no places yet."""
         self.emit("HALT")
-        if self.layout.top > self.ppu.hbm_bytes:
-            missing = self.layout.top - self.ppu.hbm_bytes
-            raise Infeasible(
-                f"the program needs {self.layout.top:,} bytes of HBM, {self.ppu.name} has "
-                f"{self.ppu.hbm_bytes:,}: {missing:,} bytes are missing"
-            )
-        return Program(
-            words=assemble(self.instructions),
-            tensors=tuple(self.layout.tensors),
-            kernels=tuple(self.kernels),
-            symbols=tuple(self.symbols),
-            hbm_bytes=self.layout.top,
-            chip=self.ppu.name,
-        )
+        return Draft.of(assemble(self.instructions), self.layout.tensors, self.kernels, self.symbols)
+
+    def program(self) -> Program:
+        """End the program and place its tensors. Infeasible when they exceed the chip's HBM."""
+        return self.draft().settled(self.ppu)
 
     # What a kernel has: SRAM, registers, semaphores.
 
