@@ -1,6 +1,6 @@
 """The PPU's simulators and compiler: speed, exactness, and what each fusion saves.
 
-    python benchmarks/ppu.py [--model Qwen/Qwen3-0.6B] [--tokens 512]
+    python benchmarks/ppu.py [--model Qwen/Qwen3-0.6B] [--tokens 512] [--chips 1]
 
 Prints the functional simulator's GFLOP/s, the timing simulator's instructions a second, a step with its
 layers run once against all of them, and the ablation of the fusions. Seconds are this machine's wall time;
@@ -87,19 +87,20 @@ def speed(ppu: Ppu) -> None:
         )
 
 
-def step(model: str, tokens: int, ppu: Ppu) -> None:
+def step(model: str, tokens: int, chips: int, ppu: Ppu) -> None:
     config, _ = find_model(model)
     symbols = {"position": [0]}
     if "num_experts" in config:
         experts, pairs = config["num_experts"], tokens * config["num_experts_per_tok"]
         symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
-    lowered, seconds = timed(lambda: compile_step(config, ppu, tokens=tokens))
-    print(f"\n{model}, a prompt of {tokens} tokens: captured and compiled in {seconds:.1f} s")
+    lowered, seconds = timed(lambda: compile_step(config, ppu, tokens=tokens, chips=chips))
+    print(f"\n{model}, a prompt of {tokens} tokens, {chips} chips: captured and compiled in {seconds:.1f} s")
     print(f"{'layers':>12} {'chip ms':>9} {'instructions':>13} {'s':>7}")
     for name, run in (("every one", simulate), ("once for all", simulate_repeated)):
         result, seconds = timed(lambda run=run: run(lowered.program, ppu, symbols))  # type: ignore[misc]
         print(f"{name:>12} {result.seconds * 1e3:>9.4f} {result.instructions:>13,} {seconds:>7.2f}")
-    ablation(config, tokens, ppu, symbols)
+    if chips == 1:
+        ablation(config, tokens, ppu, symbols)
 
 
 def ablation(config: Mapping[str, Any], tokens: int, ppu: Ppu, symbols: Mapping[str, ArrayLike]) -> None:
@@ -130,11 +131,12 @@ def main() -> None:
     )
     parser.add_argument("--model", default="Qwen/Qwen3-0.6B")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--chips", type=int, default=1)
     given = parser.parse_args()
     ppu = find_ppu("zhenwu-810e").at()
     functional(ppu)
     speed(ppu)
-    step(given.model, given.tokens, ppu)
+    step(given.model, given.tokens, given.chips, ppu)
 
 
 if __name__ == "__main__":
