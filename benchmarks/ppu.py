@@ -1,6 +1,6 @@
 """The PPU's simulators and compiler: speed, exactness, and what each fusion saves.
 
-    python benchmarks/ppu.py [--model Qwen/Qwen3-0.6B] [--tokens 512]
+    python benchmarks/ppu.py [--model Qwen/Qwen3-0.6B] [--tokens 512] [--chips 1]
 
 Prints the functional simulator's GFLOP/s, the timing simulator's instructions a second, a step with its
 layers run once against all of them, and the ablation of the fusions. Seconds are this machine's wall time;
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
@@ -25,7 +26,8 @@ from tongyun.chip.ppu.functional import Chip
 from tongyun.chip.ppu.isa import Type
 from tongyun.chip.ppu.lower import Fusions
 from tongyun.chip.ppu.program import Program
-from tongyun.chip.ppu.timing import simulate, simulate_repeated
+from tongyun.chip.ppu.timing import Timing, simulate, simulate_repeated
+from tongyun.chip.ppu.traffic import saving
 from tongyun.specs import Ppu, find_model, find_ppu
 
 T = TypeVar("T")
@@ -85,26 +87,42 @@ def speed(ppu: Ppu) -> None:
         )
 
 
-def step(model: str, tokens: int, ppu: Ppu) -> None:
+def step(model: str, tokens: int, chips: int, ppu: Ppu) -> None:
     config, _ = find_model(model)
     symbols = {"position": [0]}
     if "num_experts" in config:
         experts, pairs = config["num_experts"], tokens * config["num_experts_per_tok"]
         symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
-    lowered, seconds = timed(lambda: compile_step(config, ppu, tokens=tokens))
-    print(f"\n{model}, a prompt of {tokens} tokens: captured and compiled in {seconds:.1f} s")
+    lowered, seconds = timed(lambda: compile_step(config, ppu, tokens=tokens, chips=chips))
+    print(f"\n{model}, a prompt of {tokens} tokens, {chips} chips: captured and compiled in {seconds:.1f} s")
     print(f"{'layers':>12} {'chip ms':>9} {'instructions':>13} {'s':>7}")
     for name, run in (("every one", simulate), ("once for all", simulate_repeated)):
         result, seconds = timed(lambda run=run: run(lowered.program, ppu, symbols))  # type: ignore[misc]
         print(f"{name:>12} {result.seconds * 1e3:>9.4f} {result.instructions:>13,} {seconds:>7.2f}")
-    print(f"\n{'without':>10} {'kernels':>8} {'chip ms':>9} {'L2 MB':>9} {'HBM MB':>9} {'J':>7}")
+    if chips == 1:
+        ablation(config, tokens, ppu, symbols)
+
+
+def ablation(config: Mapping[str, Any], tokens: int, ppu: Ppu, symbols: Mapping[str, ArrayLike]) -> None:
+    """What a step takes more without a fusion: bytes as shapes and tiles say, and as the instructions ask."""
+    print("\nwithout a fusion: bytes asked of the memory more than with all, predicted and counted")
+    heads = ("between MB", "given MB", "predicted", "counted", "HBM MB", "chip ms", "J")
+    print(f"{'without':>10} {'kernels':>8} " + " ".join(f"{head:>13}" for head in heads))
+    base: tuple[Program, Timing] | None = None
     for without in ((), ("norm",), ("rotate",), ("swiglu",), ("residual",), ("all",)):
-        lowered = compile_step(config, ppu, tokens=tokens, fusions=Fusions.without(*without))
-        result = simulate_repeated(lowered.program, ppu, symbols)
+        program = compile_step(config, ppu, tokens=tokens, fusions=Fusions.without(*without)).program
+        result = simulate(program, ppu, symbols)
+        base = base or (program, result)
         joules = energy(result, find_ppu("zhenwu-810e"))
-        moved = " ".join(f"{result.total(name) / 1e6:>9.1f}" for name in ("l2_bytes", "hbm_bytes"))
-        name, kernels = ", ".join(without) or "none", len(lowered.program.kernels)
-        print(f"{name:>10} {kernels:>8} {result.seconds * 1e3:>9.4f} {moved} {joules.total[1]:>7.3f}")
+        saved, more = saving(base[0], program), result.total("l2_bytes") - base[1].total("l2_bytes")
+        row = [f"{saved.between / 1e6:.3f}", f"{saved.given / 1e6:.3f}", f"{saved.bytes:,}", f"{more:,}"]
+        row += [
+            f"{result.total('hbm_bytes') / 1e6:.1f}",
+            f"{result.seconds * 1e3:.4f}",
+            f"{joules.total[1]:.3f}",
+        ]
+        name = ", ".join(without) or "none"
+        print(f"{name:>10} {len(program.kernels):>8} " + " ".join(f"{cell:>13}" for cell in row))
 
 
 def main() -> None:
@@ -113,11 +131,12 @@ def main() -> None:
     )
     parser.add_argument("--model", default="Qwen/Qwen3-0.6B")
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--chips", type=int, default=1)
     given = parser.parse_args()
     ppu = find_ppu("zhenwu-810e").at()
     functional(ppu)
     speed(ppu)
-    step(given.model, given.tokens, ppu)
+    step(given.model, given.tokens, given.chips, ppu)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.restore import Restore, Way
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
@@ -51,6 +52,7 @@ configs = st.builds(
     max_sequences=st.integers(1, 6),
     max_step_tokens=st.integers(6, 24),
     prefix_caching=st.booleans(),
+    tiers=st.sampled_from([None, (0,), (3,), (4, 0), (2, 9), (30, 30)]),
 )
 
 
@@ -74,8 +76,12 @@ def loads(draw: st.DrawFn) -> list[Request]:
 def test_a_simulation_by_leaps_is_the_one_by_steps(
     config: SchedulerConfig, load: list[Request], users: int | None
 ) -> None:
-    by_leaps = simulate(load, config, LeapingExecutor(Price(), vocabulary=97), users=users)
-    by_steps = simulate(load, config, SimulatedExecutor(Price(), vocabulary=97), users=users)
+    by_leaps = simulate(
+        load, config, _with_tiers(LeapingExecutor(Price(), vocabulary=97), config), users=users
+    )
+    by_steps = simulate(
+        load, config, _with_tiers(SimulatedExecutor(Price(), vocabulary=97), config), users=users
+    )
     assert by_leaps == by_steps
 
 
@@ -88,7 +94,7 @@ def test_the_scheduler_is_left_as_by_single_steps(
     loops = []
     for executor in (LeapingExecutor(Price(), vocabulary=97), SimulatedExecutor(Price(), vocabulary=97)):
         scheduler = Scheduler(config)
-        loops.append((scheduler, EngineLoop(scheduler, executor, VirtualClock())))
+        loops.append((scheduler, EngineLoop(scheduler, _with_tiers(executor, config), VirtualClock())))
     (ours, leaping), (theirs, stepping) = loops
     coming = [
         one
@@ -121,7 +127,7 @@ def test_an_abort_amid_leaps_leaves_what_it_leaves_amid_steps(
     loops = []
     for executor in (LeapingExecutor(Price(), vocabulary=97), SimulatedExecutor(Price(), vocabulary=97)):
         scheduler = Scheduler(config)
-        loops.append((scheduler, EngineLoop(scheduler, executor, VirtualClock())))
+        loops.append((scheduler, EngineLoop(scheduler, _with_tiers(executor, config), VirtualClock())))
     (ours, leaping), (theirs, stepping) = loops
     fitting = [
         one
@@ -146,6 +152,12 @@ def test_an_abort_amid_leaps_leaves_what_it_leaves_amid_steps(
     assert leaping.stats() == stepping.stats()
 
 
+def _with_tiers(executor: SimulatedExecutor, config: SchedulerConfig) -> SimulatedExecutor:
+    ways = tuple(Way(latency_s=0.3 + i, block_s=0.7 + i / 3) for i in range(len(config.tiers or ())))
+    executor.restore = Restore(ways=ways, overlap=config.blocks % 2 == 0, waiting_w=3.0) if ways else None
+    return executor
+
+
 def _state(scheduler: Scheduler) -> object:
     scheduler.settle()
     pool = scheduler.pool
@@ -154,7 +166,14 @@ def _state(scheduler: Scheduler) -> object:
         for name, seq in scheduler._sequences.items()
     }
     order = [[seq.request.id for seq in group] for group in (scheduler._decoding, scheduler._prefilling)]
-    return held, order, pool._blank, list(pool._idle), pool._holders, pool._block_by_key, pool._key
+    tiers = scheduler.tiers
+    lower = tiers and (
+        [list(tier.items()) for tier in tiers._kept],
+        tiers.demoted,
+        tiers.restored,
+        tiers.lost,
+    )
+    return held, order, pool._blank, list(pool._idle), pool._holders, pool._block_by_key, pool._key, lower
 
 
 def test_lonely_requests_take_a_handful_of_turns() -> None:

@@ -97,7 +97,7 @@ def test_rows() -> None:
     for name in ("norm", "silu", "sum", "act"):
         bench.out(name, 37, 64)
     chip, _ = bench.run(
-        lambda b, t: rows.rmsnorm(b, t["x"], t["gain"], t["norm"], 1e-6),
+        lambda b, t: rows.rmsnorm(b, rows.Rows.of(t["x"]), t["gain"], rows.Rows.of(t["norm"]), 1e-6),
         lambda b, t: rows.elementwise(b, Vec.SILU, t["x"], t["silu"]),
         lambda b, t: rows.elementwise(b, Vec.ADD, t["x"], t["sum"], other=t["other"]),
         lambda b, t: rows.swiglu(b, rows.Rows.of(t["x"]), rows.Rows.of(t["other"]), t["act"]),

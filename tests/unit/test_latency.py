@@ -1,6 +1,6 @@
 import pytest
 
-from tongyun.cloud.latency import Percentiles, RequestRecord, Slo, summarise
+from tongyun.cloud.latency import Percentiles, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.sched.request import Finish
 
 
@@ -91,3 +91,24 @@ def test_a_run_in_which_everything_failed():
     report = summarise([FAILED])
     assert report.ttft_s is None and report.tpot_s is None
     assert report.output_tokens_per_s == 0.0 and report.attainment == 0.0
+
+
+def test_groups_add_up_to_the_run():
+    records = [
+        record("a", priority_class="chat"),
+        record("b", arrival=1.0, first=2.0, last=9.0, tokens=8, priority_class="batch", cached_tokens=4),
+        record("c", first=0.5, last=2.0),
+        FAILED,
+    ]
+    slo = Slo(ttft_s=1.0, tpot_s=0.6)
+    whole, groups = summarise(records, slo), grouped(records, lambda one: one.priority_class, slo)
+    reports = [group.report for group in groups.values()]
+    assert list(groups) == ["", "batch", "chat"]
+    for name in ("requests", "succeeded", "failed", "output_tokens", "met_slo", "output_tokens_within_slo"):
+        assert sum(getattr(one, name) for one in reports) == getattr(whole, name)
+    for name in ("requests_per_s", "output_tokens_per_s", "goodput_tokens_per_s"):
+        assert sum(getattr(one, name) for one in reports) == pytest.approx(getattr(whole, name))
+    assert sum(group.share for group in groups.values()) == pytest.approx(1.0)
+    # Ten prompt tokens each: 15 and 15 computed for the others, 10 - 4 + 8 for the cached one.
+    assert groups["batch"].share == pytest.approx(14 / 44)
+    assert grouped([record(), FAILED], lambda one: one.priority_class) == {}

@@ -7,7 +7,16 @@ from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import simulate
-from tongyun.cloud.workload import Arrivals, Distribution, Lengths, Process, SharedPrefix, Workload, sample
+from tongyun.cloud.workload import (
+    Arrival,
+    Arrivals,
+    Distribution,
+    Lengths,
+    Process,
+    SharedPrefix,
+    Workload,
+    sample,
+)
 from tongyun.cloud.workload import requests as made
 from tongyun.units import Cost, Source
 
@@ -152,3 +161,9 @@ def test_simulated_and_measured_executors_are_given_the_same_batches():
         assert loop.stats().kv_blocks_used == 0
         recorded.append(executor.batches)
     assert recorded[0] == recorded[1]
+
+
+def test_a_record_keeps_the_model_and_class_its_request_arrived_with():
+    arrivals = [Arrival(0.0, 8, 2, model="m", priority_class="batch"), Arrival(0.0, 8, 2)]
+    run = simulate(made(arrivals, vocabulary=100), CONFIG, SimulatedExecutor(per_token))
+    assert [(one.model, one.priority_class) for one in run.records] == [("m", "batch"), (None, None)]

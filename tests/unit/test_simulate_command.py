@@ -91,3 +91,19 @@ def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     flags = ["simulate", "--model", "Qwen/Qwen3-235B-A22B", "--chip", "h200", "--rate", "1", "--tp", "1"]
     told = CliRunner().invoke(build(), flags).exception
     assert isinstance(told, Infeasible) and "GB" in str(told)
+
+
+def test_results_are_told_by_class_and_model_and_add_up(tmp_path: Path) -> None:
+    trace = tmp_path / "mine.csv"
+    rows = [f"{i / 4},{500 + 40 * (i % 3)},{10 + i % 7},{'chat' if i % 3 else 'batch'}" for i in range(60)]
+    trace.write_text("arrival_s,prompt_tokens,output_tokens,class\n" + "\n".join(rows))
+    told = run("--trace", str(trace), "--ttft-ms", "500", *CUT)
+    classes = told["classes"]
+    assert set(classes) == {"chat", "batch"} and told["models"] == {}
+    assert classes["batch"]["report"]["requests"] == 20
+    for name in ("goodput_tokens_per_s", "output_tokens_per_s", "joules"):
+        assert sum(one[name] for one in classes.values()) == pytest.approx(told[name])
+    spent = sum(one["usd_per_mtoken"] * one["report"]["output_tokens"] for one in classes.values())
+    assert spent == pytest.approx(told["usd_per_mtoken"] * told["report"]["output_tokens"])
+    shown = CliRunner().invoke(build(), [*BASE, "--trace", str(trace), *CUT]).output
+    assert "class" in shown and "batch" in shown and "20 of 20" in shown

@@ -109,3 +109,41 @@ def test_a_missing_file_and_a_binary_one_are_input_errors(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="UTF-8"):
         read_trace(tmp_path / "t.csv")
+
+
+OWN = "arrival_s,class,prompt_tokens,output_tokens,hash_ids\n"
+
+
+def test_a_csv_that_names_its_columns(write):
+    path = write("t.csv", f"{OWN}2.5,batch,600,7,4 5\n1,,20,3,\n")
+    assert read_trace(path) == [
+        Arrival(0.0, 20, 3),
+        Arrival(1.5, 600, 7, hash_ids=(4, 5), priority_class="batch"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1,a,20,3", "4 fields, not 5"),
+        ("soon,a,20,3,", "arrival_s: 'soon'"),
+        ("nan,a,20,3,", "arrival_s: 'nan'"),
+        ("1,a,20.5,3,", "prompt_tokens: '20.5'"),
+        ("1,a,20,0,", "output_tokens: 0"),
+        ("1,a,20,3,1 x", "hash_ids: 'x'"),
+        ("1,a,20,3,1 2", "2 blocks are more than 20"),
+    ],
+)
+def test_its_lines_are_refused_by_number_or_skipped(write, row, message):
+    path = write("t.csv", f"{OWN}0,a,20,3,\n{row}\n")
+    with pytest.raises(TraceError) as caught:
+        read_trace(path)
+    assert str(caught.value).startswith(f"{path}:3: ") and message in str(caught.value)
+    skipped = []
+    assert len(read_trace(path, skipped=skipped)) == 1 and message in str(skipped[0])
+
+
+def test_its_header_is_refused_by_what_is_accepted(write):
+    for header in ("arrival_s,prompt_tokens", "arrival_s,prompt_tokens,output_tokens,colour"):
+        with pytest.raises(TraceError, match=r"accepted: .*arrival_s"):
+            read_trace(write("t.csv", f"{header}\n"))

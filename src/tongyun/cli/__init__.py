@@ -9,26 +9,22 @@ code it carries: 0 ok, 1 the answer is no, 2 bad input.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import typer
 
-from tongyun.cli.bench import bench
-from tongyun.cli.calibrate import calibrate
-from tongyun.cli.chip import app as chip
-from tongyun.cli.plan import plan
-from tongyun.cli.serve import serve
-from tongyun.cli.simulate import simulate
-from tongyun.cli.specs import app as specs
-from tongyun.cli.train import train
-from tongyun.cli.up import up
-from tongyun.cli.validate import validate
 from tongyun.errors import TongyunError
 
 INTERRUPTED = 130
+COMMANDS = ("up", "calibrate", "plan", "simulate", "serve", "bench", "train", "validate", "chip", "specs")
+"""In the order of the help; each a module of this package."""
 
 
-def build() -> typer.Typer:
-    """The application with every command registered."""
+def build(wanted: str | None = None) -> typer.Typer:
+    """The application: with the wanted command alone, or with all of them where it is not one.
+
+    Reading ten modules and describing their options takes longer than most answers.
+    """
     app = typer.Typer(
         name="tongyun",
         help="Design the chip, plan and run the cloud, serve the model, and say what a million tokens costs.",
@@ -36,23 +32,26 @@ def build() -> typer.Typer:
         pretty_exceptions_enable=False,
         add_completion=False,
     )
-    app.command()(up)
-    app.command()(calibrate)
-    app.command()(plan)
-    app.command()(simulate)
-    app.command()(serve)
-    app.add_typer(bench, name="bench")
-    app.command()(train)
-    app.command()(validate)
-    app.add_typer(chip, name="chip")
-    app.add_typer(specs, name="specs")
+    # With a callback an application of one command still takes the command's name.
+    app.callback()(_nothing)
+    for name in (wanted,) if wanted in COMMANDS else COMMANDS:
+        module = import_module(f"tongyun.cli.{name}")
+        group = getattr(module, "app", None) or getattr(module, name)
+        if isinstance(group, typer.Typer):
+            app.add_typer(group, name=name)
+        else:
+            app.command(name)(group)
     return app
+
+
+def _nothing() -> None:
+    """No option stands before a command."""
 
 
 def main() -> None:
     """Entry point of the `tongyun` console script."""
     try:
-        build()()
+        build(sys.argv[1] if len(sys.argv) > 1 else None)()
     except TongyunError as error:
         # An answer for programs needs neither of them.
         from rich.console import Console

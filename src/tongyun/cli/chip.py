@@ -7,19 +7,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tongyun.cli import chip_run
+
 if TYPE_CHECKING:
+    from tongyun.chip.ppu.breakdown import Share
     from tongyun.chip.ppu.energy import Energy
-    from tongyun.chip.ppu.lower import Lowered
+    from tongyun.chip.ppu.program import Program
     from tongyun.chip.ppu.timing import Timing
     from tongyun.specs import PpuSpec
 
 app = typer.Typer(help="Compile for a PPU and run on the simulated chip.", no_args_is_help=True)
 
+run = app.command()(chip_run.run)
 Model = Annotated[str, typer.Argument(help="A Qwen3 model of the catalogue, or the path of a config.json.")]
 Chip = Annotated[str, typer.Option(help="A PPU of the catalogue, or a TOML file.")]
 Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
 Context = Annotated[int, typer.Option(help="Tokens in the cache before the step.", min=0)]
 Layers = Annotated[int | None, typer.Option(help="Take only so many layers.", min=1)]
+Chips = Annotated[int, typer.Option(help="Cut the model over so many chips of one ICN domain.", min=1)]
 Without = Annotated[
     list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
 ]
@@ -33,15 +38,16 @@ def compile_(
     tokens: Tokens = 1,
     context: Context = 0,
     layers: Layers = None,
+    chips: Chips = 1,
     without: Without = None,
 ) -> None:
     """Compile one step of a model into a program."""
-    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
-    lowered.program.save(output)
-    words = len(lowered.program.words)
+    program, spec = _program(model, chip, tokens, context, layers, chips, without)
+    program.save(output)
+    words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
     typer.echo(
-        f"{output}: {len(lowered.program.kernels)} kernels, {words:,} instructions, "
-        f"{lowered.program.hbm_bytes:,} bytes of HBM on {spec.name}"
+        f"{output}: {len(program.kernels)} kernels, {words:,} instructions, "
+        f"{program.hbm_bytes:,} bytes of HBM on {on}"
     )
 
 
@@ -67,8 +73,15 @@ def profile(
     tokens: Tokens = 1,
     context: Context = 0,
     layers: Layers = None,
+    chips: Chips = 1,
     without: Without = None,
     every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
+    by: Annotated[
+        str, typer.Option(help="Rows of the table: kind, layer, operator; the last two run every layer.")
+    ] = "kind",
+    trace: Annotated[
+        Path | None, typer.Option(help="Write kernels and engines over time for Perfetto or Chrome.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the time, bytes and joules of one step go on the simulated chip."""
@@ -77,32 +90,51 @@ def profile(
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    lowered, spec = _lowered(model, chip, tokens, context, layers, without)
+    program, spec = _program(model, chip, tokens, context, layers, chips, without)
     symbols: dict[str, Any] = {"position": [context]}
-    if "expert_offset" in lowered.program.symbols:
+    if "expert_offset" in program.symbols:
         experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
         symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
-    simulate = timing.simulate if every else timing.simulate_repeated
-    result = simulate(lowered.program, spec.at(), symbols)
+    from tongyun.chip.ppu.breakdown import names_by, shares
+
+    names = names_by(by, program)
+    simulate = timing.simulate if every or by != "kind" else timing.simulate_repeated
+    result = simulate(program, spec.at(), symbols)
+    if trace is not None:
+        from tongyun.chip.ppu.trace import save_trace
+
+        events = save_trace(result, trace)
+        typer.echo(f"{trace}: {events} events, a slice a kernel and engine (simulated)", err=True)
+    parts = shares(result, spec, names if by != "kind" else list(result.kinds))
     if json:
-        _print_json(result, energy(result, spec))
+        _print_json(result, energy(result, spec), by, parts)
     else:
-        _print_table(model, spec, result, energy(result, spec))
+        _print_table(f"{model} on {spec.title}", spec, result, energy(result, spec), (by, parts))
 
 
-def _lowered(
-    model: str, chip: str, tokens: int, context: int, layers: int | None, without: list[str] | None
-) -> tuple[Lowered, PpuSpec]:
-    from tongyun.chip.ppu.capture import compile_step
+def _program(
+    model: str,
+    chip: str,
+    tokens: int,
+    context: int,
+    layers: int | None,
+    chips: int,
+    without: list[str] | None,
+) -> tuple[Program, PpuSpec]:
+    from tongyun.chip.ppu.cached import cached_step
     from tongyun.chip.ppu.lower import Fusions
+    from tongyun.errors import Infeasible, InputError
     from tongyun.specs import find_model, find_ppu
 
     spec = find_ppu(chip)
     config, _ = find_model(model)
     fusions = Fusions.without(*(without or ()))
-    return compile_step(
-        config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions
-    ), spec
+    try:
+        return cached_step(
+            config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips
+        ), spec
+    except Infeasible as short:
+        raise InputError(f"{model} with --chips {chips}: {short}") from None
 
 
 def _experts(model: str, key: str = "num_experts") -> int:
@@ -111,28 +143,10 @@ def _experts(model: str, key: str = "num_experts") -> int:
     return int(find_model(model)[0][key])
 
 
-def _by_kind(result: Timing) -> dict[str, tuple[int, float, float, float]]:
-    """Kind to (kernels, seconds, FLOPs, HBM bytes), longest first."""
-    kinds: dict[str, tuple[int, float, float, float]] = {}
-    for place, kind in enumerate(result.kinds):
-        count, seconds, flops, moved = kinds.get(kind, (0, 0.0, 0.0, 0.0))
-        times = int(result.times[place])
-        kinds[kind] = (
-            count + times,
-            seconds + times * float(result.cycles[place]) / result.ppu.clock_hz,
-            flops + times * float(result.counters[place, 0]),
-            moved + times * float(result.counters[place, 1]),
-        )
-    return dict(sorted(kinds.items(), key=lambda item: -item[1][1]))
-
-
-def _print_json(result: Timing, joules: Energy) -> None:
+def _print_json(result: Timing, joules: Energy, by: str, parts: dict[str, Share]) -> None:
+    from dataclasses import asdict
     from json import dumps
 
-    kinds = {
-        kind: dict(zip(("kernels", "seconds", "flops", "hbm_bytes"), row, strict=True))
-        for kind, row in _by_kind(result).items()
-    }
     totals = {name: result.total(name) for name in ("flops", "hbm_bytes", "l2_bytes", "vector_elements")}
     answer = {
         "source": "simulated",
@@ -143,40 +157,47 @@ def _print_json(result: Timing, joules: Energy) -> None:
         "instructions": result.instructions,
         **totals,
         "joules": {name: list(values) for name, values in joules.joules.items()},
-        "kinds": kinds,
+        f"{by}s": {name: asdict(share) for name, share in parts.items()},
     }
     typer.echo(dumps(answer, indent=2))
 
 
-def _print_table(model: str, spec: PpuSpec, result: Timing, joules: Energy) -> None:
+def _print_table(
+    title: str, spec: PpuSpec, result: Timing, joules: Energy, cut: tuple[str, dict[str, Share]]
+) -> None:
     from rich.console import Console
 
     from tongyun.report import column, table
     from tongyun.units import Source
 
+    by, parts = cut
+    # Layers and operators in the order in which they run; kinds by their time.
+    order = sorted(parts.items(), key=lambda item: -item[1].seconds) if by == "kind" else parts.items()
     rows = []
-    for kind, (count, seconds, flops, moved) in _by_kind(result).items():
-        bound = max(flops / result.ppu.peak_flops_per_s(), moved / result.ppu.hbm_peak_bytes_per_s)
+    for name, share in order:
+        flops_s = share.flops / result.ppu.peak_flops_per_s()
+        bound = max(flops_s, share.hbm_bytes / result.ppu.hbm_peak_bytes_per_s)
         rows.append(
             [
-                kind,
-                str(count),
-                f"{seconds * 1e3:.3f}",
-                f"{100 * seconds / result.seconds:.1f}",
-                f"{flops / 1e9:,.1f}",
-                f"{moved / 1e6:,.1f}",
-                f"{100 * bound / seconds:.0f}",
+                name,
+                str(share.kernels),
+                f"{share.seconds * 1e3:.3f}",
+                f"{100 * share.seconds / result.seconds:.1f}",
+                f"{share.flops / 1e9:,.1f}",
+                f"{share.hbm_bytes / 1e6:,.1f}",
+                f"{share.joules * 1e3:,.1f}",
+                f"{100 * bound / share.seconds:.0f}",
             ]
         )
-    heads = ("kernels", "ms", "%", "GFLOP", "HBM MB", "% of roofline")
-    columns = [column("kind", left=True), *map(column, heads)]
+    heads = ("kernels", "ms", "%", "GFLOP", "HBM MB", "mJ", "% of roofline")
+    columns = [column(by, left=True), *map(column, heads)]
     low, nominal, high = joules.total
     within = f"{joules.seconds * 1e3:.3f} ms within {spec.at().limit_w:.0f} W"
     power = f"{nominal:.3g} J ({low:.3g} to {high:.3g}), {nominal / joules.seconds:.0f} W"
     caption = f"simulated; {result.seconds * 1e3:.3f} ms, {within}; {power}"
     assumed = sum(figure.source is Source.ASSUMED for _, figure in spec.figures())
     caption += f"; {assumed} of the chip's figures are assumed"
-    Console().print(table(f"{model} on {spec.title}", columns, rows, caption=caption))
+    Console().print(table(title, columns, rows, caption=caption))
 
 
 __all__ = ["app"]

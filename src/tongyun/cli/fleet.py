@@ -44,6 +44,7 @@ def read_fleet(
     from tongyun.cli.plan import ask
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.fleet import Fleet
+    from tongyun.codesign.tiers import CacheTiers
     from tongyun.specs import find_fleet
 
     spec = find_fleet(path)
@@ -62,7 +63,8 @@ def read_fleet(
         dtypes=(spec.dtype, spec.kv_dtype),
         usd_per_chip_hour=usd_per_chip_hour,
     )
-    return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching)
+    tiers = None if spec.cache is None else CacheTiers(spec=spec.cache)
+    return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
 
 
 def typed(context: typer.Context) -> set[str]:

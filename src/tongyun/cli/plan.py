@@ -220,11 +220,10 @@ def _show_all(
 
 def _write(given: dict[str, Any], answers: list[Answer]) -> None:
     """Launch files of the main plan, where there is one, and the HTML report."""
-    from tongyun.codesign.launch import write_files
-
     if given["launch"] is not None and answers[0].best is not None:
         _write_launch(given, answers[0])
     if given["html"] is not None:
+        from tongyun.codesign.launch import write_files
         from tongyun.codesign.page import page
 
         place: Path = given["html"]

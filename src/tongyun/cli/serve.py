@@ -16,9 +16,15 @@ from tongyun.errors import InputError
 
 if TYPE_CHECKING:
     from tongyun.cloud.engine.live import LiveEngine
+    from tongyun.cloud.engine.ppu_executor import PpuExecutor
+    from tongyun.cloud.engine.torch_executor import TorchExecutor
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ports import Sink
     from tongyun.cloud.sched.scheduler import SchedulerConfig
+
+
+PPU, CHIP = "ppu", "zhenwu-810e"
+"""The device that is a simulated chip."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +35,8 @@ class ServeOptions:
     names: tuple[str, ...] = ()
     """What clients may call it; empty: the hub id or the directory's name."""
     device: str = "cpu"
+    chip: str = CHIP
+    """The PPU that is simulated where the device is `ppu`."""
     kernels: str | None = None
     threads: int | None = None
     kv_dtype: str | None = None
@@ -44,7 +52,6 @@ class ServeOptions:
 
 def build_gateway(options: ServeOptions) -> Gateway:
     """Load the model and put engine and gateway together; nothing runs yet."""
-    from tongyun.cloud.engine.torch_executor import ExecutorOptions, open_executor
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.model.tokenizer import Tokenizer
@@ -53,19 +60,10 @@ def build_gateway(options: ServeOptions) -> Gateway:
 
     directory = find_model(options.model)
     tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
-    executor = open_executor(
-        directory,
-        ExecutorOptions(
-            device=options.device,
-            kernels=options.kernels,
-            threads=options.threads,
-            kv_dtype=options.kv_dtype,
-            kv_bytes=options.kv_bytes,
-        ),
-    )
+    executor, blocks = _executor(options, directory)
     cache, config = executor.cache, executor.model.config
-    context_tokens = _context(options, config.max_positions, cache.blocks * cache.block_tokens)
-    limits = _limits(options, cache.blocks, cache.block_tokens, context_tokens)
+    context_tokens = _context(options, config.max_positions, blocks * cache.block_tokens)
+    limits = _limits(options, blocks, cache.block_tokens, context_tokens)
 
     def start(sink: Sink) -> LiveEngine:
         from tongyun.cloud.engine.clock import WallClock
@@ -85,6 +83,38 @@ def build_gateway(options: ServeOptions) -> Gateway:
         created=int(time.time()),
     )
     return Gateway(served=served, start_engine=start, api_key=options.api_key, body_bytes=options.body_bytes)
+
+
+def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | PpuExecutor, int]:
+    """What runs the model, and how many KV blocks requests may have."""
+    if options.device == PPU:
+        from tongyun.cloud.engine.ppu_executor import PpuOptions, check_ppu, open_ppu_executor
+
+        check_ppu(options.kernels, options.kv_dtype)
+        simulated = open_ppu_executor(
+            directory,
+            PpuOptions(
+                chip=options.chip,
+                sequences=options.max_sequences,
+                step_tokens=options.max_step_tokens,
+                context_tokens=options.context_tokens,
+                kv_bytes=options.kv_bytes,
+            ),
+        )
+        return simulated, simulated.blocks
+    from tongyun.cloud.engine.torch_executor import ExecutorOptions, open_executor
+
+    executor = open_executor(
+        directory,
+        ExecutorOptions(
+            device=options.device,
+            kernels=options.kernels,
+            threads=options.threads,
+            kv_dtype=options.kv_dtype,
+            kv_bytes=options.kv_bytes,
+        ),
+    )
+    return executor, executor.cache.blocks
 
 
 def _name(model: str, directory: Path) -> str:
@@ -141,7 +171,8 @@ def serve(
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     kv_gb: Annotated[float | None, typer.Option(help="Memory of the KV cache in GB.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="f32 or bf16.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or ppu: the simulated chip.")] = "cpu",
+    chip: Annotated[str, typer.Option(help="With --device ppu: a PPU of the catalogue, or a file.")] = CHIP,
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
@@ -165,10 +196,13 @@ def serve(
         return
     if model is None:
         raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
+    if device != PPU:
+        refuse_told(typed(context_), ("chip",), "only --device ppu simulates a chip")
     options = ServeOptions(
         model=model,
         names=tuple(name or ()),
         device=device,
+        chip=chip,
         kernels=kernels,
         threads=threads,
         kv_dtype=kv_dtype,
@@ -221,6 +255,7 @@ OF_A_MODEL = (
     "kv_gb",
     "kv_dtype",
     "device",
+    "chip",
     "kernels",
     "threads",
 )

@@ -13,9 +13,11 @@ from tongyun.cli.plan import ask
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.table import Table
 
-    from tongyun.cloud.latency import Slo
+    from tongyun.cloud.latency import Group, Slo
     from tongyun.cloud.workload import Arrival
     from tongyun.codesign.fleet import Fleet, Played, Pool
     from tongyun.codesign.plan import Plan
@@ -39,7 +41,9 @@ def simulate(
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
-    trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV of moments and lengths.")
+    ] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out and count bad lines of a trace.")
@@ -205,7 +209,11 @@ def _best_plan(question: Question) -> Plan:
 def show(fleet: Fleet, played: Played, router: str) -> None:
     from tongyun import report
 
-    report.show(_latencies(fleet, played, router), _figures(fleet.question, played))
+    parts = [_latencies(fleet, played, router), _figures(fleet, played)]
+    for head, groups in (("class", played.classes), ("model", played.models)):
+        if groups:
+            parts.append(_groups(head, groups, played))
+    report.show(*parts)
 
 
 def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
@@ -232,11 +240,11 @@ def _title(pool: Pool) -> str:
     )
 
 
-def _figures(question: Question, played: Played) -> Table:
+def _figures(fleet: Fleet, played: Played) -> Table:
     from tongyun.report import NOTHING, column, number, source_tag, table
     from tongyun.units import Source
 
-    done = played.report
+    done, question = played.report, fleet.question
     money = NOTHING if played.usd_per_mtoken is None else f"${number(played.usd_per_mtoken)}"
     rows = [
         ["requests ended", f"{done.succeeded:,} of {done.requests:,} in {number(done.duration_s)} s"],
@@ -244,6 +252,7 @@ def _figures(question: Question, played: Played) -> Table:
         ["per chip", number(done.output_tokens_per_s / question.chips)],
         ["engines in a step", f"{played.use:.1%}"],
         ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
+        *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
@@ -253,6 +262,55 @@ def _figures(question: Question, played: Played) -> Table:
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
+    """A line for each class or model, over the whole run's time."""
+    from tongyun.report import column, number, table
+    from tongyun.units import MS
+
+    rows = []
+    for name, group in groups.items():
+        done = group.report
+        spans = [
+            number(None if one is None else getattr(one, key) / MS)
+            for one in (done.ttft_s, done.tpot_s)
+            for key in ("p50", "p99")
+        ]
+        rows.append(
+            [
+                name or "(none)",
+                f"{done.succeeded:,} of {done.requests:,}",
+                *spans,
+                number(done.goodput_tokens_per_s),
+                f"{done.attainment:.1%}",
+                number(played.usd_per_mtoken_of(group)),
+                number(played.joules_per_token(group)),
+            ]
+        )
+    felt = ("TTFT ms p50", "TTFT ms p99", "TPOT ms p50", "TPOT ms p99", "goodput tokens/s", "within limits")
+    heads = ("requests ended", *felt, "$/Mtoken", "J/token")
+    caption = "simulated; money and energy by the share of tokens computed"
+    return table("", [column(head, left=True), *map(column, heads)], rows, caption=caption)
+
+
+def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
+    rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
+    return {
+        name: {
+            "report": group.report,
+            **{key: getattr(group.report, key) for key in (*rates, "attainment")},
+            "share": group.share,
+            "joules": group.share * played.joules,
+            "usd_per_mtoken": played.usd_per_mtoken_of(group),
+        }
+        for name, group in groups.items()
+    }
+
+
+def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
+    """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
+    return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
 
 
 def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
@@ -269,8 +327,11 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         **{name: getattr(done, name) for name in (*rates, "attainment")},
         "use": played.use,
         "prefix_hits": played.prefix_hits,
+        "tier_hits": _tier_hits(fleet, played),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
+        "classes": _groups_json(played.classes, played),
+        "models": _groups_json(played.models, played),
         "engines": played.engines,
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }

@@ -160,4 +160,6 @@ def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: s
         cached_tokens=progress.cached,
         finish=finish,
         error=error,
+        model=request.model,
+        priority_class=request.priority_class,
     )

@@ -6,7 +6,7 @@ prediction and a measurement are summed up by the same arithmetic. Knows neither
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,8 @@ class RequestRecord:
     cached_tokens: int = 0
     finish: Finish | None = None
     error: str | None = None
+    model: str | None = None
+    priority_class: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -151,11 +153,14 @@ class LatencyReport:
         return self.met_slo / self.requests
 
 
-def summarise(records: Sequence[RequestRecord], slo: Slo | None = None) -> LatencyReport:
-    """Sum up a run; ValueError without records, or when they span no time."""
+def summarise(
+    records: Sequence[RequestRecord], slo: Slo | None = None, *, duration_s: float | None = None
+) -> LatencyReport:
+    """Sum up a run, or with the run's `duration_s` a part of it; ValueError without records or time."""
     if not records:
         raise ValueError("no requests to sum up")
-    duration_s = max(r.ended_s for r in records) - min(r.arrival_s for r in records)
+    if duration_s is None:
+        duration_s = max(r.ended_s for r in records) - min(r.arrival_s for r in records)
     if duration_s <= 0:
         raise ValueError("the records span no time")
     objective = slo or Slo()
@@ -177,6 +182,42 @@ def summarise(records: Sequence[RequestRecord], slo: Slo | None = None) -> Laten
         output_tokens_within_slo=sum(record.output_tokens for record in within),
         errors=_count_errors(records),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The requests of one model or class, over the whole run's time, so that rates of all add up."""
+
+    report: LatencyReport
+    share: float
+    """Of the tokens computed for successful requests: prompts without what was cached, and output.
+    Energy and money of chips that all groups use are told by it; it adds up to one."""
+
+
+def grouped(
+    records: Sequence[RequestRecord],
+    label: Callable[[RequestRecord], str | None],
+    slo: Slo | None = None,
+) -> dict[str, Group]:
+    """A group for each label, with an empty name for requests without one; nothing where none has one.
+
+    ValueError where `summarise` raises it.
+    """
+    parts: dict[str, list[RequestRecord]] = {}
+    for record in records:
+        parts.setdefault(label(record) or "", []).append(record)
+    if not any(parts):
+        return {}
+    duration_s = summarise(records).duration_s
+    reports = {name: summarise(parts[name], slo, duration_s=duration_s) for name in sorted(parts)}
+    whole = sum(_computed_tokens(report) for report in reports.values()) or 1
+    return {
+        name: Group(report=report, share=_computed_tokens(report) / whole) for name, report in reports.items()
+    }
+
+
+def _computed_tokens(report: LatencyReport) -> int:
+    return report.prompt_tokens - report.cached_tokens + report.output_tokens
 
 
 def _count_errors(records: Sequence[RequestRecord]) -> tuple[tuple[str, int], ...]:

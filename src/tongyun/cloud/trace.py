@@ -1,7 +1,8 @@
 """Read recorded workloads.
 
 Two published formats: the Azure LLM inference CSV (moment, prompt and generated tokens)
-and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks). A line that
+and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks); and a CSV of
+one's own, whose header names its columns. A line that
 is not what it should be is refused by file and number, or left out where the caller keeps
 count; nothing is repaired.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from tongyun.cloud.workload import HASH_BLOCK_TOKENS, Arrival
 from tongyun.errors import InputError, TraceError, unknown
 
 _AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+_NEEDED, _OPTIONAL = ("arrival_s", "prompt_tokens", "output_tokens"), ("model", "class", "hash_ids")
 _MOONCAKE_KEYS = ("timestamp", "input_length", "output_length", "hash_ids")
 
 
@@ -29,7 +31,8 @@ Refuse = Callable[[TraceError], None]
 def read_trace(
     path: Path, *, limit: int | None = None, skipped: list[TraceError] | None = None
 ) -> list[Arrival]:
-    """Arrivals of a trace in order of time, the first at 0; `.csv` is Azure's format, `.jsonl` Mooncake's.
+    """Arrivals of a trace in order of time, the first at 0; `.jsonl` is Mooncake's format, `.csv`
+    Azure's or, by its header, one of seconds and lengths with optional model, class and hash ids.
 
     `limit` keeps the first so many. With a list `skipped`, the errors of bad lines go there and
     the lines are left out; a bad header and a file that cannot be read are refused all the same.
@@ -41,7 +44,7 @@ def read_trace(
         skipped.append(error)
 
     readers: dict[str, Callable[[Path, Iterable[str], Refuse], Iterator[Arrival]]] = {
-        ".csv": _azure,
+        ".csv": _csv,
         ".jsonl": _mooncake,
     }
     if path.suffix not in readers:
@@ -61,22 +64,65 @@ def read_trace(
     return [arrival._replace(time_s=arrival.time_s - start_s) for arrival in arrivals]
 
 
-def _azure(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
+def _csv(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
     rows = csv.reader(lines, strict=True)
     try:
         header = next(rows, [])
-        if tuple(header) != _AZURE_COLUMNS:
-            raise TraceError(path, 1, f"columns are {header}; accepted: {', '.join(_AZURE_COLUMNS)}")
+        read = _azure_row if tuple(header) == _AZURE_COLUMNS else _own(path, header)
         for row in rows:
             if row:
                 try:
-                    arrival = _azure_row(path, rows.line_num, row)
+                    arrival = read(path, rows.line_num, row)
                 except TraceError as error:
                     refuse(error)
                 else:
                     yield arrival
     except csv.Error as error:
         raise TraceError(path, rows.line_num, str(error)) from error
+
+
+def _own(path: Path, header: list[str]) -> Callable[[Path, int, list[str]], Arrival]:
+    """How to read a row under a header that names its columns, in any order."""
+    lacking = [name for name in _NEEDED if name not in header]
+    strange = [name for name in header if name not in (*_NEEDED, *_OPTIONAL)]
+    if lacking or strange or len(set(header)) < len(header):
+        accepted = f"{', '.join(_AZURE_COLUMNS)}; or {', '.join(_NEEDED)} and any of {', '.join(_OPTIONAL)}"
+        raise TraceError(path, 1, f"columns are {header}; accepted: {accepted}")
+
+    def read(path: Path, line: int, row: list[str]) -> Arrival:
+        if len(row) != len(header):
+            raise TraceError(path, line, f"{len(row)} fields, not {len(header)}")
+        cells = dict(zip(header, row, strict=True))
+        prompt, output = (
+            _positive(path, line, key, _whole(path, line, key, cells[key])) for key in _NEEDED[1:]
+        )
+        hash_ids = tuple(_whole(path, line, "hash_ids", one) for one in cells.get("hash_ids", "").split())
+        _check_blocks(path, line, hash_ids, prompt)
+        return Arrival(
+            _seconds(path, line, cells["arrival_s"]),
+            prompt,
+            output,
+            hash_ids=hash_ids,
+            model=cells.get("model") or None,
+            priority_class=cells.get("class") or None,
+        )
+
+    return read
+
+
+def _seconds(path: Path, line: int, text: str) -> float:
+    try:
+        moment_s = float(text)
+    except ValueError:
+        moment_s = -1.0
+    if not 0 <= moment_s < float("inf"):
+        raise TraceError(path, line, f"arrival_s: '{text}' is no number of seconds")
+    return moment_s
+
+
+def _check_blocks(path: Path, line: int, hash_ids: Sequence[int], prompt: int) -> None:
+    if (len(hash_ids) - 1) * HASH_BLOCK_TOKENS >= prompt:
+        raise TraceError(path, line, f"hash_ids: {len(hash_ids)} blocks are more than {prompt} tokens fill")
 
 
 def _azure_row(path: Path, line: int, row: list[str]) -> Arrival:
@@ -132,8 +178,7 @@ def _mooncake_line(path: Path, line: int, text: str) -> Arrival:
     hash_ids = entry["hash_ids"]
     if not isinstance(hash_ids, list) or not all(_is_whole(one) and one >= 0 for one in hash_ids):
         raise TraceError(path, line, "hash_ids: must be a list of whole numbers")
-    if (len(hash_ids) - 1) * HASH_BLOCK_TOKENS >= prompt:
-        raise TraceError(path, line, f"hash_ids: {len(hash_ids)} blocks are more than {prompt} tokens fill")
+    _check_blocks(path, line, hash_ids, prompt)
     return Arrival(milliseconds / 1e3, prompt, output, hash_ids=tuple(hash_ids))
 
 

@@ -221,6 +221,8 @@ class Arrival(NamedTuple):
     prefix_group: int | None = None
     prefix_tokens: int = 0
     hash_ids: tuple[int, ...] = ()
+    model: str | None = None
+    priority_class: str | None = None
 
 
 def sample(workload: Workload) -> list[Arrival]:
@@ -265,6 +267,8 @@ def requests(
             output_tokens=arrival.output_tokens,
             arrival_s=arrival.time_s,
             ignore_eos=True,
+            model=arrival.model,
+            priority_class=arrival.priority_class,
         )
 
 

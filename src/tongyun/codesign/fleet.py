@@ -7,8 +7,8 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
-from tongyun.cloud.latency import LatencyReport, Slo, summarise
+from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
@@ -26,6 +26,7 @@ from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
+from tongyun.codesign.tiers import CacheTiers
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.shard import slice_of
@@ -49,6 +50,20 @@ class Played:
     usd_per_mtoken: float | None
     """Of output tokens, all chips asked for paid over that time."""
     sources: frozenset[Source]
+    classes: Mapping[str, Group] = field(default_factory=dict)
+    """By class of service; empty where no request names one, as are `models`."""
+    models: Mapping[str, Group] = field(default_factory=dict)
+
+    def joules_per_token(self, group: Group) -> float | None:
+        """Of a group's output tokens, its share of all chips' energy; None without output."""
+        return group.share * self.joules / group.report.output_tokens if group.report.output_tokens else None
+
+    def usd_per_mtoken_of(self, group: Group) -> float | None:
+        """Of a group's output tokens, its share of what all chips cost; None without output or price."""
+        tokens = group.report.output_tokens
+        if self.usd_per_mtoken is None or not tokens:
+            return None
+        return group.share * self.usd_per_mtoken * self.report.output_tokens / tokens
 
     @property
     def use(self) -> float:
@@ -59,6 +74,12 @@ class Played:
     def prefix_hits(self) -> float:
         """Share of the prompt tokens that were found in a cache."""
         return self.report.cached_tokens / self.report.prompt_tokens if self.report.prompt_tokens else 0.0
+
+    @property
+    def tier_hits(self) -> tuple[float, ...]:
+        """Share of the prompt tokens that came back from each memory behind the cache."""
+        tokens = zip(*(one.tier_hit_tokens for one in self.engines), strict=True)
+        return tuple(sum(each) / max(self.report.prompt_tokens, 1) for each in tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +143,8 @@ class Fleet:
     pools: tuple[Pool, ...]
     prefix_caching: bool = True
     block_tokens: int = BLOCK_TOKENS
+    tiers: CacheTiers | None = None
+    """Memories behind the KV cache."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -167,6 +190,7 @@ class Fleet:
             max_sequences=plan.batch,
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
+            tiers=None if self.tiers is None else self.tiers.blocks(each),
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
@@ -186,6 +210,12 @@ class Fleet:
         groups = range(pool.plan.replicas * pool.plan.shard.dp)
         kind = LeapingExecutor if words is None else SimulatedExecutor
         executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
+        if self.tiers is not None:
+            shard, part = pool.plan.shard, slice_of(question.model, pool.plan.shard)
+            each = self.block_tokens * float(kv_bytes(question.model, 1, question.precision, part))
+            restore = self.tiers.restore(chip, each, shard.ranks)
+            for executor in executors:
+                executor.restore = restore
         return Engines(
             pool=pool,
             loops=tuple(EngineLoop(Scheduler(limits), executor, VirtualClock()) for executor in executors),
@@ -255,5 +285,10 @@ class Fleet:
             usd_per_mtoken=None
             if price is None or not report.output_tokens
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
-            sources=frozenset().union(*(pool.table.sources for pool in pools)),
+            sources=frozenset().union(
+                frozenset() if self.tiers is None else self.tiers.sources(chip),
+                *(pool.table.sources for pool in pools),
+            ),
+            classes=grouped(records, lambda record: record.priority_class, slo),
+            models=grouped(records, lambda record: record.model, slo),
         )

@@ -1,5 +1,6 @@
 """Facts as data: chips, fabrics, storage, models, prices and workloads, each figure with its source."""
 
+from tongyun.specs.cache import CacheSpec
 from tongyun.specs.figure import Corner, Figure
 from tongyun.specs.find import (
     every,
@@ -30,6 +31,7 @@ from tongyun.specs.workload import WorkloadSpec
 from tongyun.specs.write import dumps, save
 
 __all__ = [
+    "CacheSpec",
     "Calibration",
     "Chip",
     "ChipSpec",

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 - `has` returns dataclasses.field, which is not evaluated per instance
 """What a fleet file may say: which model, on which chips, in which pools, behind which router.
 
 Names of models, chips and routers are checked by who looks them up; a fleet measures
@@ -8,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tongyun.specs.form import Flag, Sections, Text, Whole, has
+from tongyun.specs.cache import CacheSpec
+from tongyun.specs.form import Flag, Section, Sections, Text, Whole, has
 
 ROLES = ("mixed", "prefill", "decode")
 
@@ -43,9 +45,12 @@ class FleetSpec:
     kv_dtype: str | None = has(Text(), default=None)
     router: str = has(Text(), default="least-load")
     prefix_caching: bool = has(Flag(), default=True)
+    cache: CacheSpec | None = has(Section(CacheSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
 
     def problem(self) -> str | None:
+        if self.cache is not None and not self.prefix_caching:
+            return "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
         roles = [pool.role for pool in self.pool]
         if sorted(roles) in (["mixed"], ["decode", "prefill"]):
             return None

@@ -1,8 +1,9 @@
 """`torch.compile(model, backend="ppu")`: capture, lower, and run on the simulated chip.
 
 PyTorch finds the backend through its entry point; nothing needs to be imported. `options` takes `chip` (a
-PPU spec's name or file), `without` (fusions to switch off) and `check` (watch for races). No operator
-is left to the host: what the compiler does not know it refuses.
+PPU spec's name or file), `without` (fusions to switch off), `check` (watch for races) and `cores` (how
+many compute: fewer are quicker to simulate and give the same result). No operator is left to the
+host: what the compiler does not know it refuses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tongyun.errors import InputError, unknown
 from tongyun.specs import Ppu, find_ppu
 
 CHIP = "zhenwu-810e"
-_OPTIONS = ("chip", "without", "check")
+_OPTIONS = ("chip", "without", "check", "cores")
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Compiled:
     lowered: Lowered
     ppu: Ppu
     check: bool = False
+    cores: int | None = None
+    """Cores that compute; None is the chip's. Any number gives the same result: a program reads it."""
     runs: list[Counts] = field(default_factory=list)
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
@@ -39,7 +42,10 @@ class Compiled:
     def chip(self) -> Chip:
         """The machine, made at the first call: while the graph is captured, tensors hold no numbers."""
         chip = Chip(
-            self.lowered.program, cores=self.ppu.cores, sram_bytes=self.ppu.sram_bytes, check=self.check
+            self.lowered.program,
+            cores=self.cores or self.ppu.cores,
+            sram_bytes=self.ppu.sram_bytes,
+            check=self.check,
         )
         for name, value in self.lowered.constants.items():
             chip.put(name, torch.from_numpy(value))
@@ -62,8 +68,42 @@ class Compiled:
             self._seen[name] = stamp
 
 
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """A backend of `torch.compile` that keeps what it compiled."""
+
+    ppu: Ppu
+    fusions: Fusions = field(default_factory=Fusions)
+    check: bool = False
+    cores: int | None = None
+    compiled: list[Compiled] = field(default_factory=list)
+    """Oldest first: programs and what their runs counted."""
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        stages = aot_autograd(fw_compiler=_training, inference_compiler=self._inference)
+        made: Callable[..., Any] = stages(graph, list(inputs))
+        return made
+
+    def _inference(self, graph: GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        lowered = lower(graph, self.ppu, self.fusions)
+        self.compiled.append(Compiled(lowered, self.ppu, self.check, self.cores))
+        call = self.compiled[-1].__call__
+
+        def boxed(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+            values = list(arguments)
+            arguments.clear()
+            return call(*values)
+
+        boxed._boxed_call = True  # type: ignore[attr-defined]
+        return boxed
+
+
+def _training(*_: Any) -> Callable[..., Any]:
+    raise InputError("the PPU backend runs inference: call the model under torch.no_grad()")
+
+
 compiled: list[Compiled] = []
-"""Graphs compiled in this process, oldest first: programs and what their runs counted."""
+"""Graphs compiled through the entry point in this process, oldest first."""
 
 
 def ppu(
@@ -74,23 +114,11 @@ def ppu(
     for name in given:
         if name not in _OPTIONS:
             raise InputError(unknown("option", name, _OPTIONS))
-    chip = find_ppu(given.get("chip", CHIP)).at()
-    fusions = Fusions.without(*given.get("without", ()))
-
-    def inference(inner: GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        lowered = lower(inner, chip, fusions)
-        compiled.append(Compiled(lowered, chip, bool(given.get("check", False))))
-        call = compiled[-1].__call__
-
-        def boxed(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-            values = list(arguments)
-            arguments.clear()
-            return call(*values)
-
-        boxed._boxed_call = True  # type: ignore[attr-defined]
-        return boxed
-
-    def training(*_: Any) -> Callable[..., Any]:
-        raise InputError("the PPU backend runs inference: call the model under torch.no_grad()")
-
-    return aot_autograd(fw_compiler=training, inference_compiler=inference)(graph, list(inputs))
+    backend = Backend(
+        ppu=find_ppu(given.get("chip", CHIP)).at(),
+        fusions=Fusions.without(*given.get("without", ())),
+        check=bool(given.get("check", False)),
+        cores=given.get("cores"),
+        compiled=compiled,
+    )
+    return backend(graph, inputs)

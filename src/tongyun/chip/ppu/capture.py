@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,27 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
-from tongyun.chip.ppu.lower import Fusions, Lowered, lower
+from tongyun.chip.ppu import shard
+from tongyun.chip.ppu.lower import Fusions, Lowered, Scale, lower
+from tongyun.chip.ppu.repeat import UnlikeError
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
+
+CAPTURED = 3
+"""Layers of a deep model that are captured; the others repeat the last of them."""
 
 
 class _TracedError(Exception):
     """Thrown by the traced function: it has no numbers to compute with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """A graph, and for each of its placeholders the tensor that a call gives it and its name in the model."""
+
+    graph: GraphModule
+    given: tuple[torch.Tensor, ...]
+    names: Mapping[str, str]
 
 
 def compile_step(
@@ -32,30 +47,84 @@ def compile_step(
     context: int = 0,
     layers: int | None = None,
     fusions: Fusions | None = None,
+    chips: int = 1,
 ) -> Lowered:
     """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones, in bf16.
 
-    `config` is a Qwen3 `config.json`, dense or MoE; `layers` replaces its number of layers. InputError for
-    another family; Infeasible when it does not fit the chip, with the bytes missing.
+    `config` is a Qwen3 `config.json`, dense or MoE; `layers` replaces its number of layers. With `chips` the
+    model is cut over so many, which run the same words. InputError for another family or a model that
+    cannot be cut so; Infeasible when it does not fit the chip, with the bytes missing.
     """
-    found: list[Lowered] = []
+    family = _family(config)
+    if tokens < 1 or context < 0:
+        raise InputError(f"a step has at least one token behind at least none, got {tokens} and {context}")
+    if chips > ppu.icn_domain:
+        raise InputError(f"{ppu.name} joins at most {ppu.icn_domain} chips, got {chips}")
+    wanted = layers or int(config["num_hidden_layers"])
+    part = {**shard.part(config, chips), "num_hidden_layers": min(wanted, CAPTURED)}
+    try:
+        graph = _traced(family, part, chips, tokens, context)
+        return lower(graph.graph, ppu, fusions, Scale(layers=wanted, chips=chips, names=graph.names))
+    except UnlikeError:
+        # Layers that differ (some with experts, some without) are captured one by one.
+        graph = _traced(family, {**part, "num_hidden_layers": wanted}, chips, tokens, context)
+        return lower(graph.graph, ppu, fusions, Scale(chips=chips, names=graph.names))
+
+
+def capture(model: torch.nn.Module, *inputs: Any, **named: Any) -> Captured:
+    """The one graph of a call of a model under `torch.no_grad`; nothing is computed.
+
+    Names are those of the model's parameters and buffers, and `keys`, `values` and `length` of a cache's
+    layers. InputError when the call is not one graph.
+    """
+    found: list[GraphModule] = []
+    given: list[torch.Tensor] = []
 
     def keep(graph: GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
-        found.append(lower(graph, ppu, fusions))
+        found.append(graph)
 
-        def call(*_: Any) -> Any:
+        def call(values: Sequence[torch.Tensor]) -> Any:
+            given.extend(values)
             raise _TracedError
 
         call._boxed_call = True  # type: ignore[attr-defined]
         return call
 
-    _trace(dict(config), aot_autograd(fw_compiler=keep, inference_compiler=keep), tokens, context, layers)
+    backend: Any = aot_autograd(fw_compiler=keep, inference_compiler=keep)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), torch.no_grad():
+        # A version asked for through a cached function is traced anew; the answer is the same.
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        try:
+            torch.compile(model, backend=backend, fullgraph=True, dynamic=False)(*inputs, **named)
+        except _TracedError:
+            pass
+        finally:
+            torch._dynamo.reset()
     if len(found) != 1:
         raise InputError(f"the step is {len(found)} graphs; the PPU takes one")
-    return found[0]
+    placeholders = [node.name for node in found[0].graph.nodes if node.op == "placeholder"]
+    known = {id(value): name for name, value in _named(model, named)}
+    names = {
+        place: known[id(value)]
+        for place, value in zip(placeholders, given, strict=True)
+        if id(value) in known
+    }
+    return Captured(graph=found[0], given=tuple(given), names=names)
 
 
-def _trace(config: dict[str, Any], backend: Any, tokens: int, context: int, layers: int | None) -> None:
+def _named(model: torch.nn.Module, named: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        yield shard.plain(name), value
+    for number, layer in enumerate(getattr(named.get("past_key_values"), "layers", ())):
+        for name, what in (("keys", "keys"), ("values", "values"), ("cumulative_length", "length")):
+            kept = getattr(layer, name, None)
+            if isinstance(kept, torch.Tensor):
+                yield f"cache.{number}.{what}", kept
+
+
+def _family(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """transformers' configuration and model of a `config.json`."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import transformers
 
@@ -66,24 +135,26 @@ def _trace(config: dict[str, Any], backend: Any, tokens: int, context: int, laye
     family = str(config.get("model_type", ""))
     if family not in families:
         raise InputError(unknown("model_type", family, families))
-    if tokens < 1 or context < 0:
-        raise InputError(f"a step has at least one token behind at least none, got {tokens} and {context}")
-    make_config, make_model = families[family]
-    settings = make_config(**{**config, "num_hidden_layers": layers or config["num_hidden_layers"]})
+    return families[family]
+
+
+def _traced(
+    family: tuple[Any, Any], config: dict[str, Any], chips: int, tokens: int, context: int
+) -> Captured:
+    import transformers
+
+    make_config, make_model = family
+    settings = make_config(**config)
     room = -(-(tokens + context) // 64) * 64
-    torch._dynamo.reset()
     before = torch.get_default_dtype()
-    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        # A version asked for through a cached function is traced anew; the answer is the same.
-        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = make_model(settings).eval()
+            model = shard.joined(make_model(settings).eval(), chips)
         finally:
             torch.set_default_dtype(before)
         cache: Any = transformers.StaticCache(config=settings, max_cache_len=room)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        traced: Any = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
         if context:
             # A cache that has been written to is an input, and its mask is one over all positions.
             heads = settings.num_key_value_heads
@@ -91,9 +162,4 @@ def _trace(config: dict[str, Any], backend: Any, tokens: int, context: int, laye
             # transformers masks differently behind a cache that is known to be empty.
             for layer in cache.layers:
                 layer.cumulative_length_int = context
-        try:
-            traced(ids, past_key_values=cache, use_cache=True)
-        except _TracedError:
-            pass
-        finally:
-            torch._dynamo.reset()
+        return capture(model, ids, past_key_values=cache, use_cache=True)

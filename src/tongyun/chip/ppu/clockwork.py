@@ -244,13 +244,17 @@ def _core(
         elif engine == _ICN and c == 0:
             parts = imm[at, 3]
             size = imm[at, 2]
-            moved, hops = size, 1
+            # `memory`: what HBM gives and takes, each byte once, while the links move theirs.
+            moved, hops, memory = size, 1, size
             if op == _ALL_REDUCE:
                 moved, hops = 2 * (parts - 1) * size // parts, 2 * (parts - 1)
+                memory = 3 * size if imm[at, 4] else 2 * size
             elif op != _SEND and op != _RECV:
                 moved, hops = (parts - 1) * size, parts - 1
-            ticks = np.int64(moved * rates[15] + hops * rates[16])
+                memory = 2 * parts * size if op == _ALL_TO_ALL else (parts + 1) * size
+            ticks = np.int64(max(moved * rates[15] + hops * rates[16], memory * rates[11]))
             counters[kernel, _LINK] += moved
+            counters[kernel, _HBM] += memory
         free[c, engine] = start + ticks
         done[c, engine] = max(done[c, engine], start + ticks + latency)
         counters[kernel, _BUSY + engine] += ticks

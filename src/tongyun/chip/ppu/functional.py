@@ -3,20 +3,23 @@
 Each core reads the program in order. That order is one legal execution: a wait whose token no earlier
 instruction gave is a deadlock. With `check`, vector clocks over the engines' queues and the semaphores
 find every pair of accesses to SRAM that only luck keeps in order, and accesses of two cores to the
-same HBM between two barriers. Several chips run in step from collective to collective.
+same HBM between two barriers.
 """
 
 from __future__ import annotations
 
+import operator
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from tongyun.chip.ppu import links
 from tongyun.chip.ppu.asm import disassemble
+from tongyun.chip.ppu.fault import Fault
 from tongyun.chip.ppu.isa import (
     CORE,
     CORES,
@@ -33,11 +36,6 @@ from tongyun.chip.ppu.isa import (
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.races import HbmRaces, SramRaces
 from tongyun.chip.ppu.tiles import ACTS, TORCH
-from tongyun.errors import TongyunError
-
-
-class Fault(TongyunError):
-    """A program did what the chip forbids: `kernel, core, instruction: what`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,18 +108,13 @@ class Chip:
 
 
 def run(chips: Sequence[Chip]) -> list[Counts]:
-    """Run chips in step: all reach a collective, it moves their bytes, all go on."""
+    """Run chips together; those that meet in a collective go on when its bytes have moved."""
     threads = torch.get_num_threads()
     # One thread: a product split over threads adds in another order, and results must not depend on it.
     torch.set_num_threads(1)
     try:
         runs = [_Run(chip) for chip in chips]
-        going = [each.go() for each in runs]
-        while going:
-            asked = [next(each, None) for each in going]
-            if all(wish is None for wish in asked):
-                break
-            _collective(chips, asked)
+        links.together([each.go() for each in runs], [chip.hbm.bytes for chip in chips])
         return [each.counts() for each in runs]
     finally:
         torch.set_num_threads(threads)
@@ -170,7 +163,7 @@ class _Run:
         races = SramRaces(self.chip.sram_bytes) if self.chip.check else None
         return _Core(number, Memory.of(self.chip.sram_bytes), registers, races=races)
 
-    def go(self) -> Generator[Instruction, None, None]:
+    def go(self) -> links.Going:
         """Barrier by barrier, core by core; yields at each collective."""
         running = True
         while running:
@@ -375,59 +368,13 @@ class _Run:
 
 
 def _alu(fn: int, a: int, b: int) -> int:
-    if fn in {Alu.DIV, Alu.MOD} and b == 0:
+    if b == 0 and fn in {Alu.DIV, Alu.MOD}:
         raise Fault("division by zero")
-    return {
-        Alu.ADD: lambda: a + b,
-        Alu.SUB: lambda: a - b,
-        Alu.MUL: lambda: a * b,
-        Alu.DIV: lambda: a // b,
-        Alu.MOD: lambda: a % b,
-        Alu.MIN: lambda: min(a, b),
-        Alu.MAX: lambda: max(a, b),
-        Alu.XOR: lambda: a ^ b,
-        Alu.LESS: lambda: int(a < b),
-    }[Alu(fn)]()
+    return _ALU[fn](a, b)
 
 
-def _collective(chips: Sequence[Chip], asked: Sequence[Instruction | None]) -> None:
-    """Move the bytes of one collective; every chip has reached it."""
-    first = asked[0]
-    if first is None or any(wish is None or wish.op != first.op for wish in asked):
-        raise Fault(f"chips are at different collectives: {[wish and wish.op for wish in asked]}")
-
-    def parts(key: str, wish: Instruction, count: int = 1) -> tuple[int, int]:
-        where = wish.operands.get(key, At())
-        return (where.imm if isinstance(where, At) else int(where)), int(wish.operands["bytes"]) * count  # type: ignore[arg-type]
-
-    def bytes_at(chip: Chip, at: int, size: int) -> torch.Tensor:
-        if at + size > len(chip.hbm.bytes):
-            raise Fault(f"{first.op}: bytes {at} to {at + size} outside HBM")
-        return chip.hbm.bytes[at : at + size]
-
-    count = len(chips)
-    if int(first.operands.get("ranks", count)) != count:  # type: ignore[arg-type]
-        raise Fault(f"{first.op} over {first.operands.get('ranks')} ranks; {count} chips run")
-    wide = count if first.op in {"REDUCE_SCATTER", "ALL_TO_ALL"} else 1
-    sent = [
-        bytes_at(chip, *parts("source", wish, wide)).clone()
-        for chip, wish in zip(chips, asked, strict=True)
-        if wish
-    ]
-    for rank, (chip, wish) in enumerate(zip(chips, asked, strict=True)):
-        assert wish is not None
-        size = int(wish.operands["bytes"])  # type: ignore[arg-type]
-        mine = slice(rank * size, (rank + 1) * size)
-        if first.op in {"ALL_REDUCE", "REDUCE_SCATTER"}:
-            dtype = TORCH[wish.types[0]]
-            total = sum(part.view(dtype).float() for part in sent)
-            got = total.to(dtype).view(torch.uint8)  # type: ignore[union-attr]
-            got = got if first.op == "ALL_REDUCE" else got[mine]
-        elif first.op == "ALL_GATHER":
-            got = torch.cat(sent)
-        elif first.op == "ALL_TO_ALL":
-            got = torch.cat([part[mine] for part in sent])
-        else:
-            raise Fault(f"{first.op} is not run here: use a collective")
-        target = wish.operands.get("target", At())
-        bytes_at(chip, target.imm if isinstance(target, At) else int(target), len(got)).copy_(got)
+_ALU: tuple[Callable[[int, int], int], ...] = (
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, min, max, operator.xor,
+    lambda a, b: int(a < b),
+)  # fmt: skip
+"""By number; see `Alu`."""

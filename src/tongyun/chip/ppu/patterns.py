@@ -6,6 +6,7 @@ None. Views that move no bytes are looked through. Knows nothing of instructions
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +35,8 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
-def _call(node: Any, name: str) -> Sequence[Any] | None:
-    return node.args if name_of(node) == f"aten.{name}" else None
+def _call(node: Any, name: str, library: str = "aten") -> Sequence[Any] | None:
+    return node.args if name_of(node) == f"{library}.{name}" else None
 
 
 def _either(node: Any, name: str) -> list[tuple[Any, Any]]:
@@ -88,26 +89,83 @@ def swiglu_of(node: Any) -> tuple[Node, Node] | None:
 
 
 @dataclass(frozen=True)
+class Part:
+    """`count` columns from `offset` on of a matrix of `row` columns."""
+
+    whole: Node
+    row: int
+    offset: int
+    count: int
+
+
+def part_of(node: Any) -> Part | None:
+    """One piece of a split: of columns, or of heads, which lie behind each other as columns do."""
+    args = _picked(through(node), "split_with_sizes.default")
+    if args is not None:
+        sizes = list(args[1])
+    elif args := _picked(through(node), "split.Tensor"):
+        wide = shape_of(args[0])[_last(args, 2)]
+        sizes = [min(args[1], wide - at) for at in range(0, wide, args[1])]
+    else:
+        return None
+    shape, place = shape_of(args[0]), through(node).args[1]
+    axis = _last(args, 2) % len(shape)
+    if axis == 0:
+        return None
+    inner = math.prod(shape[axis + 1 :])
+    return Part(through(args[0]), sum(sizes) * inner, sum(sizes[:place]) * inner, sizes[place] * inner)
+
+
+def _last(args: Sequence[Any], place: int) -> int:
+    return int(args[place]) if len(args) > place else 0
+
+
+@dataclass(frozen=True)
+class Reduced:
+    part: Node
+    """One chip's term of the sum."""
+    ranks: int
+
+
+def reduced_of(node: Any) -> Reduced | None:
+    """The sum of a tensor over the chips."""
+    behind = through(node)
+    if name_of(behind) != "tongyun.all_reduce.default":
+        return None
+    return Reduced(behind.args[0], int(behind.args[1]))
+
+
+@dataclass(frozen=True)
 class Rotation:
     x: Node
-    """[sequences, tokens, heads, width] before heads and tokens change places."""
+    """[sequences, tokens, heads, width], or [tokens, heads, width]."""
     cos: Node
     sin: Node
 
 
 def rotation_of(node: Any) -> Rotation | None:
-    """x · cos + (−right half, left half) · sin."""
+    """x · cos + (−right half, left half) · sin, before or after heads and tokens change places."""
     for straight, crossed in _either(node, "add.Tensor"):
         for turned, cos in _either(straight, "mul.Tensor"):
             for halves, sin in _either(crossed, "mul.Tensor"):
-                x = _call(turned, "transpose.int")
                 pair = _call(halves, "cat.default")
                 negative = pair and _call(pair[0][0], "neg.default")
-                left = pair and _call(pair[0][1], "slice.Tensor")
-                right = negative and _call(negative[0], "slice.Tensor")
-                if x and left and right and left[0] is turned and right[0] is turned:
-                    return Rotation(x[0], through(cos), through(sin))
+                if negative and _half(negative[0], turned, 1) and _half(pair[0][1], turned, 0):  # type: ignore[index]
+                    x = _call(turned, "transpose.int")
+                    if x or len(shape_of(turned)) == 3:
+                        return Rotation(x[0] if x else turned, through(cos), through(sin))
     return None
+
+
+def _half(node: Any, whole: Node, which: int) -> bool:
+    """The left or right half of the last axis."""
+    width = shape_of(whole)[-1]
+    if args := _call(node, "slice.Tensor"):
+        begin, end = which * width // 2, (which + 1) * width // 2
+        last = args[1] % len(shape_of(whole)) == len(shape_of(whole)) - 1
+        return args[0] is whole and last and args[2] == begin and min(args[3], width) == end
+    part = part_of(node)
+    return part == Part(through(whole), width, which * width // 2, width // 2)
 
 
 @dataclass(frozen=True)
@@ -117,6 +175,8 @@ class Angles:
     frequency: Node
     start: Node | None
     """Where the positions begin; None is zero."""
+    positions: Node | None = None
+    """The positions themselves, one a row, where they are given."""
 
 
 def angles_of(node: Any) -> Angles | None:
@@ -131,8 +191,13 @@ def angles_of(node: Any) -> Angles | None:
             for position, frequency in _either(both[0][0], "mul.Tensor"):
                 place = start_of(through(position, "aten._to_copy.default"))
                 source = through(frequency, "aten._to_copy.default")
-                if place is not None and not name_of(source):
+                if name_of(source):
+                    continue
+                if place is not None:
                     return Angles(function, source, place.start)
+                given = through(position, "aten._to_copy.default")
+                if not name_of(given) and not given.meta["val"].is_floating_point():
+                    return Angles(function, source, None, given)
     return None
 
 
@@ -149,6 +214,22 @@ def start_of(node: Any) -> Start | None:
     if isinstance(args[1], Node):
         return None if name_of(args[1]) else Start(args[1])
     return Start(None) if args[1] == 0 else None
+
+
+@dataclass(frozen=True)
+class Taken:
+    table: Node
+    ids: Node
+
+
+def taken_of(node: Any) -> Taken | None:
+    """Rows of a matrix by number."""
+    if args := _call(node, "embedding.default"):
+        return Taken(args[0], args[1])
+    args = _call(node, "index.Tensor")
+    if args and len(args[1]) == 1 and len(shape_of(args[0])) == 2 and len(shape_of(args[1][0])) == 1:
+        return Taken(args[0], args[1][0])
+    return None
 
 
 @dataclass(frozen=True)
@@ -216,6 +297,35 @@ def _causal(mask: Any) -> Start | None:
 
 
 @dataclass(frozen=True)
+class Paged:
+    """Attention of many pieces over blocks; q, k and v are [tokens, heads, width]."""
+
+    call: Node
+    q: Node
+    k: Node
+    v: Node
+    caches: tuple[Node, Node]
+    slots: Node
+    rows: Node
+    starts: Node
+    blocks: Node
+
+
+def paged_of(node: Any) -> Paged | None:
+    """The project's paged attention, of which this is one result: 0 the values, 1 and 2 the caches."""
+    call: Any = node.args[0] if name_of(node) == "<built-in function getitem>" else None
+    if name_of(call) != "auto_functionalized_v2" or str(call.args[0]) != "tongyun.paged_attention.default":
+        return None
+    given = call.kwargs
+    bases = given["_all_bases"]
+    keys, values = bases[given["_keys_base_index"]], bases[given["_values_base_index"]]
+    return Paged(
+        call, given["q_THd"], given["k_TKd"], given["v_TKd"], (keys, values), given["slots_T"],
+        given["rows_P1"], given["starts_P"], given["blocks_PB"],
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Mixture:
     x: Node
     router: Node
@@ -227,7 +337,9 @@ class Mixture:
 
 
 def mixture_of(node: Any) -> Mixture | None:
-    """The sum over a token's choices of share · expert, as grouped products over sorted rows."""
+    """The sum over a token's choices of share · expert, by grouped products over sorted rows, or one call."""
+    if args := _call(through(node), "experts.default", "tongyun"):
+        return _mixture(args[0], args[4], args[1], args[2])
     total = _call(through(node), "sum.dim_IntList")
     back = total and _call(through(total[0]), "index.Tensor")
     for each, share in _either(back[0] if back else None, "mul.Tensor"):
@@ -239,18 +351,24 @@ def mixture_of(node: Any) -> Mixture | None:
         taken = _call(through(share), "index.Tensor")
         if not (down and up and rows and taken):
             continue
-        shares = through(taken[0], "aten._to_copy.default")
-        ratio = _call(shares, "div.Tensor")
-        choice = _picked(ratio[0] if ratio else shares, "topk.default")
-        soft = choice and _call(choice[0], "_softmax.default")
-        router = soft and product_of(through(soft[0], "aten._to_copy.default"))
         weights = [_call(item[1], "transpose.int") for item in (up, down)]
-        if router and choice and weights[0] and weights[1]:
-            return Mixture(
-                x=through(rows[0]), router=router.weight, up=weights[0][0], down=weights[1][0],
-                top=int(choice[1]), renormalise=ratio is not None,
-            )  # fmt: skip
+        if weights[0] and weights[1]:
+            return _mixture(through(rows[0]), taken[0], weights[0][0], weights[1][0])
     return None
+
+
+def _mixture(x: Node, share: Any, up: Node, down: Node) -> Mixture | None:
+    """With the router behind the shares: the largest of a softmax, which may be made to sum to one."""
+    shares = through(share, "aten._to_copy.default")
+    ratio = _call(shares, "div.Tensor")
+    choice = _picked(ratio[0] if ratio else shares, "topk.default")
+    soft = choice and _call(choice[0], "_softmax.default")
+    router = soft and product_of(through(soft[0], "aten._to_copy.default"))
+    if not (choice and router):
+        return None
+    return Mixture(
+        x=x, router=router.weight, up=up, down=down, top=int(choice[1]), renormalise=ratio is not None
+    )
 
 
 def _picked(node: Any, name: str) -> Sequence[Any] | None:

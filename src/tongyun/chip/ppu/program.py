@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ from tongyun.chip.ppu.asm import Words
 from tongyun.chip.ppu.isa import SLOTS, Type
 from tongyun.errors import InputError
 
-MAGIC = b"PPU1"
+MAGIC = b"PPU2"
+_DIGEST = 32
+"""Bytes of the SHA-256 behind the magic, over all that follows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +36,11 @@ class Tensor:
     def bytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.type.bytes
 
+    @property
+    def room(self) -> int:
+        """Bytes it takes in HBM: whole pieces of 256, at least one."""
+        return (max(self.bytes, 1) + 255) // 256 * 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
@@ -42,6 +51,8 @@ class Kernel:
     layer: int | None = None
     line: str = ""
     """Where in the user's source the operator stands."""
+    moves: Mapping[str, int] = field(default_factory=dict)
+    """Bytes to and from memory by tensor, from shapes and tiles; empty where numbers in memory decide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +64,8 @@ class Program:
     """Names of the numbers read from SRAM that a simulation without data must be given."""
     hbm_bytes: int = 0
     chip: str = ""
+    chips: int = 1
+    """How many run it together, each on its own part of the weights."""
 
     def tensor(self, name: str) -> Tensor:
         return next(tensor for tensor in self.tensors if tensor.name == name)
@@ -66,12 +79,12 @@ class Program:
                 "symbols": self.symbols,
                 "hbm_bytes": self.hbm_bytes,
                 "chip": self.chip,
+                "chips": self.chips,
             }
         ).encode()
-        fresh = path.with_name(path.name + ".tmp")
-        fresh.write_bytes(
-            MAGIC + len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
-        )
+        rest = len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
+        fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        fresh.write_bytes(MAGIC + hashlib.sha256(rest).digest() + rest)
         fresh.replace(path)
 
     @classmethod
@@ -81,18 +94,23 @@ class Program:
             raw = path.read_bytes()
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
-        size = int.from_bytes(raw[4:12], "little")
-        body = raw[12 + size :]
-        if raw[:4] != MAGIC or len(body) % (4 * SLOTS):
+        start = len(MAGIC) + _DIGEST
+        digest, rest = raw[len(MAGIC) : start], raw[start:]
+        if raw[: len(MAGIC)] != MAGIC:
             raise InputError(f"{path}: not a PPU program")
+        if hashlib.sha256(rest).digest() != digest:
+            raise InputError(f"{path}: damaged: its bytes are not those that were written")
+        size = int.from_bytes(rest[:8], "little")
+        body = rest[8 + size :]
         try:
-            header = json.loads(raw[12 : 12 + size])
+            header = json.loads(rest[8 : 8 + size])
             tensors = tuple(
                 Tensor(**{**item, "shape": tuple(item["shape"]), "type": Type(item["type"])})
                 for item in header["tensors"]
             )
             kernels = tuple(Kernel(**item) for item in header["kernels"])
-            symbols, hbm_bytes, chip = tuple(header["symbols"]), header["hbm_bytes"], header["chip"]
+            symbols, hbm_bytes = tuple(header["symbols"]), header["hbm_bytes"]
+            chip, chips = header["chip"], header["chips"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged header: {error}") from None
         return cls(
@@ -102,12 +120,13 @@ class Program:
             symbols=symbols,
             hbm_bytes=hbm_bytes,
             chip=chip,
+            chips=chips,
         )
 
 
 @dataclass
 class Layout:
-    """Hands out HBM addresses, 256-byte aligned; scratch is reused once its last reader is past."""
+    """Hands out HBM addresses, 256-byte aligned; scratch goes where something was released."""
 
     tensors: list[Tensor] = field(default_factory=list)
     top: int = 256
@@ -115,17 +134,17 @@ class Layout:
     """(address, bytes) of holes."""
 
     def place(self, name: str, shape: tuple[int, ...], type: Type, role: str) -> Tensor:
-        size = _aligned(int(np.prod(shape, dtype=np.int64)) * type.bytes)
-        at = self._hole(size) if role == "scratch" else None
+        tensor = Tensor(name=name, at=0, shape=shape, type=type, role=role)
+        at = self._hole(tensor.room) if role == "scratch" else None
         if at is None:
-            at, self.top = self.top, self.top + size
-        tensor = Tensor(name=name, at=at, shape=shape, type=type, role=role)
+            at, self.top = self.top, self.top + tensor.room
+        tensor = replace(tensor, at=at)
         self.tensors.append(tensor)
         return tensor
 
     def release(self, tensor: Tensor) -> None:
         """Its bytes may be handed out again."""
-        holes = sorted([*self.free, (tensor.at, _aligned(tensor.bytes))])
+        holes = sorted([*self.free, (tensor.at, tensor.room)])
         self.free = []
         for at, size in holes:
             if self.free and sum(self.free[-1]) == at:
@@ -142,15 +161,3 @@ class Layout:
         if room > size:
             self.free.append((at + size, room - size))
         return at
-
-
-def _aligned(size: int) -> int:
-    return (max(size, 1) + 255) // 256 * 256
-
-
-def tensors_by_role(tensors: tuple[Tensor, ...]) -> Mapping[str, int]:
-    """Bytes by role."""
-    total: dict[str, int] = {}
-    for tensor in tensors:
-        total[tensor.role] = total.get(tensor.role, 0) + tensor.bytes
-    return total

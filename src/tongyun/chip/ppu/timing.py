@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.asm import disassemble
-from tongyun.chip.ppu.isa import SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
+from tongyun.chip.ppu.isa import OPCODES, SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
@@ -178,12 +178,23 @@ def _rates(ppu: Ppu) -> NDArray[np.float64]:
 
 # Repeated kernels.
 
+_PLACES = {
+    each.code: [each.slot[name] for name, form in each.operands.items() if form is Form.HBM]
+    for each in OPCODES
+    if Form.HBM in each.operands.values()
+}
+"""By opcode, the slots that hold a place in HBM."""
+
 
 def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
     """The program without the middle of its longest repetition, and how often each kernel left counts."""
     borders = np.flatnonzero((program.words[:, 0] & 0xFF) == 5)
     ends = [*borders[1:], len(program.words) - 1]
-    marks = [_signature(program.words[a:b]) for a, b in zip(borders, ends, strict=True)]
+    bare = _bare(program.words, borders)
+    numbers: dict[bytes, int] = {}
+    marks = [
+        numbers.setdefault(bare[a:b].tobytes(), len(numbers)) for a, b in zip(borders, ends, strict=True)
+    ]
     start, period, repeats = _repetition(marks)
     if repeats <= 3:
         return program, np.ones(len(marks), dtype=np.int64)
@@ -201,26 +212,31 @@ def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
     return shorter, times
 
 
-def _signature(words: NDArray[np.uint32]) -> bytes:
-    """A kernel's words without the places of its tensors and its number."""
+def _bare(words: NDArray[np.uint32], borders: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Words without the places of tensors and the numbers of kernels."""
     bare = words.copy()
-    moves = np.isin(bare[:, 0] & 0xFF, (0x10, 0x11, 0x18, 0x19))
-    bare[moves, 2] = 0
-    bare[moves, 3] &= 0xFF000000
-    bare[0, 2] = 0
-    return bare.tobytes()
+    codes = bare[:, 0] & 0xFF
+    for code, slots in _PLACES.items():
+        rows = np.flatnonzero(codes == code)
+        for slot in slots:
+            bare[rows, slot] = 0
+            bare[rows, slot + 1] &= 0xFF000000
+    bare[borders, 2] = 0
+    return bare
 
 
-def _repetition(marks: Sequence[bytes]) -> tuple[int, int, int]:
+def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
     """(first, period, times) of the longest run of one sequence again and again."""
+    given = np.asarray(marks)
     best = (0, 1, 1)
     for period in range(1, len(marks) // 4 + 1):
-        run = 0
-        for at in range(period, len(marks)):
-            run = run + 1 if marks[at] == marks[at - period] else 0
-            repeats = run // period + 1
-            if (repeats - 1) * period > (best[2] - 1) * best[1]:
-                best = (at - run - period + 1, period, repeats)
+        # Runs of places that equal the place one period before.
+        breaks = np.flatnonzero(given[period:] != given[:-period])
+        edges = np.concatenate([[-1], breaks, [len(given) - period]])
+        repeats = (np.diff(edges) - 1) // period + 1
+        longest = int(repeats.argmax())
+        if (repeats[longest] - 1) * period > (best[2] - 1) * best[1]:
+            best = (int(edges[longest]) + 1, period, int(repeats[longest]))
     return best
 
 

@@ -41,7 +41,7 @@ class Turn(NamedTuple):
         tokens, scores = self.result.tokens, self.result.scores or {}
         ended, now_s = self.ended, self.moment_s
         events = []
-        for request, _, _, samples, _, _, cached_tokens in self.batch.pieces:
+        for request, _, _, samples, _, _, cached_tokens, _ in self.batch.pieces:
             if samples:
                 one = request.id
                 events.append(
@@ -77,6 +77,7 @@ class EngineLoop:
         self._eos = eos_token_ids
         self._steps = 0
         self._busy_s = 0.0
+        self._chip_s, self._chip_joules = 0.0, 0.0
         self._finished: Counter[Finish] = Counter()
         # In flight with stop tokens: what they produce has to be looked at.
         self._watched: set[str] = set()
@@ -132,6 +133,9 @@ class EngineLoop:
         ended = self._scheduler.commit(batch, result.tokens, stopped)
         self._watched.difference_update(ended)
         self._count(1, now_s - begin_s, ended)
+        if result.chip_s is not None:
+            self._chip_s += result.chip_s
+            self._chip_joules += result.joules or 0.0
         return Turn(batch, result, ended, now_s)
 
     def leap(self, until_s: float = float("inf")) -> Leap | None:
@@ -191,12 +195,15 @@ class EngineLoop:
             kv_blocks_cached=pool.idle,
             prompt_tokens=counters.prompt_tokens,
             prefix_hit_tokens=counters.prefix_hit_tokens,
+            tier_hit_tokens=tuple(counters.tier_hit_tokens),
             computed_tokens=counters.computed_tokens,
             output_tokens=counters.output_tokens,
             preemptions=counters.preemptions,
             steps=self._steps,
             busy_s=self._busy_s,
             finished=dict(self._finished),
+            chip_s=self._chip_s,
+            chip_joules=self._chip_joules,
         )
 
     def _stopped(self, batch: Batch, tokens: dict[str, int]) -> dict[str, Finish]:

@@ -32,6 +32,8 @@ class StepResult:
     duration_s: float
     scores: dict[str, TokenScore] | None = None
     joules: float | None = None
+    chip_s: float | None = None
+    """Simulated seconds of the step on a chip that is software; the duration is the simulator's own."""
 
 
 class Executor(Protocol):
@@ -114,3 +116,9 @@ class EngineStats:
     busy_s: float
     """Seconds spent inside steps."""
     finished: dict[Finish, int]
+    chip_s: float = 0.0
+    """Simulated seconds on a chip that is software; zero where the engine's steps are measured."""
+    chip_joules: float = 0.0
+    """And the joules, simulated as well."""
+    tier_hit_tokens: tuple[int, ...] = ()
+    """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.cloud.engine.protocol import StepResult
+from tongyun.cloud.engine.restore import Restore
 from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.units import Cost
 
@@ -68,18 +69,25 @@ class SimulatedExecutor:
         self._step_cost = step_cost
         self._vocabulary = vocabulary if words is None else len(words)
         self._words = words
+        self.restore: Restore | None = None
+        """What it takes to bring blocks back from lower tiers, where there are any."""
         self.joules = 0.0
         """Of all steps so far."""
 
     def execute(self, batch: Batch) -> StepResult:
         cost = self._step_cost(StepLoad.of(batch))
-        self.joules += float(cost.joules)
+        seconds, joules = self._whole(float(cost.seconds), float(cost.joules), batch.pieces)
+        self.joules += joules
         tokens = {
             piece.request.id: self._token(piece.request, len(piece.history))
             for piece in batch.pieces
             if piece.samples
         }
-        return StepResult(tokens=tokens, duration_s=float(cost.seconds), joules=float(cost.joules))
+        return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
+
+    def _whole(self, seconds: float, joules: float, pieces: Sequence[Piece]) -> tuple[float, float]:
+        """A step with the blocks that come back before it; without any, as it is."""
+        return (seconds, joules) if self.restore is None else self.restore.whole(seconds, joules, pieces)
 
     def new_tokens(self, request: Request, known: int, count: int) -> list[int]:
         """Tokens that count up from what the prompt's end and the place say."""
@@ -119,7 +127,8 @@ class LeapingExecutor(SimulatedExecutor):
             if piece.samples
         }
         chunks = [(piece.length, piece.start) for piece in pieces]
-        seconds, joules = self._mixed(decoding, context_tokens, chunks, decoding + len(tokens))
+        priced = self._mixed(decoding, context_tokens, chunks, decoding + len(tokens))
+        seconds, joules = self._whole(*priced, pieces)
         self.joules += joules
         return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,7 +136,7 @@ class TorchExecutor:
         if not sampling:
             return {}, None
         logits_NV = self.model.logits(self._last_rows(hidden_TD, layout, sampling))
-        return self._sample(logits_NV, [pieces[i] for i in sampling])
+        return choose_tokens(logits_NV, [pieces[i] for i in sampling], self.model.ops.argmax)
 
     @staticmethod
     def _last_rows(hidden_TD: torch.Tensor, layout: Layout, sampling: list[int]) -> torch.Tensor:
@@ -145,15 +145,17 @@ class TorchExecutor:
             return hidden_TD
         return hidden_TD[layout.rows_P1[1:][sampling].long() - 1]
 
-    def _sample(
-        self, logits_NV: torch.Tensor, pieces: list[Piece]
-    ) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
-        ids = [piece.request.id for piece in pieces]
-        if all(piece.request.sampling is None for piece in pieces):
-            return dict(zip(ids, self.model.ops.argmax(logits_NV).tolist(), strict=True)), None
-        drawn = sample(logits_NV, [_draw(piece) for piece in pieces], self.model.ops.argmax)
-        scores = {ids[row]: TokenScore(logprob=own, top=top) for row, (own, top) in drawn.scores.items()}
-        return dict(zip(ids, drawn.tokens, strict=True)), scores or None
+
+def choose_tokens(
+    logits_NV: torch.Tensor, pieces: Sequence[Piece], argmax: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
+    """The token of each piece by request id, and the scores of those that asked for them."""
+    ids = [piece.request.id for piece in pieces]
+    if all(piece.request.sampling is None for piece in pieces):
+        return dict(zip(ids, argmax(logits_NV).tolist(), strict=True)), None
+    drawn = sample(logits_NV, [_draw(piece) for piece in pieces], argmax)
+    scores = {ids[row]: TokenScore(logprob=own, top=top) for row, (own, top) in drawn.scores.items()}
+    return dict(zip(ids, drawn.tokens, strict=True)), scores or None
 
 
 def _draw(piece: Piece) -> Draw:

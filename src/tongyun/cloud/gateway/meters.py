@@ -98,5 +98,10 @@ class _EngineCollector:
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"tongyun_{name}", text, value=float(value))
-        for name, text, value in counters:
+        text = "of the steps on the simulated chip; simulated, not measured."
+        simulated = (
+            ("simulated_chip_seconds", f"Seconds {text}", now.chip_s),
+            ("simulated_chip_joules", f"Joules {text}", now.chip_joules),
+        )
+        for name, text, value in (*counters, *(simulated if now.chip_s else ())):
             yield CounterMetricFamily(f"tongyun_{name}", text, value=float(value))

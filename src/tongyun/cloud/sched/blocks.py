@@ -11,12 +11,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from tongyun.cloud.sched.tiers import Tiers
+
 
 class BlockPool:
-    """`total` blocks; every operation is O(1) per block it touches."""
+    """`total` blocks; every operation is O(1) per block it touches. What is evicted goes to `tiers`."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, tiers: Tiers | None = None) -> None:
         self.total = total
+        self.tiers = tiers
         self.published = 0
         """Blocks published so far: while it stands still, no new prefix can match."""
         self._blank = list(range(total - 1, -1, -1))
@@ -99,9 +102,13 @@ class BlockPool:
         self._key[block] = key
         self._contents[block] = (parent, contents)
         self.published += 1
+        if self.tiers is not None:
+            self.tiers.drop(key)
 
     def _forget(self, block: int) -> None:
-        key = self._key[block]
-        if key is not None:
+        key, contents = self._key[block], self._contents[block]
+        if key is not None and contents is not None:
+            if self.tiers is not None:
+                self.tiers.demote((key, *contents))
             del self._block_by_key[key]
             self._key[block] = self._contents[block] = None

@@ -43,6 +43,10 @@ class Request:
     sampling: object | None = None
     ignore_eos: bool = False
     stop_token_ids: frozenset[int] = frozenset()
+    model: str | None = None
+    """Which model it is for, where a fleet has several."""
+    priority_class: str | None = None
+    """The name of its class of service, for who reports by class; `priority` is what the scheduler reads."""
 
 
 class Piece(NamedTuple):
@@ -63,6 +67,8 @@ class Piece(NamedTuple):
     blocks: Sequence[int]
     cached_tokens: int = 0
     """How much of the prompt was found in the prefix cache when the request was admitted."""
+    restored: Sequence[int] = ()
+    """Blocks to bring back from each lower tier before the piece can be computed."""
 
     @property
     def end(self) -> int:

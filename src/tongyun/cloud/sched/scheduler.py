@@ -18,13 +18,15 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Sequence as Series
+from dataclasses import dataclass, field
 from math import ceil
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
-from tongyun.cloud.sched.sequence import Rank, Sequence, State
+from tongyun.cloud.sched.sequence import Rank, Sequence, State, Stored
+from tongyun.cloud.sched.tiers import Tiers
 from tongyun.cloud.sched.waiting import Waiting
 from tongyun.errors import InputError, RequestError
 
@@ -45,11 +47,15 @@ class SchedulerConfig:
     prefix_caching: bool = True
     watermark: float = 0.01
     """Share of the blocks that admission leaves free for running requests to grow into."""
+    tiers: tuple[int, ...] | None = None
+    """Blocks in each slower memory behind the cache, for executors that heed `Piece.restored`."""
 
     def __post_init__(self) -> None:
         for name in ("blocks", "block_tokens", "max_context_tokens", "max_sequences", "max_step_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"scheduler: {name}: must be at least 1, not {getattr(self, name)}")
+        if self.tiers is not None and min(self.tiers, default=0) < 0:
+            raise InputError(f"scheduler: tiers: must be at least 0, not {min(self.tiers)}")
         if not 0 <= self.watermark < 1:
             raise InputError(f"scheduler: watermark: must be in [0, 1), not {self.watermark}")
         if self.max_step_tokens < self.max_sequences:
@@ -67,6 +73,8 @@ class Counters:
     prompt_tokens: int = 0
     """Prompt tokens of admitted requests, cached ones included."""
     prefix_hit_tokens: int = 0
+    tier_hit_tokens: list[int] = field(default_factory=list)
+    """Those of the hits that lay in each lower tier."""
     computed_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
@@ -79,8 +87,9 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
-        self.pool = BlockPool(config.blocks)
-        self.counters = Counters()
+        self.tiers = None if config.tiers is None else Tiers(config.tiers)
+        self.pool = BlockPool(config.blocks, self.tiers)
+        self.counters = Counters(tier_hit_tokens=[0] * len(config.tiers or ()))
         self._reserve = ceil(config.watermark * config.blocks)
         self._sequences: dict[str, Sequence] = {}
         self._serial = 0
@@ -388,9 +397,17 @@ class Scheduler:
         length = min(left, budget)
         pieces.append(
             Piece(
-                seq.request, seq.computed, length, length == left, seq.history, seq.blocks, seq.cached_tokens
+                seq.request,
+                seq.computed,
+                length,
+                length == left,
+                seq.history,
+                seq.blocks,
+                seq.cached_tokens,
+                seq.restored,
             )
         )
+        seq.restored = ()
         chosen.append(seq)
         return length
 
@@ -401,17 +418,20 @@ class Scheduler:
         if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
             return None
         block_tokens = self.config.block_tokens
-        shared = seq.cached_prefix(pool, block_tokens) if self.config.prefix_caching else []
+        found = self._found(seq)
+        shared = [entry for entry in found if isinstance(entry, int)]
         need = self._blocks_for(seq) - len(shared)
         if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
             seq.refused_at = state
             return None
         self._waiting.pop()
         pool.share(shared)
-        seq.blocks = shared + pool.take(need)
+        seq.blocks = (
+            shared + pool.take(need) if len(shared) == len(found) else self._restore(seq, found, need)
+        )
         seq.room = len(seq.blocks) * block_tokens
-        seq.computed = len(shared) * block_tokens
-        seq.published = len(shared)
+        seq.computed = len(found) * block_tokens
+        seq.published = len(found)
         seq.publish_at = seq.computed + block_tokens
         seq.state = State.PREFILLING
         insort(self._prefilling, seq, key=_rank)
@@ -421,11 +441,41 @@ class Scheduler:
             seq.computed = max(seq.computed, seq.request.handed_tokens)
         return seq
 
+    def _found(self, seq: Sequence) -> Series[int | Stored]:
+        """The blocks from the start of `seq` that need not be computed, in order."""
+        if not self.config.prefix_caching:
+            return []
+        handed = seq.request.handed_tokens and not seq.admitted
+        # What was handed over is here already, and nothing of it has to be brought.
+        if self.tiers is None or handed:
+            return seq.cached_prefix(self.pool, self.config.block_tokens)
+        return seq.stored_prefix(self.pool, self.tiers, self.config.block_tokens)
+
+    def _restore(self, seq: Sequence, found: Series[int | Stored], need: int) -> list[int]:
+        """The blocks of `seq`, the shared ones held already; those in lower tiers are brought back."""
+        tiers, block_tokens = self.tiers, self.config.block_tokens
+        assert tiers is not None
+        counts = [0] * len(tiers.sizes)
+        # Before blocks are taken: what they evict could push out the very blocks that are wanted.
+        for entry in found:
+            if not isinstance(entry, int):
+                tiers.restore(*entry)
+                counts[entry[1]] += 1
+        fresh = iter(self.pool.take(need))
+        blocks = [entry if isinstance(entry, int) else next(fresh) for entry in found]
+        for index, entry in enumerate(found):
+            if not isinstance(entry, int):
+                self.pool.publish(blocks[index], *seq.named(index, block_tokens))
+        seq.restored = tuple(counts)
+        return blocks + list(fresh)
+
     def _count_admission(self, seq: Sequence, now: float) -> None:
         seq.admitted = True
         seq.cached_tokens = seq.computed
         self.counters.prompt_tokens += len(seq.history)
         self.counters.prefix_hit_tokens += seq.computed
+        for tier, count in enumerate(seq.restored):
+            self.counters.tier_hit_tokens[tier] += count * self.config.block_tokens
         self.counters.queued_s += now - seq.request.arrival_s
 
     def _preempt(self, seq: Sequence) -> None:
@@ -433,7 +483,7 @@ class Scheduler:
         (self._decoding if seq.state is State.DECODING else self._prefilling).pop()
         self.pool.release(seq.blocks)
         # A new list: pieces and tests may still look at the old one.
-        seq.blocks, seq.computed = [], 0
+        seq.blocks, seq.computed, seq.restored = [], 0, ()
         self.counters.preemptions += 1
         self._waiting.push(seq)
 

@@ -10,8 +10,11 @@ from enum import Enum
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.prefix import ROOT, child_key, row
 from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.tiers import Tiers
 
 Rank = tuple[int, float, int]
+Stored = tuple[bytes, int]
+"""A block in a lower tier: its key and the tier."""
 
 
 class State(Enum):
@@ -43,6 +46,7 @@ class Sequence:
         "rank",
         "refused_at",
         "request",
+        "restored",
         "room",
         "state",
     )
@@ -60,6 +64,8 @@ class Sequence:
         self.room = 0
         self.admitted = False
         self.cached_tokens = 0
+        self.restored: tuple[int, ...] = ()
+        """Blocks that come back from each lower tier and no piece has named yet."""
         self.publish_at = 0
         """Computed tokens at which the next block can be published; set on admission."""
         self.published = 0
@@ -89,6 +95,21 @@ class Sequence:
             if block is None:
                 break
             found.append(block)
+        return found
+
+    def stored_prefix(self, pool: BlockPool, tiers: Tiers, block_tokens: int) -> list[int | Stored]:
+        """As `cached_prefix`, blocks in lower tiers included: those as (key, tier)."""
+        found: list[int | Stored] = []
+        for index in range((len(self.history) - 1) // block_tokens):
+            named = self.named(index, block_tokens)
+            block = pool.find(*named)
+            if block is not None:
+                found.append(block)
+                continue
+            tier = tiers.find(named)
+            if tier is None:
+                break
+            found.append((named[0], tier))
         return found
 
     def publish(self, pool: BlockPool, block_tokens: int) -> None:

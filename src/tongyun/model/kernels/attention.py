@@ -87,14 +87,25 @@ def paged_attention(
     q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, layout: Layout
 ) -> Tensor:
     """Store the step's keys and values, then let every token attend to its context up to itself."""
+    store(k_TKd, v_TKd, keys, values, layout)
+    if layout.decode_only:
+        return _decode(q_THd, keys, values, layout)
+    return attend_pieces(q_THd, keys, values, layout, torch.empty_like(q_THd))
+
+
+def store(k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, layout: Layout) -> None:
+    """Keys and values of the step's tokens into their slots."""
     block, offset = layout.slots_T // layout.block_tokens, layout.slots_T % layout.block_tokens
     keys.transpose(1, 2)[block, offset] = k_TKd.to(keys.dtype)
     values.transpose(1, 2)[block, offset] = v_TKd.to(values.dtype)
-    if layout.decode_only:
-        return _decode(q_THd, keys, values, layout)
-    out_THd = torch.empty_like(q_THd)
+
+
+def attend_pieces(q_THd: Tensor, keys: Tensor, values: Tensor, layout: Layout, out_THd: Tensor) -> Tensor:
+    """Attention piece by piece into `out_THd`, which is returned; empty pieces are passed over."""
     row = 0
     for piece, (start, length) in enumerate(zip(layout.starts, layout.lengths, strict=True)):
+        if not length:
+            continue
         k_KCd, v_KCd = (
             _context(cache, layout, piece, start + length, q_THd.dtype) for cache in (keys, values)
         )

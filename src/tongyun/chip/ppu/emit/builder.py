@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tongyun.chip.ppu.asm import assemble
+from tongyun.chip.ppu.draft import Draft
 from tongyun.chip.ppu.isa import CORE, CORES, REGISTERS, SEMAPHORES, ZERO, Alu, At, Instruction, Type, Value
 from tongyun.chip.ppu.program import Kernel, Layout, Program, Tensor
 from tongyun.errors import Infeasible, TongyunError
@@ -43,6 +44,7 @@ class Builder:
     kernels: list[Kernel] = field(default_factory=list)
     symbols: list[str] = field(default_factory=list)
     _semaphores: dict[str, int] = field(default_factory=dict)
+    _moves: dict[str, int] = field(default_factory=dict)
     _register: int = _FIRST_REGISTER
     _sram: int = 0
     _returned: list[tuple[str, str, int]] = field(default_factory=list)
@@ -55,29 +57,26 @@ class Builder:
         self.emit("BARRIER", kernel=len(self.kernels))
         self.kernels.append(Kernel(name=name, kind=kind, layer=layer, line=line))
         self._semaphores, self._register, self._sram, self._returned = {}, _FIRST_REGISTER, 0, []
+        self._moves = {}
         yield
+        self.kernels[-1] = replace(self.kernels[-1], moves=self._moves)
         # What was lent at the start is taken back, so that a kernel leaves no token behind.
         for semaphore, engine, tokens in self._returned:
             for _ in range(tokens):
                 self.sync(engine, wait=[semaphore])
 
-    def program(self) -> Program:
-        """End the program. Infeasible when its tensors exceed the chip's HBM."""
+    def moves(self, tensor: Tensor, size: int) -> None:
+        """This kernel moves so many bytes of a tensor, by its shapes and tiles."""
+        self._moves[tensor.name] = self._moves.get(tensor.name, 0) + size
+
+    def draft(self) -> Draft:
+        """End the program; its tensors have no places yet."""
         self.emit("HALT")
-        if self.layout.top > self.ppu.hbm_bytes:
-            missing = self.layout.top - self.ppu.hbm_bytes
-            raise Infeasible(
-                f"the program needs {self.layout.top:,} bytes of HBM, {self.ppu.name} has "
-                f"{self.ppu.hbm_bytes:,}: {missing:,} bytes are missing"
-            )
-        return Program(
-            words=assemble(self.instructions),
-            tensors=tuple(self.layout.tensors),
-            kernels=tuple(self.kernels),
-            symbols=tuple(self.symbols),
-            hbm_bytes=self.layout.top,
-            chip=self.ppu.name,
-        )
+        return Draft.of(assemble(self.instructions), self.layout.tensors, self.kernels, self.symbols)
+
+    def program(self) -> Program:
+        """End the program and place its tensors. Infeasible when they exceed the chip's HBM."""
+        return self.draft().settled(self.ppu)
 
     # What a kernel has: SRAM, registers, semaphores.
 

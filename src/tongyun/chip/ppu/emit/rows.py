@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tongyun.chip.ppu.emit.builder import Buffers, Builder
 from tongyun.chip.ppu.isa import Alu, At, Operand, Red, Type, Vec
 from tongyun.chip.ppu.program import Tensor
+from tongyun.chip.ppu.traffic import LINE, pieces, tiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ def rows_kernel(
     near_in = [b.pair(size * item.width) for item in inputs]
     near_out = [b.pair(size * item.width) for item in outputs]
     work = [b.sram(size * width) for width in scratch]
+    for item in (*inputs, *outputs):
+        b.moves(item.tensor, tiled(pieces(count, size), [item.width], item.stride))
     with b.units(-(-count // size)) as unit:
         rows = At(size, b.left(count, unit, size))
         for number, (item, near) in enumerate(zip(inputs, near_in, strict=True)):
@@ -92,18 +95,28 @@ def _place(b: Builder, item: Rows, unit: int, size: int) -> At:
     return At(item.tensor.at + item.offset, at)
 
 
-def rmsnorm(b: Builder, x: Tensor, gain: Tensor, out: Tensor, eps: float) -> None:
-    """out = x · rsqrt(mean(x²) + eps) · gain over rows as long as the gain."""
+def rmsnorm(b: Builder, x: Rows, gain: Tensor, out: Rows, eps: float) -> None:
+    """out = x · rsqrt(mean(x²) + eps) · gain over stretches as long as the gain; a row may hold several."""
     width = gain.shape[-1]
-    row = Rows(tensor=gain, rows=1, cols=width, stride=0)
+    row, heads = Rows(tensor=gain, rows=1, cols=width, stride=0), x.cols // width
 
     def body(rows: At, given: Sequence[At], made: Sequence[At], _: Sequence[int]) -> None:
         b.emit(
-            "RMSNORM", x.type, out.type, a=given[0], gain=given[1], out=made[0], rows=rows, cols=At(width),
-            lda=width * x.type.bytes, ldo=width * out.type.bytes, eps=eps,
+            "RMSNORM", x.tensor.type, out.tensor.type, a=given[0], gain=given[1], out=made[0],
+            rows=_many(b, rows, heads), cols=At(width), lda=width * x.tensor.type.bytes,
+            ldo=width * out.tensor.type.bytes, eps=eps,
         )  # fmt: skip
 
-    rows_kernel(b, [Rows.of(x, width), row], [Rows.of(out, width)], body)
+    rows_kernel(b, [x, row], [out], body)
+
+
+def _many(b: Builder, rows: At, heads: int) -> At:
+    """Heads of a row lie one behind the other: rows · heads rows of one head's width."""
+    if heads == 1:
+        return rows
+    many = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
+    b.alu(Alu.MUL, many, imm=heads, into=many)
+    return At(rows.imm * heads, many)
 
 
 def elementwise(
@@ -199,12 +212,9 @@ def rotate(
     def body(rows: At, near: Sequence[At], made: Sequence[At], work: Sequence[int]) -> None:
         source = near[0]
         if norm is not None:
-            # Heads of a row lie one behind the other: rows · heads rows of one head's width.
-            many = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
-            b.alu(Alu.MUL, many, imm=heads, into=many)
             b.emit(
                 "RMSNORM", Type.BF16, Type.BF16, a=near[0], gain=near[3], out=At(work[0]),
-                rows=At(rows.imm * heads, many), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
+                rows=_many(b, rows, heads), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
             )  # fmt: skip
             source = At(work[0])
         b.emit(
@@ -263,6 +273,8 @@ def keep(b: Builder, fresh: Tensor, cache: Tensor, start: Tensor) -> None:
     chunks = -(-tokens // size)
     b.lend("free", "store", "load")
     near = b.pair(size * wide)
+    for tensor, stride in ((fresh, heads * wide), (cache, wide)):
+        b.moves(tensor, sequences * heads * tiled(pieces(tokens, size), [wide], stride))
     with b.units(sequences * heads * chunks) as unit:
         chunk, pair = b.alu(Alu.MOD, unit, imm=chunks), b.alu(Alu.DIV, unit, imm=chunks)
         head, sequence = b.alu(Alu.MOD, pair, imm=heads), b.alu(Alu.DIV, pair, imm=heads)
@@ -288,7 +300,7 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
     first = Rows(tensor=start, rows=number, cols=1, stride=0)
     given = [
         Rows(tensor=frequency, rows=1, cols=half, stride=0),
-        Rows(tensor=count, rows=number, cols=1, stride=4),
+        Rows(tensor=count, rows=number, cols=1, stride=count.type.bytes),
         first,
     ]
 
@@ -296,8 +308,8 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
         place, angle = At(work[0]), At(work[1])
         one = At(1)
         b.emit(
-            "VEC", Type.I32, start.type, Type.I32, fn=Vec.ADD, flags=Operand.ROW, a=near[1], b=near[2],
-            out=place, rows=rows, cols=one, lda=4, ldo=4,
+            "VEC", count.type, start.type, Type.I32, fn=Vec.ADD, flags=Operand.ROW, a=near[1], b=near[2],
+            out=place, rows=rows, cols=one, lda=count.type.bytes, ldo=4,
         )  # fmt: skip
         b.emit(
             "VEC", frequency.type, Type.NONE, Type.F32, fn=Vec.COPY, a=near[0], out=angle, rows=rows,
@@ -321,6 +333,7 @@ def angles(b: Builder, frequency: Tensor, start: Tensor, count: Tensor, cos: Ten
 def position_register(b: Builder, position: Tensor, *, symbol: str = "position") -> int:
     """The first number of `position` in a register: where the new tokens begin."""
     near = b.sram(64)
+    b.moves(position, b.ppu.cores * LINE)
     b.load(Type.I32, At(position.at), near, rows=1, cols=1, stride=0, sram_stride=0, signal=["position"])
     return b.lds(near, symbol, wait=["position"])
 
