@@ -27,10 +27,11 @@ from rich.console import Console
 from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
+from tongyun.cloud.instance import Simulated
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.sched.scheduler import SchedulerConfig
-from tongyun.cloud.simulate import Simulated, simulate
+from tongyun.cloud.simulate import simulate
 from tongyun.cloud.trace import read_trace
 from tongyun.cloud.workload import Arrivals, Distribution, Lengths, Process, Workload, requests, sample
 from tongyun.model.config import ModelConfig

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import LeapingExecutor, StepLoad
+from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Slo, summarise
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import ROUTERS, Load, find_router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import Simulated, play_fleet, simulate
+from tongyun.cloud.simulate import play_fleet, simulate
 from tongyun.errors import InputError
 from tongyun.units import Cost, Source
 

@@ -7,146 +7,18 @@ and the clock differ. Knows no workload and no price: both come in ready.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from heapq import heappop, heappush
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Turn
-from tongyun.cloud.engine.protocol import EngineStats, Executor
+from tongyun.cloud.engine.protocol import Executor
+from tongyun.cloud.instance import Instance, Simulated
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.prefix import row
-from tongyun.cloud.sched.request import Finish, Piece, Request
-from tongyun.cloud.sched.router import Load, Router
+from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.router import Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.errors import RequestError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Simulated:
-    """One record per request, in the order given, and the engine's counters at the end."""
-
-    records: tuple[RequestRecord, ...]
-    stats: EngineStats
-
-
-class _Progress:
-    """What has come back of one request so far; `count` misses the tokens of steps foreseen."""
-
-    __slots__ = ("cached", "count", "first_s", "request")
-
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        self.first_s: float | None = None
-        self.count = 0
-        self.cached = 0
-
-
-class Instance:
-    """An engine, its requests in flight and the records of those that ended."""
-
-    def __init__(
-        self,
-        loop: EngineLoop,
-        *,
-        watch: Callable[[Turn], None] | None = None,
-        ended: Callable[[RequestRecord], None] | None = None,
-    ) -> None:
-        """`watch` is told of every single step, `ended` of every request that is over."""
-        self.loop = loop
-        self._watch, self._ended = watch, ended
-        self.records: dict[str, RequestRecord | None] = {}
-        self.in_flight: dict[str, _Progress] = {}
-        self.prompt_tokens_due = 0
-        """Of requests in flight that have no first token yet."""
-
-    def send(self, request: Request) -> None:
-        """Give a request to the engine; one it refuses is recorded with the reason."""
-        if request.id in self.records:
-            raise ValueError(f"two requests are called '{request.id}'")
-        # Holds the place: records keep the order of sending.
-        self.records[request.id] = None
-        try:
-            self.loop.add(request)
-        except RequestError as error:
-            self.records[request.id] = _record(_Progress(request), request.arrival_s, None, str(error))
-        else:
-            self.in_flight[request.id] = _Progress(request)
-            self.prompt_tokens_due += len(request.prompt)
-
-    def abort(self, request_id: str) -> bool:
-        """End a request between two steps; false if it is not in flight."""
-        progress = self.in_flight.get(request_id)
-        if progress is None:
-            return False
-        progress.count = self.loop.produced(request_id)
-        self.loop.abort(request_id)
-        if progress.first_s is None:
-            self.prompt_tokens_due -= len(progress.request.prompt)
-        self._end(progress, self.loop.clock.now(), Finish.ABORT)
-        return True
-
-    def forget(self) -> None:
-        """Drop the records of requests that have ended."""
-        self.records = dict.fromkeys(self.in_flight)
-
-    @property
-    def load(self) -> Load:
-        return Load(len(self.in_flight), self.prompt_tokens_due)
-
-    def advance(self, until_s: float) -> None:
-        """Work until `until_s` or, in the midst of a step then, until it ends; idle time is let pass."""
-        clock = self.loop.clock
-        while self.in_flight and clock.now() < until_s:
-            self.move(until_s)
-        if not self.in_flight and until_s < float("inf"):
-            clock.wait_until(until_s)
-
-    def move(self, until_s: float = float("inf")) -> None:
-        """One step, or as many as nothing is decided in, up to the first that ends at `until_s` or later."""
-        leap = self.loop.leap(until_s)
-        if leap is None:
-            self._step()
-            return
-        for piece in leap.pieces:
-            if piece.samples:
-                self._begun(piece, leap.moment_s)
-        for request_id, finish in leap.ended.items():
-            self._end(self.in_flight[request_id], leap.moment_s, finish)
-
-    def _step(self) -> None:
-        done = self.loop.turn()
-        if done is None:
-            return
-        if self._watch is not None:
-            self._watch(done)
-        for piece in done.batch.pieces:
-            if piece.samples:
-                self.in_flight[piece.request.id].count += 1
-                self._begun(piece, done.moment_s)
-        for request_id, finish in done.ended.items():
-            self._end(self.in_flight[request_id], done.moment_s, finish)
-
-    def _begun(self, piece: Piece, moment_s: float) -> None:
-        """Note a request's first token; a later one changes nothing."""
-        progress = self.in_flight[piece.request.id]
-        if progress.first_s is None:
-            progress.first_s = moment_s
-            progress.cached = piece.cached_tokens
-            self.prompt_tokens_due -= len(piece.request.prompt)
-
-    def result(self) -> Simulated:
-        """Records in the order of sending, and the engine's counters."""
-        records = tuple(record for record in self.records.values() if record is not None)
-        return Simulated(records=records, stats=self.loop.stats())
-
-    def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
-        request_id = progress.request.id
-        if finish is Finish.LENGTH:
-            progress.count = progress.request.output_tokens
-        del self.in_flight[request_id]
-        self.records[request_id] = record = _record(progress, moment_s, finish, None)
-        if self._ended is not None:
-            self._ended(record)
 
 
 def simulate(
@@ -174,8 +46,9 @@ def simulate(
 class Front:
     """Engines behind a router, taken as far as somebody says and no further.
 
-    Engines share nothing but the arrivals. The router sees one in the midst of a step as it
-    will be when the step ends. Loops have virtual clocks that start together.
+    Engines share the arrivals and what happens `at` a moment, nothing else. The router sees
+    one in the midst of a step as it will be when the step ends, and none that is not up.
+    Loops have virtual clocks that start together.
     """
 
     def __init__(
@@ -188,19 +61,68 @@ class Front:
     ) -> None:
         self.instances = [Instance(loop, watch=watch, ended=ended) for loop in loops]
         self._router = router
-        self._before_s = 0.0
+        self._before_s = self._now_s = 0.0
+        # A heap of what is to happen; the number keeps the order of equal moments.
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._held: list[Request] = []
+
+    def at(self, moment_s: float, action: Callable[[], None]) -> None:
+        """Have something happen when every engine has come to `moment_s`, before what arrives then.
+
+        The end of a simulation waits for all of them: what repeats itself has to stop by itself.
+        """
+        if not self._now_s <= moment_s < float("inf"):
+            raise ValueError(f"an event at {moment_s} s, when it is {self._now_s} s")
+        self._serial += 1
+        heappush(self._events, (moment_s, self._serial, action))
 
     def send(self, request: Request) -> None:
-        """Give a request, in order of arrival, to the engine that the router names when it arrives."""
+        """Give a request, in order of arrival, to the engine that the router names when it arrives.
+
+        Where none is up, it is held until one is (see `open`).
+        """
         if request.arrival_s < self._before_s:
             raise ValueError(f"request '{request.id}' arrives before one that came first")
         self._before_s = request.arrival_s
         self.advance(request.arrival_s)
-        self.instances[self._router.choose(request, [one.load for one in self.instances])].send(request)
+        self._place(request)
+
+    def open(self, index: int) -> None:
+        """Let an engine be given requests, those held first."""
+        self.instances[index].up = True
+        held, self._held = self._held, []
+        for request in held:
+            self._place(request)
+
+    def close(self, index: int) -> None:
+        """Give an engine no further request; those it has go on."""
+        self.instances[index].up = False
+
+    @property
+    def held(self) -> int:
+        """Requests that wait for an engine to be up."""
+        return len(self._held)
 
     def advance(self, until_s: float) -> None:
+        """Every engine to `until_s`, by way of all that happens until then."""
+        while self._events and self._events[0][0] <= until_s:
+            moment_s, _, action = heappop(self._events)
+            self._all_to(moment_s)
+            action()
+        self._all_to(until_s)
+
+    def _all_to(self, until_s: float) -> None:
         for one in self.instances:
             one.advance(until_s)
+        self._now_s = max(self._now_s, until_s)
+
+    def _place(self, request: Request) -> None:
+        up = [one for one in self.instances if one.up]
+        if up:
+            up[self._router.choose(request, [one.load for one in up])].send(request)
+        else:
+            self._held.append(request)
 
 
 class Relay:
@@ -350,21 +272,3 @@ def _play_closed(run: Instance, requests: Iterator[Request], users: int) -> None
             coming = next(requests, None)
         if run.in_flight:
             run.move()
-
-
-def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:
-    request = progress.request
-    return RequestRecord(
-        id=request.id,
-        arrival_s=request.arrival_s,
-        ended_s=ended_s,
-        prompt_tokens=len(request.prompt),
-        output_tokens=progress.count,
-        first_token_s=progress.first_s,
-        last_token_s=None if progress.first_s is None else ended_s,
-        cached_tokens=progress.cached,
-        finish=finish,
-        error=error,
-        model=request.model,
-        priority_class=request.priority_class,
-    )

@@ -17,10 +17,11 @@ from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
+from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import Simulated, play_fleet, play_pools
+from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question

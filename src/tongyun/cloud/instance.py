@@ -1,0 +1,165 @@
+"""One engine on virtual time, and the record of what each of its requests felt.
+
+The scheduler, the loop and the records are those of the live engine. Knows no router
+and no other engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.protocol import EngineStats
+from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.sched.request import Finish, Piece, Request
+from tongyun.cloud.sched.router import Load
+from tongyun.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Simulated:
+    """One record per request, in the order given, and the engine's counters at the end."""
+
+    records: tuple[RequestRecord, ...]
+    stats: EngineStats
+
+
+class _Progress:
+    """What has come back of one request so far; `count` misses the tokens of steps foreseen."""
+
+    __slots__ = ("cached", "count", "first_s", "request")
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.first_s: float | None = None
+        self.count = 0
+        self.cached = 0
+
+
+class Instance:
+    """An engine, its requests in flight and the records of those that ended."""
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        *,
+        watch: Callable[[Turn], None] | None = None,
+        ended: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
+        """`watch` is told of every single step, `ended` of every request that is over."""
+        self.loop = loop
+        self.up = True
+        """Whether it is given requests; one that is not still works on those it has."""
+        self._watch, self._ended = watch, ended
+        self.records: dict[str, RequestRecord | None] = {}
+        self.in_flight: dict[str, _Progress] = {}
+        self.prompt_tokens_due = 0
+        """Of requests in flight that have no first token yet."""
+
+    def send(self, request: Request) -> None:
+        """Give a request to the engine; one it refuses is recorded with the reason."""
+        if request.id in self.records:
+            raise ValueError(f"two requests are called '{request.id}'")
+        # Holds the place: records keep the order of sending.
+        self.records[request.id] = None
+        try:
+            self.loop.add(request)
+        except RequestError as error:
+            self.records[request.id] = _record(_Progress(request), request.arrival_s, None, str(error))
+        else:
+            self.in_flight[request.id] = _Progress(request)
+            self.prompt_tokens_due += len(request.prompt)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request between two steps; false if it is not in flight."""
+        progress = self.in_flight.get(request_id)
+        if progress is None:
+            return False
+        progress.count = self.loop.produced(request_id)
+        self.loop.abort(request_id)
+        if progress.first_s is None:
+            self.prompt_tokens_due -= len(progress.request.prompt)
+        self._end(progress, self.loop.clock.now(), Finish.ABORT)
+        return True
+
+    def forget(self) -> None:
+        """Drop the records of requests that have ended."""
+        self.records = dict.fromkeys(self.in_flight)
+
+    @property
+    def load(self) -> Load:
+        return Load(len(self.in_flight), self.prompt_tokens_due)
+
+    def advance(self, until_s: float) -> None:
+        """Work until `until_s` or, in the midst of a step then, until it ends; idle time is let pass."""
+        clock = self.loop.clock
+        while self.in_flight and clock.now() < until_s:
+            self.move(until_s)
+        if not self.in_flight and until_s < float("inf"):
+            clock.wait_until(until_s)
+
+    def move(self, until_s: float = float("inf")) -> None:
+        """One step, or as many as nothing is decided in, up to the first that ends at `until_s` or later."""
+        leap = self.loop.leap(until_s)
+        if leap is None:
+            self._step()
+            return
+        for piece in leap.pieces:
+            if piece.samples:
+                self._begun(piece, leap.moment_s)
+        for request_id, finish in leap.ended.items():
+            self._end(self.in_flight[request_id], leap.moment_s, finish)
+
+    def _step(self) -> None:
+        done = self.loop.turn()
+        if done is None:
+            return
+        if self._watch is not None:
+            self._watch(done)
+        for piece in done.batch.pieces:
+            if piece.samples:
+                self.in_flight[piece.request.id].count += 1
+                self._begun(piece, done.moment_s)
+        for request_id, finish in done.ended.items():
+            self._end(self.in_flight[request_id], done.moment_s, finish)
+
+    def _begun(self, piece: Piece, moment_s: float) -> None:
+        """Note a request's first token; a later one changes nothing."""
+        progress = self.in_flight[piece.request.id]
+        if progress.first_s is None:
+            progress.first_s = moment_s
+            progress.cached = piece.cached_tokens
+            self.prompt_tokens_due -= len(piece.request.prompt)
+
+    def result(self) -> Simulated:
+        """Records in the order of sending, and the engine's counters."""
+        records = tuple(record for record in self.records.values() if record is not None)
+        return Simulated(records=records, stats=self.loop.stats())
+
+    def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
+        request_id = progress.request.id
+        if finish is Finish.LENGTH:
+            progress.count = progress.request.output_tokens
+        del self.in_flight[request_id]
+        self.records[request_id] = record = _record(progress, moment_s, finish, None)
+        if self._ended is not None:
+            self._ended(record)
+
+
+def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:
+    request = progress.request
+    return RequestRecord(
+        id=request.id,
+        arrival_s=request.arrival_s,
+        ended_s=ended_s,
+        prompt_tokens=len(request.prompt),
+        output_tokens=progress.count,
+        first_token_s=progress.first_s,
+        last_token_s=None if progress.first_s is None else ended_s,
+        cached_tokens=progress.cached,
+        finish=finish,
+        error=error,
+        model=request.model,
+        priority_class=request.priority_class,
+    )
