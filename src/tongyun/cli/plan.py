@@ -250,6 +250,8 @@ def _write_launch(given: dict[str, Any], answer: Answer) -> None:
         typer.echo(f"wrote {place}", err=True)
     for name, why in found.refused.items():
         typer.echo(f"no {name}: {why}", err=True)
+    for kind in answer.best.plan.others:
+        typer.echo(f"no files for {kind}: they are written for the main kind of replica", err=True)
 
 
 def _refuse(main: Answer | None, answers: list[Answer]) -> None:

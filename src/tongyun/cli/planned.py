@@ -16,7 +16,9 @@ TERMS = (
     "TTFT: prefill of a prompt beside the decoding batch, with the mean wait behind other prompts. "
     "TPOT: mean time between tokens, interleaved prefill included. "
     "tok/s/chip and $/Mtok: output tokens over all chips asked for, idle ones too. "
-    "batch: sequences decoding at once on a replica. tokens/step: the engine's token budget of a step."
+    "idle: chips that no replica as quick finds room on. "
+    "batch: sequences decoding at once on a replica, the main kind's. "
+    "tokens/step: the engine's token budget of a step."
 )
 
 
@@ -64,6 +66,7 @@ def _offer_json(offer: Offer) -> dict[str, Any]:
             "step_tokens": plan.step_tokens,
             "replicas": plan.replicas,
             "idle_chips": plan.idle_chips,
+            "idle_reason": plan.idle_reason or None,
             "pools": [dict(pool) for pool in plan.pools],
         },
         **{key: getattr(offer.figures, key) for key in _RANGED},
@@ -110,11 +113,15 @@ def _best_table(best: Offer) -> Table:
     from tongyun.report import column, quantity, source_tag, table
 
     plan, figures = best.plan, best.figures
-    idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
     rows = [
-        ["plan", f"{plan.replicas} × ({plan.shard}){idle}"],
-        ["batch of a replica", f"{plan.batch} sequences, {plan.step_tokens} tokens a step"],
+        ["plan", str(plan)],
+        *(
+            ["batch of a replica", f"{kind.batch} sequences, {kind.step_tokens} tokens a step"]
+            for kind in plan.kinds
+        ),
     ]
+    if plan.idle_chips:
+        rows.append(["idle", plan.idle_reason])
     for key, name, unit in _FIGURES:
         low, high = _range(best, key) or (None, None)
         rows.append([name, quantity(getattr(figures, key), unit, low=low, high=high)])
@@ -148,9 +155,9 @@ def _pareto_table(offers: tuple[Offer, ...]) -> Table:
             figures.joules_per_token,
         )
         meets = "yes" if offer.meets else "[dim]no[/]"
-        places = (str(plan.shard), str(plan.replicas), str(plan.batch), str(plan.step_tokens))
+        places = (str(plan), str(plan.idle_chips), str(plan.batch), str(plan.step_tokens))
         rows.append([*places, *(number(cell) for cell in cells), meets])
-    heads = ("replicas", "batch", "tokens/step", "TTFT ms", "TPOT ms", "tok/s/user", "tok/s/chip", "$/Mtok")
+    heads = ("idle", "batch", "tokens/step", "TTFT ms", "TPOT ms", "tok/s/user", "tok/s/chip", "$/Mtok")
     columns = [column("Pareto", left=True), *(column(head) for head in (*heads, "J/tok", "in limits"))]
     return table("", columns, rows, caption=TERMS)
 
