@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tongyun.codesign.plan import Answer, Offer
+    from tongyun.codesign.space import Question
 
 SHOWN = 12
 """Rows of the Pareto table; the plot and --json have them all."""
@@ -43,6 +44,10 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "chips": question.chips,
         "isl": question.isl,
         "osl": question.osl,
+        "prefix_hit": question.prefix_hit,
+        "draft_tokens": question.draft_tokens,
+        "acceptance": question.acceptance,
+        "tokens_per_step": question.step_tokens,
         "best": None if answer.best is None else _offer_json(answer.best),
         "pareto": [_offer_json(offer) for offer in answer.pareto],
         "limit": answer.limit,
@@ -93,7 +98,7 @@ def show(answer: Answer, seconds: float) -> None:
     from tongyun.report import show as put
 
     question, best = answer.question, answer.best
-    load = f"{question.isl} tokens in, {question.osl} out"
+    load = said(question)
     put(f"[bold]{question.model.name} on {question.chips} × {question.chip.title}, {load}[/]")
     if best is not None:
         put(_best_table(best))
@@ -107,6 +112,19 @@ def show(answer: Answer, seconds: float) -> None:
         put(scatter(series, x="tok/s/user", y="tok/s/chip"))
     cut = ", ".join(f"{count} by {reason}" for reason, count in answer.cut.items() if count)
     put(f"{answer.evaluated} candidates in {seconds:.2f} s; cut: {cut or 'none'}")
+
+
+def said(question: Question) -> str:
+    """The load of equal requests, in words."""
+    load = f"{question.isl} tokens in, {question.osl} out"
+    if question.prefix_hit:
+        load += f", {question.prefix_hit:.0%} of the input cached"
+    if question.draft_tokens:
+        load += (
+            f", {question.draft_tokens} drafted of which each holds with {question.acceptance:.0%}: "
+            f"{question.step_tokens:.2f} a step"
+        )
+    return load
 
 
 def _best_table(best: Offer) -> Table:

@@ -22,6 +22,8 @@ CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
 BATCHES = np.unique(np.round(np.geomspace(1, 4096, 109))).astype(np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
+MOST_DRAFTED = 16
+"""Longest draft; published modules draft one to eight."""
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
 """Pipeline depths to try; others are counted. Deeper ones only add hand-overs to every token."""
 
@@ -43,6 +45,13 @@ class Question:
     price: PriceSpec | None = None
     engine: str = "any"
     """The serving engine whose kernels are priced; `any` is none in particular."""
+    prefix_hit: float = 0.0
+    """Share of input tokens whose keys and values are in the cache already: attended to and held,
+    not computed."""
+    draft_tokens: int = 0
+    """Tokens drafted for each step that verifies them; 0: no speculative decoding."""
+    acceptance: float = 0.0
+    """Probability that a drafted token is right when those before it were."""
 
     def __post_init__(self) -> None:
         if self.chips < 1:
@@ -60,6 +69,25 @@ class Question:
         for name, limit in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
             if limit is not None and not 0 < limit < float("inf"):
                 raise InputError(f"{name} must be a positive time, got {limit} s")
+
+        if not 0 <= self.prefix_hit < 1:
+            raise InputError(
+                f"prefix_hit must be a share from 0 up to, not including, 1; got {self.prefix_hit}"
+            )
+        if not 0 <= self.acceptance <= 1:
+            raise InputError(f"acceptance must be a probability from 0 to 1, got {self.acceptance}")
+        if not 0 <= self.draft_tokens <= MOST_DRAFTED:
+            raise InputError(f"draft_tokens must be from 0 to {MOST_DRAFTED}, got {self.draft_tokens}")
+
+    @property
+    def computed(self) -> float:
+        """Input tokens of a request that no cache holds; the last one is always computed."""
+        return max(1.0, self.isl * (1 - self.prefix_hit))
+
+    @property
+    def step_tokens(self) -> float:
+        """Expected tokens that a sequence gets in a step: 1 + a + … + a^k."""
+        return float(sum(self.acceptance**i for i in range(self.draft_tokens + 1)))
 
     def at(self, corner: Corner = Corner.NOMINAL) -> Chip:
         """The chip at one corner of its ranges, with the kernels of the engine asked for."""
