@@ -57,6 +57,9 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
+    pools: Annotated[
+        str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
+    ] = "mixed",
     router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -192,15 +195,21 @@ def _given_plan(given: dict[str, Any], question: Question) -> Plan:
 
 
 def _best_plan(question: Question) -> Plan:
-    """The planner's best one without pipeline stages, inside the limits where any is."""
+    """The planner's best one of one kind of replica without pipeline stages, or of two pools of them,
+    inside the limits where any is. Its batch is a group's, as a fleet's is."""
+    from tongyun.codesign.fleet import of_a_group
     from tongyun.codesign.plan import plan
 
     answer = plan(question)
-    offers = [offer for offer in answer.pareto if offer.plan.shard.pp == 1]
+    offers = [
+        offer
+        for offer in answer.pareto
+        if not offer.plan.others and all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)
+    ]
     if not offers:
-        raise Infeasible(f"no plan without pipeline stages: {answer.limit}; --tp names one")
+        raise Infeasible(f"no plan of one kind without pipeline stages: {answer.limit}; --tp names one")
     within = [offer for offer in offers if offer.meets] or offers
-    return max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan
+    return of_a_group(max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan)
 
 
 # ── what is shown ────────────────────────────────────────────────────────────────────
