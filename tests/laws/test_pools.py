@@ -108,7 +108,7 @@ def test_places_are_counted_for_all_divisions_as_for_one(
 def test_both_kinds_share_one_pareto(question: Question) -> None:
     apart, alone, both = (plan(replace(question, pools=pools)) for pools in ("split", "mixed", "both"))
     assert both.best is not None
-    assert rate(both) == max(rate(apart), rate(alone))
+    assert rate(both) >= max(rate(apart), rate(alone))
     assert both.evaluated == alone.evaluated + apart.evaluated
     for one in both.pareto:
         assert one.plan.chips + one.plan.idle_chips == question.chips
@@ -210,3 +210,18 @@ def test_a_faster_network_serves_pools_no_less(factor: float) -> None:
     quick = replace(band, value=factor * band.value, low=factor * band.low, high=factor * band.high)
     better = replace(question, chip=replace(question.chip, scale_out=replace(out, bandwidth=quick)))
     assert rate(plan(better)) >= rate(plan(question)) * (1 - 1e-12)
+
+
+def test_chips_beside_two_pools_serve_as_well() -> None:
+    """Or why not is in words: what pools of whole replicas leave over takes replicas that do both."""
+    question = ask("Qwen/Qwen3-32B", "h200", chips=15, tpot_s=0.04, pools="both")
+    answer, apart = plan(question), plan(replace(question, pools="split"))
+    filled = [offer.plan for offer in answer.pareto if offer.plan.prefill and offer.plan.others]
+    assert filled
+    for found in filled:
+        assert found.chips + found.idle_chips == 15
+        assert [role for role, _ in found.kinds][:3] == ["prefill", "decode", "mixed"]
+        assert ("one pool alone would serve no more" in found.idle_reason) == (found.idle_chips > 0)
+    assert rate(answer) >= rate(apart)
+    with pytest.raises(InputError, match="several kinds"):
+        pools_of(filled[0])

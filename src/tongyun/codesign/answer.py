@@ -35,8 +35,10 @@ class Plan:
     def kinds(self) -> tuple[tuple[str, Plan], ...]:
         """All groups of equal replicas with their task: `mixed` ones, or `prefill` and `decode`."""
         if self.prefill is not None:
-            return (("prefill", self.prefill), ("decode", self))
-        return tuple(("mixed", kind) for kind in (self, *self.others))
+            first: tuple[tuple[str, Plan], ...] = (("prefill", self.prefill), ("decode", self))
+        else:
+            first = (("mixed", self),)
+        return first + tuple(("mixed", kind) for kind in self.others)
 
     @property
     def chips(self) -> int:

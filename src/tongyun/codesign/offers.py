@@ -49,6 +49,8 @@ class Pair:
 
     prefill: tuple[Place, int]
     decode: tuple[Place, int]
+    others: tuple[tuple[Place, int], ...]
+    """Replicas beside them that do both."""
     idle_chips: int
     idle_reason: str
     meets: bool
@@ -107,7 +109,10 @@ def _priced(question: Question, corner: Corner, places: Sequence[Place]) -> dict
 def _offer(question: Question, one: Found, tables: Mapping[Corner, Mapping[Place, _Row]]) -> Offer:
     price = question.price
     paid = frozenset() if price is None else frozenset({price.chip_hour.source})
-    figures = {corner: _together(question, corner, one, rows) for corner, rows in tables.items()}
+    figures = {
+        corner: _together(question, corner, [(rows[place], count) for place, count in one.kinds])
+        for corner, rows in tables.items()
+    }
     nominal = tables[Corner.NOMINAL]
     return Offer(
         plan=_plan(one),
@@ -120,9 +125,9 @@ def _offer(question: Question, one: Found, tables: Mapping[Corner, Mapping[Place
     )
 
 
-def _together(question: Question, corner: Corner, one: Found, rows: Mapping[Place, _Row]) -> Figures:
+def _together(question: Question, corner: Corner, kinds: Sequence[tuple[_Row, int]]) -> Figures:
     """Rates add up; latencies are the slowest kind's, energy the mean over tokens."""
-    each = [(rows[place], count * rows[place].tokens_per_s) for place, count in one.kinds]
+    each = [(row, count * row.tokens_per_s) for row, count in kinds]
     rate = sum(tokens for _, tokens in each)
     return figures_of(
         question,
@@ -137,6 +142,8 @@ def _together(question: Question, corner: Corner, one: Found, rows: Mapping[Plac
 def _pairs(question: Question, pairs: Sequence[Pair]) -> list[Offer]:
     """Both pools of all pairs at once, corner by corner."""
     rows: list[dict[Corner, tuple[Paired, frozenset[Source]]]] = [{} for _ in pairs]
+    places = list(dict.fromkeys(place for pair in pairs for place, _ in pair.others))
+    tables = {corner: _priced(question, corner, places) if places else {} for corner in corners_of(question)}
     uses = np.ones(len(pairs))
     for corner in corners_of(question):
         batch = np.array([pair.decode[0].batch for pair in pairs])
@@ -155,30 +162,35 @@ def _pairs(question: Question, pairs: Sequence[Pair]) -> list[Offer]:
                 uses[i] = most_use_s(sides[0].pool.step_s, question.ttft_s)[i]
             sources = sides[0].pool.sources | sides[1].pool.sources
             rows[i][corner] = (paired(question, chip, *sides, float(uses[i])), sources)
-    return [_pair_offer(question, pair, row) for pair, row in zip(pairs, rows, strict=True)]
+    return [_pair_offer(question, pair, row, tables) for pair, row in zip(pairs, rows, strict=True)]
 
 
 def _pair_offer(
-    question: Question, pair: Pair, row: Mapping[Corner, tuple[Paired, frozenset[Source]]]
+    question: Question,
+    pair: Pair,
+    row: Mapping[Corner, tuple[Paired, frozenset[Source]]],
+    tables: Mapping[Corner, Mapping[Place, _Row]],
 ) -> Offer:
-    figures = {
-        corner: figures_of(
-            question,
-            corner,
+    figures = {}
+    for corner, (one, found) in row.items():
+        pools = _Row(
             ttft_s=one.ttft_s,
             tpot_s=one.tpot_s,
             tokens_per_s=one.requests_per_s * question.osl,
             joules_per_token=one.joules_per_token,
+            sources=found,
         )
-        for corner, (one, _) in row.items()
-    }
+        beside = [(tables[corner][place], count) for place, count in pair.others]
+        figures[corner] = _together(question, corner, [(pools, 1), *beside])
     nominal, sources = row[Corner.NOMINAL]
+    sources = sources.union(*(tables[Corner.NOMINAL][place].sources for place, _ in pair.others))
     paid = frozenset() if question.price is None else frozenset({question.price.chip_hour.source})
     decode = plan_of(*pair.decode)
     return Offer(
         plan=replace(
             decode,
             prefill=plan_of(*pair.prefill),
+            others=tuple(plan_of(*other) for other in pair.others),
             idle_chips=pair.idle_chips,
             idle_reason=pair.idle_reason,
         ),

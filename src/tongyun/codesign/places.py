@@ -89,6 +89,10 @@ class Room:
             left.append((size, count - full))
         return self._of(self.domain, left)
 
+    def beside(self, other: Room) -> Room:
+        """Both rooms; a gap of one does not join a gap of the other."""
+        return self._of(self.domain, [*self.gaps.items(), *other.gaps.items()])
+
     def place(self, shard: Shard) -> tuple[int, int]:
         """Ranks that have to lie together, and how many such units a replica has: itself, or its
         stages where no domain holds it. Cuts alike in this fit alike."""

@@ -20,7 +20,7 @@ from tongyun.codesign.leftover import Kinds, Leftover
 from tongyun.codesign.offers import Found, Pair, Place, offers
 from tongyun.codesign.places import Room, domain_of
 from tongyun.codesign.space import Question, cuts, grid
-from tongyun.codesign.split import Split
+from tongyun.codesign.split import Pairs, Split
 from tongyun.codesign.steady import USABLE_MEMORY, Pricing
 from tongyun.codesign.unmet import unmet
 from tongyun.model.shard import Shard
@@ -88,32 +88,55 @@ class _Search:
 
     def _pareto(self) -> list[Found | Pair]:
         """Of both kinds of deployment, those that no other of either beats."""
-        p, splits = self.points, None if self.split is None else self.split.found
+        p, pairs = self.points, self._pairs
         tpot_s, rate, among = p.tpot_s, self.rate, self._fits
-        if splits is not None:
-            tpot_s = np.concatenate([tpot_s, splits.tpot_s])
-            rate = np.concatenate([rate, splits.tokens_per_s / self.question.chips])
-            among = np.concatenate([among, np.ones(len(splits.tpot_s), dtype=bool)])
+        if pairs is not None:
+            tpot_s = np.concatenate([tpot_s, pairs.splits.tpot_s])
+            rate = np.concatenate([rate, pairs.rates(pairs.splits.tpot_s)])
+            among = np.concatenate([among, np.ones(len(pairs.splits.tpot_s), dtype=bool)])
         found: list[Found | Pair] = []
         for point in pareto_front(1 / tpot_s, rate, among):
-            if point < len(p.tpot_s):
+            at = point - len(p.tpot_s)
+            if at < 0:
                 found.append(self._found(point, p.tpot_s[point]))
-            elif self.split is not None and splits is not None:
-                found.append(self.split.pair(splits, point - len(p.tpot_s)))
+            elif pairs is not None:
+                found.append(self._pair(pairs, at, float(pairs.splits.tpot_s[at])))
         return found
+
+    @cached_property
+    def _pairs(self) -> Pairs | None:
+        """Deployments of two pools, what they leave over filled."""
+        found = None if self.split is None else self.split.found
+        if self.split is None or found is None:
+            return None
+        left = [self.split.left(found, at) for at in range(len(found.x))]
+        return Pairs(splits=found, left=left, filling=self._filling, chips=self.question.chips)
+
+    def _pair(self, pairs: Pairs, at: int, tpot_s: float | None) -> Pair:
+        assert self.split is not None
+        picked = self._picked(pairs.left[at], tpot_s)
+        return self.split.pair(pairs.splits, at, picked, self._beside(tpot_s))
+
+    def _beside(self, tpot_s: float | None) -> str:
+        """Why no more replicas that do both stand beside two pools."""
+        if self.question.pools == "split":
+            return ""
+        least = self._least(tpot_s)
+        if least is None:
+            return ", nor does a replica that does both keep up"
+        return f"; the smallest replica that does both as quick takes {least}"
 
     def _best_of_both(self) -> Found | Pair | None:
         """The faster per chip; among equals replicas that do both."""
-        best, limit = self._best(), self.question.tpot_s
-        alone = None if best is None else best[0]
-        splits = None if self.split is None else self.split.found
-        if self.split is not None and splits is not None:
-            able = np.flatnonzero(splits.tpot_s <= (np.inf if limit is None else limit))
-            rates = splits.tokens_per_s[able] / self.question.chips
-            if len(able) and (best is None or rates.max() > best[1]):
-                tied = able[rates == rates.max()]
-                return self.split.pair(splits, int(tied[np.argmin(splits.tpot_s[tied])]))
-        return None if alone is None else self._found(alone, limit)
+        best, pairs, limit = self._best(), self._pairs, self.question.tpot_s
+        if pairs is not None:
+            slowest = np.inf if limit is None else limit
+            rates = np.where(pairs.splits.tpot_s <= slowest, pairs.rates(slowest), 0.0)
+            # By rising time between tokens, so that of equals the quickest comes first.
+            top = int(np.argmax(rates)) if len(rates) else 0
+            if len(rates) and rates[top] > (0.0 if best is None else best[1]):
+                return self._pair(pairs, top, limit)
+        return None if best is None else self._found(best[0], limit)
 
     # ── what there is ────────────────────────────────────────────────────────────────
 
@@ -205,7 +228,8 @@ class _Search:
         """None where no cut leaves anything over that another could use."""
         smallest = self.cuts.legal[0].ranks if self.cuts.legal else math.inf
         p, ok = self.points, np.flatnonzero(self._fits)
-        if not len(ok) or all(left.chips < smallest for left in self._left):
+        whole = self.split is None and all(left.chips < smallest for left in self._left)
+        if not len(ok) or whole:
             return None
         kinds = Kinds(
             cut=p.cut[ok], tpot_s=p.tpot_s[ok], tokens_per_s=p.tokens_per_s[ok], shards=self.cuts.legal
@@ -256,14 +280,7 @@ class _Search:
     def _found(self, point: int, tpot_s: float | None) -> Found:
         """The deployment of one point, what its replicas leave over filled."""
         cut = int(self.points.cut[point])
-        left, filling = self._left[cut], self._filling
-        kinds = [(self._place(point), int(self._replicas[cut]))]
-        if filling is not None and left.chips:
-            ok = np.flatnonzero(self._fits)
-            slowest = filling.times[-1] if tpot_s is None else tpot_s
-            rung = int(filling.at(np.array(slowest)))
-            for pick, count in (filling.picks(left, rung) if rung >= 0 else {}).items():
-                kinds.append((self._place(int(ok[pick])), count))
+        kinds = [(self._place(point), int(self._replicas[cut])), *self._picked(self._left[cut], tpot_s)]
         used = sum(count * place.shard.ranks for place, count in kinds)
         idle = self.question.chips - used
         return Found(
@@ -272,6 +289,17 @@ class _Search:
             idle_reason=self._idle(idle, tpot_s) if idle else "",
             meets=not any(broken[point] for broken in self._broken.values()),
         )
+
+    def _picked(self, left: Room, tpot_s: float | None) -> tuple[tuple[Place, int], ...]:
+        """Replicas that do both and fill what is left, no slower than a time between tokens."""
+        filling = self._filling
+        if filling is None or not left.chips:
+            return ()
+        slowest = filling.times[-1] if tpot_s is None else tpot_s
+        rung = int(filling.at(np.array(slowest)))
+        picks = filling.picks(left, rung) if rung >= 0 else {}
+        ok = np.flatnonzero(self._fits)
+        return tuple((self._place(int(ok[pick])), count) for pick, count in picks.items())
 
     def _place(self, point: int) -> Place:
         p = self.points
@@ -283,12 +311,16 @@ class _Search:
 
     def _idle(self, idle: int, tpot_s: float | None) -> str:
         """Why chips are left: the smallest replica that could stand on them needs more."""
+        least = self._least(tpot_s)
+        chips = "chip stays" if idle == 1 else "chips stay"
+        apart = ", and they lie in different domains" if least is not None and idle >= least else ""
+        return f"{idle} {chips} idle: the smallest replica as quick takes {least}{apart}"
+
+    def _least(self, tpot_s: float | None) -> int | None:
+        """Chips of the smallest replica that does both, no slower than a time between tokens."""
         p = self.points
         able = self._fits if tpot_s is None else self._fits & (p.tpot_s <= tpot_s * (1 + 1e-12))
-        least = min(self.cuts.legal[cut].ranks for cut in np.unique(p.cut[able]))
-        chips = "chip stays" if idle == 1 else "chips stay"
-        apart = ", and they lie in different domains" if idle >= least else ""
-        return f"{idle} {chips} idle: the smallest replica as quick takes {least}{apart}"
+        return min((self.cuts.legal[cut].ranks for cut in np.unique(p.cut[able])), default=None)
 
     def _limit(self) -> str:
         if self.question.pools == "split":

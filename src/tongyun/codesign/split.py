@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.codesign.leftover import Leftover
 from tongyun.codesign.offers import Pair, Place
 from tongyun.codesign.places import Room, counts, domain_of
 from tongyun.codesign.pools import Pool, PoolPrices, hand_over_link, most_use_s
@@ -49,15 +50,38 @@ class Side:
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """The best division for each decode load worth pairing: pools, replicas of each, and what they give."""
+    """Divisions that no other beats, by rising time between tokens: pools, replicas, what they give."""
 
     prefill: Index
     decode: Index
     x: Index
     """Prefill replicas."""
     y: Index
+    given: Index
+    """Chips for prefill; the rest is for decode."""
     tpot_s: Array
     tokens_per_s: Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Divisions found, and what replicas that do both add on the chips they leave over."""
+
+    splits: Splits
+    left: Sequence[Room]
+    filling: Leftover | None
+    chips: int
+
+    def rates(self, tpot_s: Array | float) -> Array:
+        """Output tokens per second per chip asked for, fillings no slower than each time given."""
+        if self.filling is None:
+            return np.asarray(self.splits.tokens_per_s / self.chips)
+        rung = np.broadcast_to(self.filling.at(np.asarray(tpot_s)), len(self.left))
+        gains = [
+            self.filling.gain(left)[step] if step >= 0 and left.chips else 0.0
+            for left, step in zip(self.left, rung, strict=True)
+        ]
+        return np.asarray((self.splits.tokens_per_s + gains) / self.chips)
 
 
 class Split:
@@ -161,7 +185,8 @@ class Split:
 
     @cached_property
     def found(self) -> Splits | None:
-        """For each decode load the division that serves most; None where no two pools fit."""
+        """For each decode load the division that serves most, and of these what none beats; None where
+        no two pools fit."""
         first, second, chips = self.prefill, self.decode, self.question.chips
         if not len(first.cut) or not len(second.cut):
             return None
@@ -180,22 +205,45 @@ class Split:
         each_s = {cut: self.prices.hand_over_s(self.shards[cut]) for cut in np.unique(second.cut)}
         own_s = np.array([each_s[cut] for cut in second.cut[column]])
         more_s = np.maximum(first.tpot_s[partner] - own_s / (self.question.osl - 1), 0.0)
+        tpot_s, tokens_per_s = second.tpot_s[column] + more_s, served[row, column] * self.question.osl
+        order = np.lexsort((-tokens_per_s, tpot_s))
+        kept = order[_rises(tokens_per_s[order])] if len(order) else order
         return Splits(
-            prefill=partner,
-            decode=column,
-            x=x[row, partner],
-            y=y[row, column],
-            tpot_s=second.tpot_s[column] + more_s,
-            tokens_per_s=served[row, column] * self.question.osl,
+            prefill=partner[kept],
+            decode=column[kept],
+            x=x[row, partner][kept],
+            y=y[row, column][kept],
+            given=given[row][kept],
+            tpot_s=tpot_s[kept],
+            tokens_per_s=tokens_per_s[kept],
         )
 
-    def pair(self, splits: Splits, at: int) -> Pair:
-        """One of the deployments found, in words and places."""
+    def left(self, splits: Splits, at: int) -> Room:
+        """What the two pools of one of the deployments leave over."""
+        given, (one, other) = int(splits.given[at]), self._cuts(splits, at)
+        rest = Room.of(self.question.chips - given, self.domain, behind=given)
+        first = Room.of(given, self.domain).without(one, int(splits.x[at]))
+        return first.beside(rest.without(other, int(splits.y[at])))
+
+    def _cuts(self, splits: Splits, at: int) -> tuple[Shard, Shard]:
+        """Of prefill and of decode."""
+        one, other = int(splits.prefill[at]), int(splits.decode[at])
+        return self.shards[int(self.prefill.cut[one])], self.shards[int(self.decode.cut[other])]
+
+    def pair(
+        self,
+        splits: Splits,
+        at: int,
+        others: tuple[tuple[Place, int], ...] = (),
+        why: str = "",
+    ) -> Pair:
+        """One of the deployments found, with replicas beside it that do both; `why` no more of those."""
         one, other = int(splits.prefill[at]), int(splits.decode[at])
         first, second = self.prefill, self.decode
-        cuts = self.shards[int(first.cut[one])], self.shards[int(second.cut[other])]
+        cuts = self._cuts(splits, at)
         x, y = int(splits.x[at]), int(splits.y[at])
-        idle = self.question.chips - x * cuts[0].ranks - y * cuts[1].ranks
+        beside = sum(count * place.shard.ranks for place, count in others)
+        idle = self.question.chips - x * cuts[0].ranks - y * cuts[1].ranks - beside
         budget, batch = float(CHUNKS[int(first.load[one])]), float(BATCHES[int(second.load[other])])
         prompts = max(1.0, budget // self.question.computed)
         limit = self.question.tpot_s
@@ -205,8 +253,9 @@ class Split:
                 Place(shard=cuts[1], batch=batch, budget=(1 + self.question.draft_tokens) * batch),
                 y,
             ),
+            others=others,
             idle_chips=idle,
-            idle_reason=_idle(idle, cuts) if idle else "",
+            idle_reason=_idle(idle, cuts, why) if idle else "",
             meets=limit is None or bool(splits.tpot_s[at] <= limit),
         )
 
@@ -242,11 +291,11 @@ class Split:
         return (self.question.chips - 1) * max(every - len(self.decode.cut), 0)
 
 
-def _idle(idle: int, cuts: tuple[Shard, Shard]) -> str:
+def _idle(idle: int, cuts: tuple[Shard, Shard], why: str) -> str:
     """Why chips beside two pools are left."""
     chips = "chip stays" if idle == 1 else "chips stay"
     takes = f"a prefill replica takes {cuts[0].ranks}, a decode replica {cuts[1].ranks}"
-    return f"{idle} {chips} idle: {takes}, and what fits there besides would serve no more"
+    return f"{idle} {chips} idle: {takes}, and one pool alone would serve no more{why}"
 
 
 def _rises(values: Array) -> NDArray[np.bool_]:

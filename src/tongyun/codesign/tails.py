@@ -17,6 +17,7 @@ from tongyun.cloud.sched.router import LeastLoad
 from tongyun.codesign.answer import Answer, Offer, Plan
 from tongyun.codesign.demand import Demand
 from tongyun.codesign.fleet import Fleet, Played, of_a_group, pools_of
+from tongyun.codesign.plan import plan as search
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
 
@@ -80,7 +81,7 @@ class Tails:
 
 def tails(answer: Answer, demand: Demand) -> Tails:
     """Play plans of the answer's Pareto under the demand until one keeps the limits at p99."""
-    within = [offer for offer in answer.pareto if offer.meets]
+    within = [offer for offer in _offers(answer) if offer.meets]
     played = [offer for offer in within if all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)]
     candidates = sorted(
         _candidates(answer, demand, played),
@@ -101,6 +102,16 @@ def tails(answer: Answer, demand: Demand) -> Tails:
         too_small=sum(_least(demand, offer) > offer.plan.replicas for offer in played),
         staged=len(within) - len(played),
     )
+
+
+def _offers(answer: Answer) -> tuple[Offer, ...]:
+    """The Pareto; where both kinds of deployment share one, each kind's own, for on fewer chips than all
+    a kind may win that loses on all."""
+    question = answer.question
+    if question.pools != "both":
+        return answer.pareto
+    kinds = (search(replace(question, pools=pools)).pareto for pools in ("mixed", "split"))
+    return tuple(offer for pareto in kinds for offer in pareto)
 
 
 def _candidates(answer: Answer, demand: Demand, offers: list[Offer]) -> Iterator[tuple[Plan, Offer]]:
