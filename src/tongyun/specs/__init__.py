@@ -7,6 +7,7 @@ from tongyun.specs.find import (
     find_chip,
     find_fabric,
     find_fleet,
+    find_market,
     find_model,
     find_ppu,
     find_price,
@@ -17,6 +18,7 @@ from tongyun.specs.find import (
     names,
 )
 from tongyun.specs.fleet import FleetSpec, PoolSpec
+from tongyun.specs.market import MarketPoolSpec, MarketSpec, ServedSpec, SharingSpec
 from tongyun.specs.ppu import Ppu, PpuSpec
 from tongyun.specs.schema import (
     Calibration,
@@ -40,10 +42,14 @@ __all__ = [
     "Figure",
     "FleetSpec",
     "Link",
+    "MarketPoolSpec",
+    "MarketSpec",
     "PoolSpec",
     "Ppu",
     "PpuSpec",
     "PriceSpec",
+    "ServedSpec",
+    "SharingSpec",
     "StorageSpec",
     "WorkloadSpec",
     "dumps",
@@ -51,6 +57,7 @@ __all__ = [
     "find_chip",
     "find_fabric",
     "find_fleet",
+    "find_market",
     "find_model",
     "find_ppu",
     "find_price",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,8 +59,35 @@ class Leap(NamedTuple):
     moment_s: float
 
 
+class Engine(Protocol):
+    """What a simulated instance drives: an `EngineLoop`, or several behind one clock."""
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def models(self) -> tuple[tuple[str, int], ...]:
+        """Requests in flight by model, where there are several."""
+
+    def check(self, request: Request) -> None: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def produced(self, request_id: str) -> int: ...
+
+    def abort(self, request_id: str) -> list[TokenEvent]: ...
+
+    def leap(self, until_s: float = float("inf")) -> Leap | None: ...
+
+    def turn(self) -> Turn | None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
 class EngineLoop:
     """One engine. Not thread-safe: whoever calls it owns scheduler and executor."""
+
+    models: tuple[tuple[str, int], ...] = ()
 
     def __init__(
         self,

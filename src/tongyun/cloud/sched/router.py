@@ -30,6 +30,8 @@ class Load(NamedTuple):
     """In flight: waiting, in prefill and decoding."""
     prompt_tokens: int
     """Of requests that have no first token yet."""
+    models: tuple[tuple[str, int], ...] = ()
+    """Requests in flight by model, where several share the engine; none of those that only lie ready."""
 
 
 class Router(Protocol):

@@ -163,6 +163,13 @@ class Scheduler:
             self._waiting.left()
         return True
 
+    def surrender(self) -> None:
+        """Take all blocks from every running request; what they know is computed again later."""
+        self._check_turn()
+        self.settle()
+        while (worst := self._worst()) is not None:
+            self._preempt(worst)
+
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
         self.settle()
