@@ -132,7 +132,9 @@ class SharedLoop:
         if turn.model != self._active:
             self._switch(turn.model)
             return Leap(0, (), {}, self.clock.now())
-        leap = self._loops[turn.model].leap(min(until_s, turn.end_s))
+        scheduler = self._tenants[turn.model].scheduler
+        most = scheduler.steps_within(self.residence.slack(turn.model))
+        leap = self._loops[turn.model].leap(min(until_s, turn.end_s), most)
         if leap is not None:
             if leap.pieces:
                 self._turns.extend(leap.moment_s - begin_s)
@@ -141,8 +143,13 @@ class SharedLoop:
 
     def turn(self) -> Turn | None:
         """One step of the model at work; `leap` comes before and has said that it cannot do it."""
-        done = None if self._active is None else self._loops[self._active].turn()
+        if self._active is None:
+            return None
+        begin_s, decoding = self.clock.now(), self._tenants[self._active].scheduler.decoding
+        done = self._loops[self._active].turn()
         if done is not None:
+            if len(done.batch.pieces) > decoding:
+                self._turns.extend(done.moment_s - begin_s)
             self._after(done.ended)
         return done
 
@@ -179,15 +186,19 @@ class SharedLoop:
         """Requests that ended leave; blocks that were taken are made room for."""
         if ended:
             self._left(list(ended))
-        out_bytes = self.residence.settle(self._turns.order)
-        if out_bytes and self._active is not None:
-            self._wait(self._active, self.clock.now() + out_bytes / self._switching.bytes_per_s)
-            self._count(self._active, out_bytes=out_bytes)
+        name = self._active
+        if name is None:
+            return
+        out_bytes = self.residence.settle(self._turns.order, self._tenants[name].scheduler.running)
+        if out_bytes:
+            self._wait(name, self.clock.now() + out_bytes / self._switching.bytes_per_s)
+            self._count(name, out_bytes=out_bytes)
 
     def _switch(self, name: str) -> None:
         """Bring `name` to the chip and let it work; then fetch the next one's weights, if there is room."""
         way, now_s = self._switching, self.clock.now()
-        moved = self.residence.enter(name, self._turns.order)
+        running = self._tenants[name].scheduler.running
+        moved = self.residence.enter(name, self._turns.order, running)
         ready_s = self._ready_s.pop(name, now_s)
         if moved.in_bytes:
             # Behind what is under way; weights that were fetched come before their blocks.

@@ -56,6 +56,9 @@ class Residence:
         self._active: str | None = None
         self._others_bytes = 0.0
 
+    def pool(self, model: str) -> BlockPool:
+        return self._pools[model]
+
     def away(self, model: str) -> int:
         """Blocks in host memory: of those that are held now, for a request may end while they are."""
         return min(self._away[model], self._pools[model].used)
@@ -84,28 +87,44 @@ class Residence:
         weights = 0.0 if model in self.resident else size.weights
         return weights + self.away(model) * size.block
 
-    def enter(self, model: str, order: Sequence[str]) -> Moved:
-        """Bring all of `model` to the chip; `order` is that of the turns, of models with requests."""
+    def slack(self, model: str) -> int:
+        """Blocks that `model`, at work, can take before others have to make way."""
+        size = self._footprints[model].block
+        return int(max(self.memory_bytes - self._others_bytes - self.here(model) * size, 0.0) // size)
+
+    def enter(self, model: str, order: Sequence[str], more: int) -> Moved:
+        """Bring all of `model` to the chip, and make room for so many `more` of its blocks.
+
+        `order` is that of the turns, of models with requests.
+        """
         loaded, in_bytes = model not in self.resident, self.missing_bytes(model)
         self._active = model
-        out_bytes = self._make_way(in_bytes, order)
+        out_bytes = self._make_way(in_bytes + self._room(model, more), order)
         self._away[model] = 0
         self.resident.pop(model, None)
         self.resident[model] = None
         self._note()
         return Moved(loaded, in_bytes, out_bytes)
 
-    def settle(self, order: Sequence[str]) -> float:
-        """Make up for blocks that the model at work has taken; returns the bytes that left for them."""
+    def settle(self, order: Sequence[str], more: int) -> float:
+        """Make up for blocks that the model at work has taken, and room for so many `more`.
+
+        Returns the bytes that left for them.
+        """
         active = self._active
         if active is None:
             return 0.0
         grown = self.here(active) * self._footprints[active].block
         if self._others_bytes + grown <= self.memory_bytes:
             return 0.0
-        out_bytes = self._make_way(0.0, order)
+        out_bytes = self._make_way(self._room(active, more), order)
         self._note()
         return out_bytes
+
+    def _room(self, model: str, more: int) -> float:
+        """Bytes of so many more blocks, or of all it may ever take."""
+        pool = self._pools[model]
+        return min(more, pool.blank) * self._footprints[model].block
 
     def fetch(self, model: str, order: Sequence[str]) -> bool:
         """Let the weights of `model` lie here too, where they take the place of nobody's with requests."""

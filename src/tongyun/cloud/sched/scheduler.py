@@ -106,6 +106,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
+    @property
     def running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
 
@@ -162,6 +166,10 @@ class Scheduler:
         if waited:
             self._waiting.left()
         return True
+
+    def steps_within(self, blocks: int) -> int:
+        """Decoding steps that take no more than so many blocks; one, where even that may take more."""
+        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
 
     def surrender(self) -> None:
         """Take all blocks from every running request; what they know is computed again later."""
