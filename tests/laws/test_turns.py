@@ -55,7 +55,7 @@ def shared(
 
 
 def spread(load: list[Request], names: str = NAMES) -> list[Request]:
-    """Half of the requests to the first model, half of the rest to the second and so on, in an order of its own."""
+    """Half of the requests to the first model, half of the rest to the second and so on, mixed."""
     return [
         replace(request, model=names[min(((i * 7919) % 64 or 1).bit_length() - 1, len(names) - 1)])
         for i, request in enumerate(load)

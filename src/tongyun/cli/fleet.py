@@ -45,11 +45,13 @@ def read_fleet(
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
-    from tongyun.specs import find_fleet
+    from tongyun.specs import find_fleet, find_market
 
+    if find_market(path) is not None:
+        raise InputError(f"{path}: model: several of them are played by `tongyun simulate` alone")
     spec = find_fleet(path)
     find_router(spec.router)
-    pools = tuple(_pool(each) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    pools = tuple(pool_of(each) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
     question = ask(
         {
             "model": spec.model,
@@ -80,7 +82,8 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
-def _pool(spec: PoolSpec) -> Pool:
+def pool_of(spec: PoolSpec) -> Pool:
+    """A pool as its table says."""
     from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
     from tongyun.model.shard import Shard
