@@ -36,6 +36,7 @@ def shared(
     rate: float = 200.0,
     prefetch: bool = True,
     first: int = 0,
+    first_s: float = 2.0,
     turns: Callable[[], Turns] = Rounds,
     executor: type[SimulatedExecutor] = LeapingExecutor,
 ) -> SharedLoop:
@@ -47,6 +48,7 @@ def shared(
             prices=Price(),
             context_tokens=50,
             limit_s=0.1,
+            first_s=first_s,
         )
         for name in names
     }
@@ -108,7 +110,7 @@ def test_at_every_instant_requests_and_blocks_are_all_somewhere(host: float) -> 
             memory = loop.residence
             assert memory.used_bytes <= memory.memory_bytes + 1
             assert memory.away_bytes <= memory.host_bytes
-            assert sum(count for _, count in loop.models) == loop.stats().running + loop.stats().waiting
+            assert sum(count for _, count, _ in loop.models) == loop.stats().running + loop.stats().waiting
             for name in NAMES:
                 pool = memory.pool(name)
                 assert memory.here(name) + memory.away(name) == pool.used + pool.idle
@@ -206,10 +208,10 @@ def test_rounds_go_round_and_who_is_alone_goes_on() -> None:
 
     turns = Rounds()
     assert turns.choose(0.0, work) is None
-    turns.arrived("a")
+    turns.arrived("a", 9.0)
     assert turns.choose(0.0, work) == ("a", float("inf"))
-    turns.arrived("b")
-    turns.arrived("c")
+    turns.arrived("b", float("inf"))
+    turns.arrived("c", 30.0)
     first = turns.choose(1.0, work)
     assert first is not None and first.model == "a" and 1.0 < first.end_s < 5.1
     assert turns.order == ("a", "b", "c")
@@ -223,10 +225,32 @@ def test_rounds_go_round_and_who_is_alone_goes_on() -> None:
     assert third is not None and third.model == "c"
 
 
+def test_a_prompt_about_to_be_late_goes_first_and_who_was_at_work_goes_on_behind_it() -> None:
+    def work(_: str) -> Work:
+        return Work(0.02, 0.1, 0.5)
+
+    turns = Rounds()
+    for name, due_s in (("a", 0.5), ("b", 1.5), ("c", 1.2)):
+        turns.arrived(name, due_s)
+    assert turns.choose(0.0, work) is not None
+    turns.begun("a")
+    assert turns.order == ("a", "b", "c")
+    late = turns.choose(1.3, work)
+    assert late is not None and late.model == "c"
+    turns.begun("c")
+    assert turns.order == ("c", "a", "b")
+    again = turns.choose(1.6, work)
+    assert again is not None and again.model == "b"
+    assert turns.order == ("b", "c", "a")
+    turns.left("b")
+    after = turns.choose(1.7, work)
+    assert after is not None and after.model == "c"
+
+
 def test_prompts_go_in_groups_in_the_order_of_the_first() -> None:
     turns = Groups(most=2)
     for name in "abaab":
-        turns.arrived(name)
+        turns.arrived(name, 1.0)
     gone = []
     while (turn := turns.choose(0.0, lambda _: Work(1, 1, 1))) is not None:
         gone.append(turn.model)

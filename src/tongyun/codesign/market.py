@@ -163,8 +163,8 @@ class Market:
         fleets = {name: self.fleet(name, part.pools) for name in part.models}
         if not part.shared:
             return [dedicated(name, fleet, router, chip) for name, fleet in fleets.items()]
-        limits_s = {name: self.models[name].slo.tpot_s for name in part.models}
-        return [shared(Sharing(fleets=fleets, limits_s=limits_s, spec=self.sharing, chip=chip))]
+        slos = {name: self.models[name].slo for name in part.models}
+        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip))]
 
     def _summed(self, order: Sequence[str], runs: Sequence[Run]) -> MarketPlayed:
         ended = [run.ended() for run in runs]

@@ -15,6 +15,7 @@ from tongyun.cloud.engine.shared import SharedLoop, Switching, Tenant
 from tongyun.cloud.engine.simulated import LeapingExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
+from tongyun.cloud.latency import Slo
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.residence import Footprint
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -50,10 +51,10 @@ class SharedPool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """Models on the same pools: each as the fleet it would be alone, and its limit between tokens."""
+    """Models on the same pools: each as the fleet it would be alone, and its limits."""
 
     fleets: Mapping[str, Fleet]
-    limits_s: Mapping[str, float | None]
+    slos: Mapping[str, Slo]
     spec: SharingSpec
     chip: Chip
 
@@ -150,7 +151,7 @@ class Sharing:
                 SharedLoop(
                     {name: tenant for name, (tenant, _) in each.items()},
                     memory,
-                    Groups() if pool.role == "prefill" else Rounds(),
+                    Groups() if pool.role == "prefill" or self.spec.turns == "requests" else Rounds(),
                     switching,
                     first=number,
                 )
@@ -176,14 +177,16 @@ class Sharing:
                     max_context_tokens=limits.max_context_tokens,
                 )
             executor = LeapingExecutor(tables[key], vocabulary=question.model.vocab)
-            limit_s = self.limits_s[name]
+            slo = self.slos[name]
             tenant = Tenant(
                 scheduler=Scheduler(limits),
                 executor=executor,
                 footprint=self.footprint(fleet, pool),
                 prices=tables[key],
                 context_tokens=question.isl + question.osl // 2,
-                limit_s=LIMIT_S if limit_s is None else limit_s,
+                limit_s=LIMIT_S if slo.tpot_s is None else slo.tpot_s,
+                # In a pool that only decodes it is there already.
+                first_s=float("inf") if slo.ttft_s is None or pool.role == "decode" else slo.ttft_s,
             )
             tenants[name] = tenant, executor
         return tenants

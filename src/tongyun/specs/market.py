@@ -12,6 +12,8 @@ from tongyun.specs.figure import BANDWIDTH, TIME, Figure
 from tongyun.specs.fleet import PoolSpec
 from tongyun.specs.form import Fact, Flag, Section, Sections, Text, Texts, Whole, has
 
+TURNS = ("tokens", "requests")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSpec:
@@ -53,6 +55,8 @@ class MarketPoolSpec(PoolSpec):
 class SharingSpec:
     """How the models of a shared pool come and go."""
 
+    turns: str = has(Text(TURNS), default="tokens")
+    """Between which a model may make way for another: `requests` end before it does, in groups."""
     host_gb: int | None = has(Whole(), default=None)
     """Host memory for weights and KV blocks, a chip's share; default enough."""
     host_bandwidth: Figure | None = has(Fact(BANDWIDTH), default=None)

@@ -67,8 +67,8 @@ class Engine(Protocol):
     def clock(self) -> Clock: ...
 
     @property
-    def models(self) -> tuple[tuple[str, int], ...]:
-        """Requests in flight by model, where there are several."""
+    def models(self) -> tuple[tuple[str, int, float], ...]:
+        """What there is to do by model, where there are several (see `Load`)."""
 
     def check(self, request: Request) -> None: ...
 
@@ -88,7 +88,7 @@ class Engine(Protocol):
 class EngineLoop:
     """One engine. Not thread-safe: whoever calls it owns scheduler and executor."""
 
-    models: tuple[tuple[str, int], ...] = ()
+    models: tuple[tuple[str, int, float], ...] = ()
 
     def __init__(
         self,

@@ -22,6 +22,9 @@ from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.cloud.sched.turns import Turns, Work
 from tongyun.errors import RequestError, unknown
 
+PATIENCE = 0.75
+"""Share of the limit on its first token after which a prompt goes before others' turns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tenant:
@@ -35,6 +38,8 @@ class Tenant:
     """Of a request half done, by which a turn is measured."""
     limit_s: float
     """The most mean time between tokens."""
+    first_s: float = float("inf")
+    """The most time to a first token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +80,8 @@ class SharedLoop:
             lambda name: tenants[name].scheduler.surrender(),
         )
         self._whose: dict[str, str] = {}
+        # Without a first token.
+        self._waiting: set[str] = set()
         self._counts: Counter[str] = Counter()
         self._active: str | None = None
         # When fetched weights are here, and when the link is free again.
@@ -93,10 +100,10 @@ class SharedLoop:
         return bool(self._whose)
 
     @property
-    def models(self) -> tuple[tuple[str, int], ...]:
-        """Requests in flight by model, those included whose weights lie ready for none."""
+    def models(self) -> tuple[tuple[str, int, float], ...]:
+        """Requests in flight by model, those included whose weights lie ready for none (see `Load`)."""
         names = dict.fromkeys([*self._counts, *self.residence.resident])
-        return tuple((name, self._counts[name]) for name in names)
+        return tuple((name, self._counts[name], self._share(name)) for name in names)
 
     def check(self, request: Request) -> None:
         """RequestError if `request` could never run."""
@@ -108,7 +115,8 @@ class SharedLoop:
         name = request.model or ""
         self._whose[request.id] = name
         self._counts[name] += 1
-        self._turns.arrived(name)
+        self._turns.arrived(name, request.arrival_s + PATIENCE * self._tenants[name].first_s)
+        self._waiting.add(request.id)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
@@ -138,6 +146,9 @@ class SharedLoop:
         if leap is not None:
             if leap.pieces:
                 self._turns.extend(leap.moment_s - begin_s)
+            for piece in leap.pieces:
+                if piece.samples:
+                    self._begun(piece.request.id, turn.model)
             self._after(leap.ended)
         return leap
 
@@ -150,6 +161,9 @@ class SharedLoop:
         if done is not None:
             if len(done.batch.pieces) > decoding:
                 self._turns.extend(done.moment_s - begin_s)
+            for piece in done.batch.pieces:
+                if piece.samples:
+                    self._begun(piece.request.id, self._active)
             self._after(done.ended)
         return done
 
@@ -174,12 +188,18 @@ class SharedLoop:
             raise RequestError(unknown("model", request.model or "", self._loops), param="model")
         return loop
 
+    def _begun(self, request_id: str, name: str) -> None:
+        if request_id in self._waiting:
+            self._waiting.remove(request_id)
+            self._turns.begun(name)
+
     def _left(self, ended: list[str]) -> None:
         for request_id in ended:
             name = self._whose.pop(request_id)
             self._counts[name] -= 1
             if not self._counts[name]:
                 del self._counts[name]
+            self._begun(request_id, name)
             self._turns.left(name)
 
     def _after(self, ended: Mapping[str, Finish]) -> None:
@@ -233,14 +253,22 @@ class SharedLoop:
     def _count(self, name: str, **more: float) -> None:
         self._switched[name] = self._switched[name].plus(**more)
 
-    def _work(self, name: str) -> Work:
-        """What a model asks of a round, its requests all decoding, each half done."""
+    def _share(self, name: str) -> float:
+        """Of the instance's time, that keeps the model's time between tokens."""
+        return self._step_s(name) / self._tenants[name].limit_s if self._counts[name] else 0.0
+
+    def _step_s(self, name: str) -> float:
+        """Seconds of a step of a model's requests, all decoding and each half done."""
         tenant = self._tenants[name]
         running = min(self._counts[name], tenant.scheduler.config.max_sequences)
         key = name, running
         if key not in self._steps_s:
             self._steps_s[key] = tenant.prices.mixed(running, running * tenant.context_tokens, (), running)[0]
+        return self._steps_s[key]
+
+    def _work(self, name: str) -> Work:
+        """What a model asks of a round."""
         missing_s = self.residence.missing_bytes(name) / self._switching.bytes_per_s
         if name not in self.residence.resident:
             missing_s += self._switching.start_s
-        return Work(step_s=self._steps_s[key], limit_s=tenant.limit_s, switch_s=missing_s)
+        return Work(self._step_s(name), self._tenants[name].limit_s, missing_s)

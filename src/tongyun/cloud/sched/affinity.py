@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Load
 
-CROWD = 16
-"""Requests of a model that go to one instance before another takes some, if that has fewer models."""
+CROWD = 32
+"""Requests of a model that go to one instance before another takes some, if less is asked of that."""
 
 
 class ByModel:
     """Where the model has requests, for they share its steps, or where its weights lie and nobody's work.
 
-    Else where fewest models have requests; of equals, one that holds its weights, then the
-    least loaded. For one model this is `LeastLoad`.
+    Else where the models that have requests ask for the least time; of equals, one that holds its
+    weights, then the least loaded. For one model this is `LeastLoad`.
     """
 
     def __init__(self, crowd: int = CROWD) -> None:
@@ -23,10 +23,10 @@ class ByModel:
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         model = request.model or ""
-        known = [dict(load.models) for load in loads]
-        at_work = [sum(count > 0 for count in models.values()) for models in known]
+        known = [{name: count for name, count, _ in load.models} for load in loads]
+        at_work = [sum(share for _, _, share in load.models) for load in loads]
 
-        def rank(index: int) -> tuple[int, bool, Load, int]:
+        def rank(index: int) -> tuple[float, bool, Load, int]:
             return at_work[index], model not in known[index], loads[index], index
 
         at_it = [

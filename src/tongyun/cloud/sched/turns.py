@@ -9,6 +9,7 @@ time; they know no memory, no clock and no price.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
@@ -41,11 +42,14 @@ class Turn(NamedTuple):
 class Turns(Protocol):
     """Chooses the model that runs next, among those with requests in flight."""
 
-    def arrived(self, model: str) -> None:
-        """One more request in flight."""
+    def arrived(self, model: str, due_s: float) -> None:
+        """One more request in flight; its first token is due."""
+
+    def begun(self, model: str) -> None:
+        """The first token of the model's oldest request without one is there."""
 
     def left(self, model: str) -> None:
-        """One fewer."""
+        """One fewer in flight."""
 
     def choose(self, now_s: float, work: Callable[[str], Work]) -> Turn | None:
         """The turn that goes on or begins now; None where no request is in flight."""
@@ -62,40 +66,67 @@ class Rounds:
     """One model after the other, each for as long as keeps its time between tokens.
 
     A model whose turn ends with requests left goes behind all others; one that gets its
-    first request does too. Alone, it goes on.
+    first request does too. Alone, it goes on. One whose prompt is about to be late goes
+    first, and who was at work goes on behind it.
     """
 
     def __init__(self, most_s: float = MOST_TURN_S) -> None:
         self._most_s = most_s
         # Requests in flight, in the order of turns.
         self._queue: dict[str, int] = {}
+        # When their first tokens are due, of those without one.
+        self._due_s: dict[str, deque[float]] = {}
         self._turn: Turn | None = None
 
-    def arrived(self, model: str) -> None:
+    def arrived(self, model: str, due_s: float) -> None:
         self._queue[model] = self._queue.get(model, 0) + 1
+        if due_s < float("inf"):
+            self._due_s.setdefault(model, deque()).append(due_s)
+
+    def begun(self, model: str) -> None:
+        due_s = self._due_s.get(model)
+        if due_s:
+            due_s.popleft()
+            if not due_s:
+                del self._due_s[model]
 
     def left(self, model: str) -> None:
         self._queue[model] -= 1
         if not self._queue[model]:
             del self._queue[model]
+            self._due_s.pop(model, None)
             if self._turn is not None and self._turn.model == model:
                 self._turn = None
 
     def choose(self, now_s: float, work: Callable[[str], Work]) -> Turn | None:
         queue, turn = self._queue, self._turn
         alone = len(queue) == 1
-        if turn is not None:
-            if now_s < turn.end_s and (alone or turn.end_s < float("inf")):
-                return turn
-            if turn.end_s < float("inf"):
-                # It had its time; what is left of it goes behind the others.
-                queue[turn.model] = queue.pop(turn.model)
+        late = self._late(now_s)
+        if turn is not None and now_s >= turn.end_s:
+            # It had its time; what is left of it goes behind the others, late or not.
+            queue[turn.model] = queue.pop(turn.model)
+            late = self._late(now_s, but=turn.model)
+        elif turn is not None and late in (None, turn.model) and (alone or turn.end_s < float("inf")):
+            return self._until_due(turn)
+        if late is not None:
+            self._queue = queue = {late: queue.pop(late), **queue}
         model = next(iter(queue), None)
         if model is None:
             return None
         end_s = float("inf") if alone else now_s + self._quota_s(model, work)
         self._turn = Turn(model, end_s)
-        return self._turn
+        return self._until_due(self._turn)
+
+    def _until_due(self, turn: Turn) -> Turn:
+        """What is left of a turn before another model's prompt is due."""
+        dues_s = [due_s[0] for model, due_s in self._due_s.items() if model != turn.model]
+        return Turn(turn.model, min(turn.end_s, *dues_s)) if dues_s else turn
+
+    def _late(self, now_s: float, *, but: str | None = None) -> str | None:
+        """The model, `but` for one, whose oldest prompt has been due for longest, if any is."""
+        late = [(dues_s[0], name) for name, dues_s in self._due_s.items() if name != but]
+        due_s, model = min(late, default=(float("inf"), None))
+        return model if due_s <= now_s else None
 
     def extend(self, seconds: float) -> None:
         if self._turn is not None:
@@ -135,12 +166,15 @@ class Groups:
         # Model, requests that are left, and how many have ever joined.
         self._groups: list[tuple[str, int, int]] = []
 
-    def arrived(self, model: str) -> None:
+    def arrived(self, model: str, due_s: float) -> None:
         for index, (name, left, joined) in enumerate(self._groups):
             if name == model and joined < self._most:
                 self._groups[index] = name, left + 1, joined + 1
                 return
         self._groups.append((model, 1, 1))
+
+    def begun(self, model: str) -> None:
+        """Whose first token is there is over."""
 
     def left(self, model: str) -> None:
         index = next(i for i, group in enumerate(self._groups) if group[0] == model)
