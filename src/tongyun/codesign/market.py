@@ -144,15 +144,13 @@ class Market:
             raise InputError("the load is empty: nothing to simulate")
         runs = [run for part in self.parts for run in self._runs(part, router, chip)]
         of = {name: run for run in runs for name in run.models}
-        order: list[str] = []
         # One range of tokens for all, so that a request does not depend on the others' models.
         vocabulary = min(one.question.model.vocab for one in self.models.values())
         for request in requests(self.named(arrivals, seed=seed), vocabulary=vocabulary, seed=seed):
             of[request.model or ""].send(request)
-            order.append(request.id)
         for run in runs:
             run.finish()
-        return self._summed(order, runs)
+        return self._summed(runs)
 
     def fleet(self, name: str, pools: tuple[Pool, ...]) -> Fleet:
         """The pools as if they were one model's."""
@@ -166,10 +164,9 @@ class Market:
         slos = {name: self.models[name].slo for name in part.models}
         return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip))]
 
-    def _summed(self, order: Sequence[str], runs: Sequence[Run]) -> MarketPlayed:
+    def _summed(self, runs: Sequence[Run]) -> MarketPlayed:
         ended = [run.ended() for run in runs]
-        by_id = {record.id: record for one in ended for record in one.records}
-        records, slo = [by_id[name] for name in order], self.slo
+        records, slo = [record for one in ended for record in one.records], self.slo
         report = summarise(records, slo)
         groups = grouped(records, lambda record: record.model, slo)
         price = next(iter(self.models.values())).question.price
