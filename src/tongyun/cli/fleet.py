@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import typer
 
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet, Pool
     from tongyun.specs import FleetSpec, PoolSpec
 
@@ -43,18 +44,19 @@ def read_fleet(
     """A fleet file and the fleet it describes, which has to hold a request of `isl` and `osl` tokens."""
     from tongyun.cli.plan import ask
     from tongyun.cloud.sched.router import find_router
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
     from tongyun.specs import find_fleet
 
     spec = find_fleet(path)
     find_router(spec.router)
-    pools = tuple(_pool(each) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    chips = sum(each.replicas * each.tp * each.dp for each in spec.pool)
     question = ask(
         {
             "model": spec.model,
             "chip": spec.chip,
-            "chips": sum(pool.chips for pool in pools),
+            "chips": chips,
             "isl": isl,
             "osl": osl,
         },
@@ -64,7 +66,17 @@ def read_fleet(
         usd_per_chip_hour=usd_per_chip_hour,
     )
     tiers = None if spec.cache is None else CacheTiers(spec=spec.cache)
-    return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
+    experts = None
+    if spec.experts is not None:
+        experts = ExpertLoads(spec=spec.experts, model=question.model, file=path)
+    pools = (_pool(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    return spec, Fleet(
+        question=question,
+        pools=tuple(pools),
+        prefix_caching=spec.prefix_caching,
+        tiers=tiers,
+        experts=experts,
+    )
 
 
 def typed(context: typer.Context) -> set[str]:
@@ -80,13 +92,14 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
-def _pool(spec: PoolSpec) -> Pool:
+def _pool(spec: PoolSpec, experts: ExpertLoads | None) -> Pool:
     from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
     from tongyun.model.shard import Shard
 
+    picks = () if experts is None else experts.picks(spec.ep)
     plan = Plan(
-        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp),
+        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp, expert_picks=picks),
         batch=spec.batch,
         step_tokens=spec.step_tokens,
         replicas=spec.replicas,
