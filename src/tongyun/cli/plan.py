@@ -284,8 +284,12 @@ def ask(
     tpot_s: float | None,
     dtypes: tuple[str | None, str | None],
     usd_per_chip_hour: float | None,
+    precision: Precision | None = None,
 ) -> Question:
-    """The question behind the flags; wrong names raise `InputError` with near ones."""
+    """The question behind the flags; wrong names raise `InputError` with near ones.
+
+    A whole `precision`, where it is known, stands for `dtypes`.
+    """
     from tongyun.codesign.space import Question
     from tongyun.model.config import ModelConfig
     from tongyun.specs import find_chip, find_model
@@ -300,7 +304,7 @@ def ask(
         chips=given["chips"],
         isl=given["isl"],
         osl=given["osl"],
-        precision=_precision(config, spec, dtype, kv_dtype),
+        precision=precision or _precision(config, spec, dtype, kv_dtype),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tongyun.cli.fleet import read_fleet, refuse_told, typed
+from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
 from tongyun.cli.plan import ask
 from tongyun.cli.simulated import as_json, show
 from tongyun.errors import Infeasible, InputError
@@ -27,6 +27,9 @@ def simulate(
     fleet: Annotated[
         Path | None, typer.Option(help="TOML file: model, chip, pools, router; no flags for them then.")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What `tongyun plan --json` wrote: its best plan is the fleet.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hugging Face id in the catalogue, or a directory.")
     ] = None,
@@ -39,7 +42,8 @@ def simulate(
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV of moments and lengths.")
+        Path | None,
+        typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV or Parquet file of moments and lengths."),
     ] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
     skip_bad: Annotated[
@@ -140,26 +144,32 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, pools_of
+    from tongyun.codesign.fleet import Fleet, of_groups, pools_of
 
     isl, osl = _lengths(arrivals)
+    price = given["usd_per_chip_hour"]
     if given["fleet"] is not None:
+        if given["plan"] is not None:
+            raise InputError("the fleet comes from one of --fleet and --plan, not both")
         refuse_told(typed(given["context"]))
-        spec, fleet = read_fleet(
-            given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=given["usd_per_chip_hour"]
-        )
+        spec, fleet = read_fleet(given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=price)
         return spec.router, fleet
+    if given["plan"] is not None:
+        refuse_told(typed(given["context"]), PLANNED, "--plan says that")
+        question, plan = read_plan(given, isl=isl, osl=osl)
+        pools = pools_of(of_groups(plan), given["prefill_replicas"])
+        return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
-            raise InputError(f"--{name} is missing; or --fleet names a file that says it")
+            raise InputError(f"--{name} is missing; or --fleet or --plan names a file that says it")
     question = ask(
         {**given, "isl": isl, "osl": osl},
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
         dtypes=(given["dtype"], given["kv_dtype"]),
-        usd_per_chip_hour=given["usd_per_chip_hour"],
+        usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else _best_plan(question)
+    plan = _given_plan(given, question) if given["tp"] is not None else of_groups(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 

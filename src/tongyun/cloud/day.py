@@ -107,7 +107,7 @@ class Steps:
 
 def _scaled(factors: Sequence[float]) -> Array:
     values = np.asarray(factors, dtype=np.float64)
-    return values / values.mean()
+    return np.asarray(values / values.mean())
 
 
 def _check_period(period_s: float) -> None:

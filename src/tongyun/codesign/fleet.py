@@ -23,16 +23,16 @@ from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
+from tongyun.codesign.fit import check_fit
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.codesign.tiers import CacheTiers
 from tongyun.cost import usd_per_mtoken
-from tongyun.errors import Infeasible, InputError
+from tongyun.errors import InputError
 from tongyun.model.shard import slice_of
-from tongyun.model.steps import kv_bytes, weight_bytes
+from tongyun.model.steps import kv_bytes
 from tongyun.specs import Chip
-from tongyun.units import GB, Source
+from tongyun.units import Source
 
 BLOCK_TOKENS = 64
 """Tokens of a KV block: several of an engine's 16 at a time, so that a long prompt is named quickly."""
@@ -117,6 +117,11 @@ class Engines:
         return busy + chip.idle_w * shard.ranks / shard.dp * resting_s
 
 
+def of_groups(plan: Plan) -> Plan:
+    """The planner's plan, whose batch is a replica's, as a fleet takes it: for each attention group."""
+    return replace(plan, batch=max(1, plan.batch // plan.shard.dp))
+
+
 def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
     """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode."""
     if not 0 <= prefill_replicas < max(plan.replicas, 1):
@@ -169,28 +174,15 @@ class Fleet:
         Infeasible with the bytes that are missing, where weights and activations leave no room
         for one request of the question's lengths.
         """
-        question = self.question
-        model, precision, part = question.model, question.precision, slice_of(question.model, plan.shard)
-        room = USABLE_MEMORY * chip.memory_bytes - weight_bytes(model, plan.shard, precision)
-        tokens, sequences = np.array(plan.step_tokens), np.array(plan.batch)
-        room -= float(activation_bytes(question, part, tokens, sequences))
-        each = self.block_tokens * float(kv_bytes(model, 1, precision, part))
-        longest = -(-(question.isl + question.osl) // self.block_tokens)
-        if room < longest * each:
-            lacking = (longest * each - room) / GB
-            raise Infeasible(
-                f"{model.name} does not fit: a rank of {chip.name} lacks {lacking:.3g} GB "
-                f"for weights, activations and the keys and values of one request"
-            )
-        blocks = int(room // each)
+        held = check_fit(self.question, chip, plan, self.block_tokens)
         return SchedulerConfig(
-            blocks=blocks,
+            blocks=held.blocks,
             block_tokens=self.block_tokens,
-            max_context_tokens=min(model.max_positions, blocks * self.block_tokens),
+            max_context_tokens=min(self.question.model.max_positions, held.blocks * self.block_tokens),
             max_sequences=plan.batch,
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
-            tiers=None if self.tiers is None else self.tiers.blocks(each),
+            tiers=None if self.tiers is None else self.tiers.blocks(held.block_bytes),
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
