@@ -70,6 +70,7 @@ def simulate(
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
 
     slo = _slo(ttft_ms, tpot_ms)
@@ -77,7 +78,14 @@ def simulate(
     arrivals = _arrivals(given)
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
-    played = asked.play(arrivals, find_router(router), chip=asked.question.chip.at(), seed=seed, slo=slo)
+    played = asked.play(
+        arrivals,
+        find_router(router),
+        chip=asked.question.chip.at(),
+        seed=seed,
+        slo=slo,
+        recorder=Recorder(),
+    )
     seconds = time.perf_counter() - begun
     if json:
         from tongyun.report import to_json

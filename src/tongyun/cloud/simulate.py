@@ -90,14 +90,20 @@ class Front:
 
     def open(self, index: int) -> None:
         """Let an engine be given requests, those held first."""
-        self.instances[index].up = True
+        self._turn(index, True)
         held, self._held = self._held, []
         for request in held:
             self._place(request)
 
     def close(self, index: int) -> None:
         """Give an engine no further request; those it has go on."""
-        self.instances[index].up = False
+        self._turn(index, False)
+
+    def _turn(self, index: int, up: bool) -> None:
+        one = self.instances[index]
+        one.up = up
+        if one.loop.tape is not None:
+            one.loop.tape.turned(up, self._now_s)
 
     @property
     def held(self) -> int:

@@ -19,6 +19,7 @@ from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.record import Recorder, Recording
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
@@ -53,6 +54,8 @@ class Played:
     classes: Mapping[str, Group] = field(default_factory=dict)
     """By class of service; empty where no request names one, as are `models`."""
     models: Mapping[str, Group] = field(default_factory=dict)
+    recording: Recording | None = None
+    """Over time, where it was asked for."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -102,6 +105,14 @@ class Engines:
     loops: tuple[EngineLoop, ...]
     executors: tuple[SimulatedExecutor, ...]
     table: StepTable
+
+    def tell(self, recorder: Recorder) -> None:
+        """Let a recorder know what the engines do."""
+        blocks = self.loops[0].stats().kv_blocks_total
+        for loop, tape in zip(
+            self.loops, recorder.pool(self.pool.role, len(self.loops), blocks), strict=True
+        ):
+            loop.tape = tape
 
     @property
     def shortest_s(self) -> float:
@@ -244,12 +255,19 @@ class Fleet:
         chip: Chip,
         seed: int = 0,
         slo: Slo | None = None,
+        recorder: Recorder | None = None,
     ) -> Played:
-        """Send `arrivals` through `router`; the same arguments give the same result to the last bit."""
+        """Send `arrivals` through `router`; the same arguments give the same result to the last bit.
+
+        A `recorder` takes down what happens over time, and changes nothing of it.
+        """
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
         question = self.question
         pools = [self.engines(pool, chip) for pool in self.pools]
+        if recorder is not None:
+            for pool in pools:
+                pool.tell(recorder)
         load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
         results: Sequence[Sequence[Simulated]]
         if len(pools) == 2:
@@ -283,4 +301,5 @@ class Fleet:
             ),
             classes=grouped(records, lambda record: record.priority_class, slo),
             models=grouped(records, lambda record: record.model, slo),
+            recording=None if recorder is None else recorder.recording(records),
         )
