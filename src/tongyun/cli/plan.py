@@ -15,6 +15,8 @@ import typer
 from tongyun.cli.planned import as_json, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tongyun.codesign.demand import Demand
     from tongyun.codesign.explain import Explanation
     from tongyun.codesign.plan import Answer
@@ -264,11 +266,11 @@ def _refuse(main: Answer | None, answers: list[Answer]) -> None:
     raise Infeasible(f"no plan for {question.model.name} on {on}: {failed[0].limit}")
 
 
-def command(given: dict[str, Any]) -> str:
-    """The command line that these flags come from, in their order, defaults left out."""
-    words = ["tongyun", "plan"]
-    for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
+def command(given: Mapping[str, Any], name: str = "plan") -> str:
+    """The command line that these flags come from, in their order; those that are off are left out."""
+    words = ["tongyun", name]
+    for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else []
         elif value is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
-from tongyun.cli.plan import ask
+from tongyun.cli.plan import ask, command
 from tongyun.cli.simulated import as_json, show
 from tongyun.errors import Infeasible, InputError
 
@@ -67,12 +67,16 @@ def simulate(
     usd_per_chip_hour: Annotated[float | None, typer.Option(help="Your price.")] = None,
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
+    html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
     from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
 
+    if html is not None and html.exists() and not force:
+        raise InputError(f"{html}: already there; --force replaces")
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
@@ -94,8 +98,22 @@ def simulate(
     else:
         show(asked, played, router)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
+    if html is not None:
+        from tongyun.codesign.launch import write_files
+        from tongyun.codesign.run_page import page
+
+        text = page(asked, played, router=router, command=_told(given))
+        write_files({html.name: text}, html.parent, force=force)
+        typer.echo(f"wrote {html}", err=True)
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+
+
+def _told(given: dict[str, Any]) -> str:
+    """The command line, without what was left at its default."""
+    names = typed(given["context"])
+    off = {f"no_{name}": True for name in names if given[name] is False}
+    return command({**{name: given[name] for name in given if name in names}, **off}, "simulate")
 
 
 def _slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo:

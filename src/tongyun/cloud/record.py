@@ -58,6 +58,7 @@ class Series:
     prompt_tokens_per_s: Array
     batch: Array
     """Requests that decode in a step, mean over the time in steps; 0 where there is none."""
+    steps_per_s: Array
     busy: Array
     """Share of the engines that are in a step."""
     engines: Array
@@ -137,6 +138,7 @@ class Recorder:
             decode_tokens_per_s=column["decode_tokens"],
             prompt_tokens_per_s=column["prompt_tokens"],
             batch=np.divide(column["joined"], busy, out=np.zeros_like(busy), where=busy > 0),
+            steps_per_s=column["steps"],
             busy=busy / pool.engines,
             engines=_up(pool.changes, pool.engines, self.width_s, spans_s),
         )

@@ -38,6 +38,12 @@ def key(style: str, name: str) -> str:
     return f'<span class="name"><i class="key {style}"></i>{escape(name)}</span>'
 
 
+def figure(title: str, keys: Iterable[tuple[str, str]], drawn: str) -> str:
+    """A drawing under its title and a legend of styles and names."""
+    legend = "".join(key(style, name) for style, name in keys)
+    return f"<figure><figcaption><b>{escape(title)}</b>{legend}</figcaption>{drawn}</figure>"
+
+
 def chip_facts(chip: ChipSpec, price: PriceSpec | None) -> str:
     """Every figure of a chip and its price, with its kind and its source."""
     rows = [_figure_row(name, figure, dimension.si_unit) for name, figure, dimension in facts(chip)]
@@ -79,7 +85,7 @@ h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; } h2 { font-size: 19px;
 h3 { font-size: 15px; margin: 24px 0 4px; }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px;
   white-space: pre-wrap; word-break: break-word; font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(142px, 1fr)); gap: 12px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
   display: flex; flex-direction: column; }
 .card b { font-size: 18px; } .card em { font-style: normal; font-size: 13px; color: var(--soft); }
@@ -97,6 +103,18 @@ svg { width: 100%; height: auto; } svg text { fill: var(--text); font-size: 12px
 .best { fill: var(--best); } .in { fill: var(--in); } .out { fill: var(--out); }
 .memory { fill: var(--memory); } .compute { fill: var(--compute); } .link { fill: var(--link); }
 .launch { fill: var(--launch); } .host { fill: var(--host); }
+.panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(400px, 1fr)); gap: 8px 20px; }
+figure { margin: 10px 0 0; min-width: 0; } figcaption { font-size: 13px; color: var(--soft); }
+figcaption b { color: var(--text); font-weight: 600; margin-right: 4px; }
+.curve { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .area { opacity: 0.16; stroke: none; }
+.rule { stroke: var(--best); stroke-width: 1.2; stroke-dasharray: 4 3; }
+.curve.c0 { stroke: var(--in); } .curve.c1 { stroke: var(--compute); } .curve.c2 { stroke: var(--host); }
+.curve.c3 { stroke: var(--link); } .curve.c4 { stroke: var(--best); } .curve.c5 { stroke: var(--out); }
+.area.c0 { fill: var(--in); } .area.c1 { fill: var(--compute); } .area.c2 { fill: var(--host); }
+.area.c3 { fill: var(--link); } .area.c4 { fill: var(--best); } .area.c5 { fill: var(--out); }
+.key.c0 { background: var(--in); } .key.c1 { background: var(--compute); }
+.key.c2 { background: var(--host); }
+.key.c3 { background: var(--link); } .key.c4 { background: var(--best); } .key.c5 { background: var(--out); }
 .key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 10px; }
 .key.best { background: var(--best); } .key.in { background: var(--in); } .key.out { background: var(--out); }
 .key.memory { background: var(--memory); } .key.compute { background: var(--compute); }
