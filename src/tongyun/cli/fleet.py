@@ -1,4 +1,4 @@
-"""What a fleet file names, looked up: the model, the chip, the cuts of the pools.
+"""What a fleet file or a plan names, looked up: the model, the chip, the cuts of the pools.
 
 Shared by `simulate`, which plays a load on the fleet, and `serve --twin`, which answers
 requests at its pace.
@@ -6,10 +6,12 @@ requests at its pace.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tongyun.errors import InputError
+from tongyun.errors import InputError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
     from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet, Pool
+    from tongyun.codesign.plan import Plan
+    from tongyun.codesign.space import Question
+    from tongyun.model.graph import Precision
     from tongyun.specs import FleetSpec, PoolSpec
 
 TOLD = (
@@ -36,6 +41,9 @@ TOLD = (
     "kv_dtype",
 )
 """Flags whose part a fleet file takes over."""
+
+PLANNED = ("chips", "tp", "ep", "dp", "batch", "step_tokens", "dtype", "kv_dtype")
+"""And those that a plan's file takes over; --model and --chip may say where its files are."""
 
 
 def read_fleet(
@@ -77,6 +85,104 @@ def read_fleet(
         tiers=tiers,
         experts=experts,
     )
+
+
+def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:
+    """The best plan that `tongyun plan --json` wrote to the file `given["plan"]`, and what it was for."""
+    from tongyun.cli.plan import ask
+    from tongyun.codesign.plan import Plan
+    from tongyun.model.shard import Shard
+
+    file = given["plan"]
+    told = _read_answer(file)
+    if told["best"] is None:
+        raise SpecError(file, "best", f"there is no plan: {told.get('limit')}")
+    cut = _under(file, told["best"], "best", "plan")
+    axes = {axis: _whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp")}
+    price = given["usd_per_chip_hour"]
+    question = ask(
+        {
+            "model": given["model"] or told["model"],
+            "chip": given["chip"] or told["chip"],
+            "chips": _whole(file, told, "chips", under=""),
+            "isl": isl,
+            "osl": osl,
+        },
+        ttft_s=None,
+        tpot_s=None,
+        dtypes=(None, None),
+        usd_per_chip_hour=told.get("usd_per_chip_hour") if price is None else price,
+        precision=_stored(file, told),
+    )
+    for key, name in (("model", question.model.name), ("chip", question.chip.name)):
+        if told[key] != name:
+            raise SpecError(file, key, f"the plan is for {told[key]}, not {name}")
+    plan = Plan(
+        shard=Shard(**axes),
+        batch=_whole(file, cut, "batch"),
+        step_tokens=_whole(file, cut, "step_tokens"),
+        replicas=_whole(file, cut, "replicas"),
+        idle_chips=_whole(file, cut, "idle_chips", least=0),
+    )
+    return question, plan
+
+
+def _read_answer(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    keys = ("model", "chip", "chips", "best", "precision")
+    lacking = [key for key in keys if not isinstance(told, dict) or key not in told]
+    if lacking:
+        raise SpecError(
+            file, lacking[0], "missing; accepted: what `tongyun plan --chip … --json` wrote, whole"
+        )
+    for key in ("model", "chip"):
+        if not isinstance(told[key], str):
+            raise SpecError(file, key, f"expected a text, got {told[key]!r}")
+    return dict(told)
+
+
+def _under(file: Path, told: object, where: str, key: str) -> Mapping[str, Any]:
+    found = told.get(key) if isinstance(told, dict) else None
+    if not isinstance(found, dict):
+        raise SpecError(file, f"{where}.{key}", f"expected an object, got {found!r}")
+    return found
+
+
+def _whole(
+    file: Path, told: Mapping[str, Any], key: str, *, least: int = 1, under: str = "best.plan."
+) -> int:
+    value = told.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SpecError(file, f"{under}{key}", f"expected a whole number ≥ {least}, got {value!r}")
+    return value
+
+
+def _stored(file: Path, told: Mapping[str, Any]) -> Precision:
+    """The plan's types, each under the name of its field."""
+    import dataclasses
+
+    from tongyun.model.graph import Precision
+    from tongyun.units import DType
+
+    fields = _under(file, told, "", "precision")
+    names = [field.name for field in dataclasses.fields(Precision)]
+    strange = [key for key in fields if key not in names]
+    if strange:
+        raise SpecError(file, f"precision.{strange[0]}", f"unknown; accepted: {', '.join(names)}")
+    try:
+        told_types: dict[str, Any] = {
+            key: DType(value) if isinstance(value, str) else value for key, value in fields.items()
+        }
+        return Precision(**told_types)
+    except ValueError as error:
+        raise SpecError(file, "precision", str(error)) from error
 
 
 def typed(context: typer.Context) -> set[str]:

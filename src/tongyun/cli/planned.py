@@ -41,6 +41,8 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "chips": question.chips,
         "isl": question.isl,
         "osl": question.osl,
+        "precision": question.precision,
+        "usd_per_chip_hour": None if question.price is None else question.price.chip_hour.value,
         "best": None if answer.best is None else _offer_json(answer.best),
         "pareto": [_offer_json(offer) for offer in answer.pareto],
         "limit": answer.limit,

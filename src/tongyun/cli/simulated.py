@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tongyun.cloud.latency import Group
+    from tongyun.cloud.record import Recording
     from tongyun.codesign.fleet import Fleet, Played, Pool
 
 # ── for programs ─────────────────────────────────────────────────────────────────────
@@ -31,6 +32,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "prefix_hits": played.prefix_hits,
         "tier_hits": _tier_hits(fleet, played),
         "expert_crowding": _crowding(fleet),
+        "kv_occupancy": None if played.recording is None else _occupancy_json(played.recording),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
         "classes": _groups_json(played.classes, played),
@@ -38,6 +40,13 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "engines": played.engines,
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }
+
+
+def _occupancy_json(recording: Recording) -> list[dict[str, Any]]:
+    return [
+        {"pool": one.role, "mean": part.mean, "p99": part.p99, "most": part.most}
+        for one, part in zip(recording.series, recording.occupancy, strict=True)
+    ]
 
 
 def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
@@ -108,6 +117,7 @@ def _figures(fleet: Fleet, played: Played) -> Table:
             [f"busiest expert rank, ep{ep}", f"{times:.2f} × the mean"]
             for ep, times in _crowding(fleet).items()
         ),
+        *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
@@ -117,6 +127,20 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _occupied(played: Played) -> list[tuple[str, str]]:
+    """Of each pool, the share of its KV blocks that requests hold: mean, p99 and most."""
+    if played.recording is None:
+        return []
+    pairs = list(zip(played.recording.series, played.recording.occupancy, strict=True))
+    return [
+        (
+            "KV occupied: mean, p99, max" if len(pairs) == 1 else f"KV occupied, {one.role}",
+            f"{part.mean:.1%}, {part.p99:.1%}, {part.most:.1%}",
+        )
+        for one, part in pairs
+    ]
 
 
 def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:

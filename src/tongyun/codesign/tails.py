@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tongyun.cloud.latency import Percentiles, Slo
 from tongyun.cloud.sched.router import LeastLoad
 from tongyun.codesign.demand import Demand
-from tongyun.codesign.fleet import Fleet, Played, pools_of
+from tongyun.codesign.fleet import Fleet, Played, of_groups, pools_of
 from tongyun.codesign.plan import Answer, Offer, Plan
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
@@ -127,9 +127,9 @@ def _play(answer: Answer, demand: Demand, plan: Plan, offer: Offer) -> Trial:
     question = answer.question
     chips = plan.replicas * plan.shard.ranks
     slo = Slo(ttft_s=question.ttft_s, tpot_s=question.tpot_s)
-    # A fleet's batch and budget are a group's. Free chips are not part of it.
-    grouped = replace(plan, batch=max(1, plan.batch // plan.shard.dp), idle_chips=0)
-    fleet = Fleet(question=replace(question, chips=chips), pools=pools_of(grouped))
+    # Free chips are not part of it.
+    pools = pools_of(of_groups(replace(plan, idle_chips=0)))
+    fleet = Fleet(question=replace(question, chips=chips), pools=pools)
     played = fleet.play(demand.arrivals, LeastLoad(), chip=question.chip.at(), slo=slo)
     report = played.report
     ttft, tpot = report.ttft_s or _NEVER, report.tpot_s or _NEVER
