@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tongyun.model.config import Experts, Latent, ModelConfig
 from tongyun.model.graph import Attends, Kind, Operator, Precision, Routed, Sequences, StepShape
 from tongyun.model.shard import Shard, Slice
@@ -51,6 +53,15 @@ def matmul(name: str, size: tuple[Number, int, int], store: Storage, *, repeat: 
 def elementwise(name: str, kind: Kind, read: Number, write: Number, *, repeat: int) -> Operator:
     """A pass over memory: bytes read and written, no products."""
     return Operator(name=name, kind=kind, repeat=repeat, read_bytes=read, write_bytes=write)
+
+
+def _together(group: Sequences) -> tuple[int, Sequences]:
+    """Decoding sequences with several new tokens each, as kernels take them: every position's heads
+    are further rows beside those of the first, over one pass of the cache."""
+    if group.ragged or np.ndim(group.new) or int(group.new) == 1:
+        return 1, group
+    new = int(group.new)
+    return new, replace(group, new=1, context=group.context + (new - 1))
 
 
 def touched_experts(experts: Experts, tokens: Number) -> Number:
@@ -207,17 +218,18 @@ class Layers:
         """4·d FLOPs for each head and query-key pair; keys and values read once."""
         heads, width = self.part.heads, self.config.head_dim
         tokens, kv = group.tokens, self.precision.kv.bytes
+        rows, seen = _together(group) if group is self.shape.decode else (1, group)
         return Operator(
             name=name,
             kind=Kind.ATTENTION,
             repeat=layers,
             m=tokens * heads,
-            n=heads,
+            n=rows * heads,
             k=width,
             groups=group.sequences,
             compute=self.precision.activations,
             attends=Attends(
-                group=group,
+                group=seen,
                 key_heads=self.part.kv_heads,
                 width=width,
                 value_width=width,
@@ -308,17 +320,18 @@ class Layers:
         """Decode: queries move into the latent space, so that all heads read the cache as it is, once."""
         heads, layers, rank = self.part.heads, self.part.layers, latent.kv_rank
         wide = rank + latent.rope_dim
+        rows, seen = _together(group)
         attend = Operator(
             name="attention_decode",
             kind=Kind.ATTENTION,
             repeat=layers,
             m=group.tokens * heads,
-            n=heads,
+            n=rows * heads,
             k=wide,
             groups=group.sequences,
             compute=self.precision.activations,
             attends=Attends(
-                group=group,
+                group=seen,
                 key_heads=1,
                 width=wide,
                 value_width=rank,
