@@ -98,7 +98,7 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
     if told["best"] is None:
         raise SpecError(file, "best", f"there is no plan: {told.get('limit')}")
     cut = _under(file, told["best"], "best", "plan")
-    axes = {axis: _whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp")}
+    tp, pp, ep, dp = (_whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp"))
     price = given["usd_per_chip_hour"]
     question = ask(
         {
@@ -118,7 +118,7 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
         if told[key] != name:
             raise SpecError(file, key, f"the plan is for {told[key]}, not {name}")
     plan = Plan(
-        shard=Shard(**axes),
+        shard=Shard(tp=tp, pp=pp, ep=ep, dp=dp),
         batch=_whole(file, cut, "batch"),
         step_tokens=_whole(file, cut, "step_tokens"),
         replicas=_whole(file, cut, "replicas"),
