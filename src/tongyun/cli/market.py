@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from tongyun.cli.fleet import pool_of, refuse_told, typed
+from tongyun.cli.fleet import TOLD, pool_of, refuse_told, typed
 from tongyun.cli.plan import ask
 from tongyun.errors import Infeasible, InputError
 
@@ -30,7 +30,9 @@ def simulate(given: Mapping[str, Any], spec: MarketSpec, arrivals: Sequence[Arri
     """Play the load on the file's models, and show or write what came of it."""
     from tongyun.cloud.sched.router import find_router
 
-    refuse_told(typed(given["context"]))
+    given_flags = typed(given["context"])
+    refuse_told(given_flags, (*TOLD, "plan"))
+    refuse_told(given_flags, ("html",), "not written for several models")
     find_router(spec.router)
     market = read_market(
         given["fleet"], spec, arrivals, slo=slo, usd_per_chip_hour=given["usd_per_chip_hour"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Leap, Turn
-from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, TokenEvent
+from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent
 from tongyun.cloud.engine.simulated import DecodeCosts
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.residence import Footprint, Residence
@@ -94,6 +94,16 @@ class SharedLoop:
             self.residence.fetch(name, ())
 
     # ── as any engine ────────────────────────────────────────────────────────────────
+
+    @property
+    def tape(self) -> Tape | None:
+        """Told of every step of every model."""
+        return next(iter(self._loops.values())).tape
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        for loop in self._loops.values():
+            loop.tape = tape
 
     @property
     def has_work(self) -> bool:
