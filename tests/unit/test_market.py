@@ -227,7 +227,7 @@ def test_what_does_not_fit_says_by_how_many_bytes(file: Path) -> None:
     ):
         play(MARKET.replace("Qwen/Qwen3-8B", "Qwen/Qwen3-235B-A22B"))
     with pytest.raises(
-        Infeasible, match=r"7 models do not fit host memory: a node of 2 chips lacks \d+\.?\d* GB"
+        Infeasible, match=r"7 models do not fit host memory: a node of 2 chips lacks [\d,]+ bytes"
     ):
         play(MARKET.replace("host_gb = 128", "host_gb = 60"))
 
