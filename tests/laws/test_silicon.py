@@ -77,6 +77,31 @@ def test_every_operator_of_a_step_is_priced_above_its_roofline(spec, engine):
                     above_roofline(priced, step(config, shape, cut, Precision.of(precision)))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8", "int4"])
+@pytest.mark.parametrize("engine", LIBRARIES)
+def test_the_operators_of_an_expert_layer_cost_what_the_layer_does(engine, precision):
+    """So that a plan pays what `benchmarks/silicon.py` judges."""
+    config, types = CONFIGS["Qwen/Qwen3-30B-A3B"], Precision.of(precision)
+    priced = Kernels(replace(SPECS["h100"], library=engine))
+    many = np.array([1.0, 7.0, 300.0, 5000.0])
+    shape = StepShape(decode=Sequences(new=1, context=2000.0, count=many), sampled=many)
+    layer = [op for op in step(config, shape, Shard(), types) if op.routed is not None]
+    apart_s = sum(np.asarray(work_s) + start_s for work_s, start_s in map(priced.parts_s, layer))
+    of = layer[0].routed
+    whole_s = grouped.experts_s(
+        grouped.random_rows(many, of.per_token, of.count),
+        of.hidden,
+        of.inner,
+        priced.silicon,
+        tokens=many,
+        experts=of.local,
+        weight=types.experts,
+        compute=rate_dtype(priced.chip, types.expert_compute),
+        library=priced.library,
+    )
+    assert apart_s == pytest.approx(whole_s, rel=1e-9)
+
+
 def above_roofline(priced, operators):
     spec = priced.chip
     for op in operators:

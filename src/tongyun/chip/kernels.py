@@ -124,7 +124,7 @@ class Kernels:
 
     def _experts(self, op: Operator, routed: Routed) -> Parts:
         """The expert layer is one chain of kernels; its starts are counted with the first product."""
-        dtype = rate_dtype(self.chip, op.compute)
+        dtype = rate_dtype(self.chip, routed.compute)
         # A rank sums a fixed share of the tokens routed.
         share = float(np.max(np.asarray(routed.mine) / routed.tokens))
         key = ("experts", routed.per_token, routed.count, routed.local, routed.hidden, routed.inner)

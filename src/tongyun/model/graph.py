@@ -69,6 +69,8 @@ class Routed:
     """Experts on this rank."""
     hidden: int
     inner: int
+    compute: DType
+    """The type its products are taken in, which decides what passes between them."""
 
 
 @dataclass(frozen=True, kw_only=True)
