@@ -43,6 +43,7 @@ class Witness:
         self.stretches: list[Stretch] = []
 
     def queued(self, request: Any) -> None: ...
+    def preempted(self, request_id: str, moment_s: float) -> None: ...
     def left(self, request_id: str, moment_s: float) -> None: ...
     def turned(self, up: bool, moment_s: float) -> None: ...
     def note(self, stretch: Stretch, pieces: Any, ended: Any) -> None:
@@ -51,24 +52,24 @@ class Witness:
 
 def play(
     kind: type[SimulatedExecutor], *, blocks: int = 900, recorder: Recorder | None = None, count: int = 120
-) -> tuple[list[Simulated], list[Witness]]:
+) -> list[Simulated]:
     raw, name = find_model("Qwen/Qwen3-8B")
     config = ModelConfig.from_hf(raw, name=name, file=name)
     limits = SchedulerConfig(**{**vars(LIMITS), "blocks": blocks})
     tokens = {"max_step_tokens": limits.max_step_tokens, "max_context_tokens": limits.max_context_tokens}
     price = StepTable(config, find_chip("h20").at(), Precision(), **tokens)
     loops = [EngineLoop(Scheduler(limits), kind(price), VirtualClock()) for _ in range(2)]
-    witnesses = [Witness() for _ in loops]
     if recorder is not None:
-        for loop, tape in zip(loops, recorder.pool("mixed", 2, blocks, also=witnesses), strict=True):
+        for loop, tape in zip(loops, recorder.pool("mixed", 2, blocks), strict=True):
             loop.tape = tape
     drawn = requests(sample(load(count)), vocabulary=32_000)
-    return play_fleet(drawn, loops, find_router("least-load")), witnesses
+    return play_fleet(drawn, loops, find_router("least-load"))
 
 
 def recorded(kind: type[SimulatedExecutor], **more: Any) -> tuple[Recording, list[Simulated], list[Witness]]:
-    recorder = Recorder()
-    results, witnesses = play(kind, recorder=recorder, **more)
+    witnesses = [Witness(), Witness()]
+    recorder = Recorder(lambda *_: witnesses)
+    results = play(kind, recorder=recorder, **more)
     return recorder.recording([one for result in results for one in result.records]), results, witnesses
 
 
@@ -77,7 +78,7 @@ def test_leaps_and_steps_are_taken_down_alike(blocks: int) -> None:
     """Few blocks: requests are preempted, and what they knew is computed again."""
     leapt, results, told = recorded(LeapingExecutor, blocks=blocks)
     stepped, others, each = recorded(SimulatedExecutor, blocks=blocks)
-    assert results == others == play(LeapingExecutor, blocks=blocks)[0]
+    assert results == others == play(LeapingExecutor, blocks=blocks)
     assert (results[0].stats.preemptions > 0) == (blocks < 900)
     assert len(told[0].stretches) < len(each[0].stretches) / 3
     assert leapt.occupancy[0].most == stepped.occupancy[0].most

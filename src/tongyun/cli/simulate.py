@@ -15,8 +15,9 @@ from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from tongyun.cloud.latency import Slo
+    from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Fleet
+    from tongyun.codesign.fleet import Fleet, Played
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
@@ -68,6 +69,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
     html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="The schedule as a trace for ui.perfetto.dev: steps and requests.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="FROM:TO, seconds of the run that --perfetto shows; default from 0.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
@@ -75,8 +82,10 @@ def simulate(
     from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
 
-    if html is not None and html.exists() and not force:
-        raise InputError(f"{html}: already there; --force replaces")
+    for place in (html, perfetto):
+        if place is not None and place.exists() and not force:
+            raise InputError(f"{place}: already there; --force replaces")
+    schedule = _schedule(perfetto, window)
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
@@ -88,7 +97,7 @@ def simulate(
         chip=asked.question.chip.at(),
         seed=seed,
         slo=slo,
-        recorder=Recorder(),
+        recorder=Recorder(None if schedule is None else schedule.pool),
     )
     seconds = time.perf_counter() - begun
     if json:
@@ -105,8 +114,42 @@ def simulate(
         text = page(asked, played, router=router, command=_told(given))
         write_files({html.name: text}, html.parent, force=force)
         typer.echo(f"wrote {html}", err=True)
+    if perfetto is not None and schedule is not None:
+        _write_trace(schedule, perfetto, played)
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+
+
+def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
+    """What takes the schedule down, where it is asked for."""
+    from tongyun.cloud.schedule import Schedule
+
+    if perfetto is None:
+        if window is not None:
+            raise InputError("--window says which part --perfetto shows, which is not given")
+        return None
+    if window is None:
+        return Schedule()
+    try:
+        begin_s, end_s = map(float, window.split(":"))
+    except ValueError as error:
+        raise InputError(f"--window {window}: accepted: FROM:TO in seconds, such as 0:60") from error
+    return Schedule(begin_s, end_s)
+
+
+def _write_trace(schedule: Schedule, place: Path, played: Played) -> None:
+    """And say which part of the run it holds."""
+    from tongyun.cloud.perfetto import save
+    from tongyun.report import number
+
+    count = save(schedule, place)
+    assert played.recording is not None
+    whole_s = max(one.ended_s for one in played.recording.records)
+    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
+    more = (
+        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
+    )
+    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)
 
 
 def _told(given: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ no scheduler and no price.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,17 +76,22 @@ class Recording:
 
 
 class Recorder:
-    """Takes down what the engines of a run's pools do; one for each run."""
+    """Takes down what the engines of a run's pools do; one for each run.
 
-    def __init__(self) -> None:
+    `also` gives further tapes for the engines of a pool (role, engines, blocks): told the same.
+    """
+
+    def __init__(self, also: Callable[[str, int, int], Sequence[Tape]] | None = None) -> None:
         self.width_s = _FIRST_S
+        self._also = also
         self._pools: list[_Pool] = []
 
-    def pool(self, role: str, engines: int, blocks: int, *, also: Sequence[Tape] = ()) -> list[Tape]:
-        """A tape for each engine of a pool, each with so many blocks; `also` are told the same."""
+    def pool(self, role: str, engines: int, blocks: int) -> list[Tape]:
+        """A tape for each engine of a pool, each with so many blocks."""
         pool = _Pool(role, engines, blocks)
         self._pools.append(pool)
-        pool.tapes = [_EngineTape(self, pool, i, also[i] if also else None) for i in range(engines)]
+        also = [None] * engines if self._also is None else self._also(role, engines, blocks)
+        pool.tapes = [_EngineTape(self, pool, i, one) for i, one in enumerate(also)]
         return list(pool.tapes)
 
     def series(self, until_s: float) -> list[Series]:
@@ -184,6 +189,10 @@ class _EngineTape:
     def left(self, request_id: str, moment_s: float) -> None:
         if self._also is not None:
             self._also.left(request_id, moment_s)
+
+    def preempted(self, request_id: str, moment_s: float) -> None:
+        if self._also is not None:
+            self._also.preempted(request_id, moment_s)
 
     def turned(self, up: bool, moment_s: float) -> None:
         self._pool.changes.append((moment_s, self._index, up))
