@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import typer
 
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet, Pool
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
@@ -51,18 +52,19 @@ def read_fleet(
     """A fleet file and the fleet it describes, which has to hold a request of `isl` and `osl` tokens."""
     from tongyun.cli.plan import ask
     from tongyun.cloud.sched.router import find_router
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
     from tongyun.specs import find_fleet
 
     spec = find_fleet(path)
     find_router(spec.router)
-    pools = tuple(_pool(each) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    chips = sum(each.replicas * each.tp * each.dp for each in spec.pool)
     question = ask(
         {
             "model": spec.model,
             "chip": spec.chip,
-            "chips": sum(pool.chips for pool in pools),
+            "chips": chips,
             "isl": isl,
             "osl": osl,
         },
@@ -72,7 +74,17 @@ def read_fleet(
         usd_per_chip_hour=usd_per_chip_hour,
     )
     tiers = None if spec.cache is None else CacheTiers(spec=spec.cache)
-    return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
+    experts = None
+    if spec.experts is not None:
+        experts = ExpertLoads(spec=spec.experts, model=question.model, file=path)
+    pools = (_pool(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    return spec, Fleet(
+        question=question,
+        pools=tuple(pools),
+        prefix_caching=spec.prefix_caching,
+        tiers=tiers,
+        experts=experts,
+    )
 
 
 def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:
@@ -86,7 +98,7 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
     if told["best"] is None:
         raise SpecError(file, "best", f"there is no plan: {told.get('limit')}")
     cut = _under(file, told["best"], "best", "plan")
-    axes = {axis: _whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp")}
+    tp, pp, ep, dp = (_whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp"))
     price = given["usd_per_chip_hour"]
     question = ask(
         {
@@ -106,7 +118,7 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
         if told[key] != name:
             raise SpecError(file, key, f"the plan is for {told[key]}, not {name}")
     plan = Plan(
-        shard=Shard(**axes),
+        shard=Shard(tp=tp, pp=pp, ep=ep, dp=dp),
         batch=_whole(file, cut, "batch"),
         step_tokens=_whole(file, cut, "step_tokens"),
         replicas=_whole(file, cut, "replicas"),
@@ -186,13 +198,14 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
-def _pool(spec: PoolSpec) -> Pool:
+def _pool(spec: PoolSpec, experts: ExpertLoads | None) -> Pool:
     from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
     from tongyun.model.shard import Shard
 
+    picks = () if experts is None else experts.picks(spec.ep)
     plan = Plan(
-        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp),
+        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp, expert_picks=picks),
         batch=spec.batch,
         step_tokens=spec.step_tokens,
         replicas=spec.replicas,

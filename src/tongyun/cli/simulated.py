@@ -31,6 +31,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "use": played.use,
         "prefix_hits": played.prefix_hits,
         "tier_hits": _tier_hits(fleet, played),
+        "expert_crowding": _crowding(fleet),
         "kv_occupancy": None if played.recording is None else _occupancy_json(played.recording),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
@@ -112,6 +113,10 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ["engines in a step", f"{played.use:.1%}"],
         ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
         *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
+        *(
+            [f"busiest expert rank, ep{ep}", f"{times:.2f} × the mean"]
+            for ep, times in _crowding(fleet).items()
+        ),
         *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         ["per million output tokens", money],
@@ -171,3 +176,9 @@ def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
 def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
     """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
     return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
+
+
+def _crowding(fleet: Fleet) -> dict[int, float]:
+    """Tokens of the busiest expert rank over those of the mean one, by the ranks experts are spread over."""
+    spread = {pool.plan.shard.ep for pool in fleet.pools}
+    return {} if fleet.experts is None else {ep: fleet.experts.crowding(ep) for ep in sorted(spread)}

@@ -5,7 +5,7 @@ Decides nothing about a row: `trace` does.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ _ROWS = 4096
 """Rows in memory at a time."""
 
 
-def rows(path: Path, check: Callable[[Sequence[str]], None]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+def rows(path: Path, check: Callable[[Sequence[str]], None]) -> Generator[tuple[int, Mapping[str, Any]]]:
     """Each row by its number from 1, with its cells by column, once `check` has seen the columns' names."""
     try:
         import pyarrow as pa

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_trace(
             raise error
         skipped.append(error)
 
-    readers: dict[str, Callable[[Path, Refuse], Iterator[Arrival]]] = {
+    readers: dict[str, Callable[[Path, Refuse], Generator[Arrival]]] = {
         ".csv": _csv,
         ".jsonl": _mooncake,
         ".parquet": _parquet,
@@ -54,7 +55,8 @@ def read_trace(
     if path.suffix not in readers:
         raise InputError(f"{path}: {unknown('trace format', path.suffix, readers)}")
     try:
-        arrivals = list(islice(readers[path.suffix](path, refuse), limit))
+        with closing(readers[path.suffix](path, refuse)) as read:
+            arrivals = list(islice(read, limit))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -67,26 +69,26 @@ def read_trace(
     return [arrival._replace(time_s=arrival.time_s - start_s) for arrival in arrivals]
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path) -> Generator[str]:
     with path.open(encoding="utf-8", newline="") as file:
         yield from file
 
 
-def _csv(path: Path, refuse: Refuse) -> Iterator[Arrival]:
-    rows = csv.reader(_lines(path), strict=True)
-    try:
-        header = next(rows, [])
-        read = _azure_row if tuple(header) == _AZURE_COLUMNS else _own(path, header)
-        for row in rows:
-            if row:
+def _csv(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(_lines(path)) as lines:
+        rows = csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
+            read = _azure_row if tuple(header) == _AZURE_COLUMNS else _own(path, header)
+            for row in filter(None, rows):
                 try:
                     arrival = read(path, rows.line_num, row)
                 except TraceError as error:
                     refuse(error)
                 else:
                     yield arrival
-    except csv.Error as error:
-        raise TraceError(path, rows.line_num, str(error)) from error
+        except csv.Error as error:
+            raise TraceError(path, rows.line_num, str(error)) from error
 
 
 def _own(path: Path, header: list[str]) -> Callable[[Path, int, list[str]], Arrival]:
@@ -104,14 +106,15 @@ def _own(path: Path, header: list[str]) -> Callable[[Path, int, list[str]], Arri
     return read
 
 
-def _parquet(path: Path, refuse: Refuse) -> Iterator[Arrival]:
-    for number, cells in parquet_rows(path, lambda names: _check_own(path, names)):
-        try:
-            arrival = _own_row(path, number, cells)
-        except TraceError as error:
-            refuse(error)
-        else:
-            yield arrival
+def _parquet(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(parquet_rows(path, lambda names: _check_own(path, names))) as rows:
+        for number, cells in rows:
+            try:
+                arrival = _own_row(path, number, cells)
+            except TraceError as error:
+                refuse(error)
+            else:
+                yield arrival
 
 
 def _check_own(path: Path, header: Sequence[str], others: str = "") -> None:
@@ -190,15 +193,16 @@ def _whole(path: Path, line: int, key: str, text: str) -> int:
 _EPOCH = datetime(1970, 1, 1)
 
 
-def _mooncake(path: Path, refuse: Refuse) -> Iterator[Arrival]:
-    for line, text in enumerate(_lines(path), start=1):
-        if text.strip():
-            try:
-                arrival = _mooncake_line(path, line, text)
-            except TraceError as error:
-                refuse(error)
-            else:
-                yield arrival
+def _mooncake(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(_lines(path)) as lines:
+        for line, text in enumerate(lines, start=1):
+            if text.strip():
+                try:
+                    arrival = _mooncake_line(path, line, text)
+                except TraceError as error:
+                    refuse(error)
+                else:
+                    yield arrival
 
 
 def _mooncake_line(path: Path, line: int, text: str) -> Arrival:

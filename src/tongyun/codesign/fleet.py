@@ -24,6 +24,7 @@ from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
+from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
@@ -161,6 +162,8 @@ class Fleet:
     block_tokens: int = BLOCK_TOKENS
     tiers: CacheTiers | None = None
     """Memories behind the KV cache."""
+    experts: ExpertLoads | None = None
+    """How unevenly experts are picked; the pools' cuts know it already."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -297,6 +300,7 @@ class Fleet:
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
             sources=frozenset().union(
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
+                frozenset() if self.experts is None else self.experts.sources,
                 *(pool.table.sources for pool in pools),
             ),
             classes=grouped(records, lambda record: record.priority_class, slo),

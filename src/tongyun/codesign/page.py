@@ -63,11 +63,8 @@ def _best(answer: Answer) -> str:
         for name, attribute, unit, what in FIGURES
     )
     plan = best.plan
-    idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
-    text = (
-        f"{plan.replicas} × ({plan.shard}){idle}: {plan.batch} sequences decoding on a replica, "
-        f"{plan.step_tokens} tokens a step"
-    )
+    loads = ", ".join(f"{kind.batch} sequences on {kind.step_tokens} tokens a step" for kind in plan.kinds)
+    text = f"{plan}: {loads}" + (f"; {plan.idle_reason}" if plan.idle_chips else "")
     span = " Ranges: slow to fast corner of the chip's spec." if best.slow else ""
     return (
         f"<h2>Best plan</h2><p><b>{escape(text)}</b>. Sources: {tags(best.sources)}.{span}</p>"
@@ -108,8 +105,8 @@ def _pareto(answer: Answer) -> str:
     drawn = points(marks, x="tokens/s per user", y="tokens/s per chip")
     rows = [
         [
-            str(offer.plan.shard),
-            str(offer.plan.replicas),
+            str(offer.plan),
+            str(offer.plan.idle_chips),
             str(offer.plan.batch),
             str(offer.plan.step_tokens),
             *(_ranged(offer, key, unit) for _, key, unit, _ in FIGURES),
@@ -117,7 +114,7 @@ def _pareto(answer: Answer) -> str:
         ]
         for offer in answer.pareto
     ]
-    heads = ["plan", "replicas", "batch", "tokens/step", *(name for name, _, _, _ in FIGURES), "in limits"]
+    heads = ["plan", "idle chips", "batch", "tokens/step", *(name for name, _, _, _ in FIGURES), "in limits"]
     return (
         "<h2>Pareto</h2><p>Plans within memory and TTFT that no other beats in both. "
         f"{key('best', 'best')} {key('in', 'within the limits')} {key('out', 'TPOT too long')}</p>{drawn}"
@@ -127,7 +124,7 @@ def _pareto(answer: Answer) -> str:
 
 def _point(offer: Offer, style: str) -> Point:
     figures = offer.figures
-    title = f"{offer.plan.shard}, batch {offer.plan.batch}: TPOT {quantity(figures.tpot_s, 's')}"
+    title = f"{offer.plan}, batch {offer.plan.batch}: TPOT {quantity(figures.tpot_s, 's')}"
     return Point(x=figures.tok_s_per_user, y=figures.tok_s_per_chip, title=title, style=style)
 
 
@@ -200,7 +197,7 @@ def _compared(answers: Sequence[Answer]) -> str:
             continue
         best = answer.best
         cells = [_ranged(best, key, unit) for _, key, unit, _ in FIGURES]
-        rows.append([label, f"{best.plan.replicas} × ({best.plan.shard})", *cells, Source.mix(best.sources)])
+        rows.append([label, str(best.plan), *cells, Source.mix(best.sources)])
         usd = [figures.usd_per_mtoken for figures in _corners(best) if figures.usd_per_mtoken is not None]
         if usd:
             prices[label] = (usd[0], min(usd), max(usd))
