@@ -37,8 +37,11 @@ def simulate(
     chip: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second, Poisson, of --isl and --osl.")
+        float | None, typer.Option(help="Requests a second, at random, of --isl and --osl.")
     ] = None,
+    variation: Annotated[
+        float, typer.Option(help="Of the time between requests, with --rate: 1 is Poisson, more is bursty.")
+    ] = 1.0,
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
@@ -186,6 +189,9 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     if len(sources) != 1:
         told = " and ".join(f"--{name}" for name in sources) or "none"
         raise InputError(f"the load comes from one of --rate, --workload and --trace, not {told}")
+    for name, usual, source in (("stretch", 1.0, "trace"), ("variation", 1.0, "rate")):
+        if given[name] != usual and given[source] is None:
+            raise InputError(f"--{name} is about --{source}, which is not given")
     count = given["requests"]
     if count is not None and count < 1:
         raise InputError(f"--requests {count}: accepted: 1 or more")
@@ -200,9 +206,10 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
         if load.arrivals.users is not None:
             raise InputError(f"--workload {given['workload']}: a closed loop is not simulated on a fleet")
         return list(islice(sample(load), count))
+    process = Process.POISSON if given["variation"] == 1 else Process.GAMMA
     return sample(
         Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=given["rate"]),
+            arrivals=Arrivals(process=process, rate_per_s=given["rate"], variation=given["variation"]),
             prompt=Lengths.fixed(given["isl"]),
             output=Lengths.fixed(given["osl"]),
             requests=count or 1000,

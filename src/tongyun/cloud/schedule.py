@@ -14,8 +14,8 @@ from tongyun.cloud.engine.protocol import Stretch, Tape
 from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.errors import InputError
 
-MOST = 100_000
-"""Entries: some 40 MB in memory and as much in a file."""
+MOST = 250_000
+"""Entries: some 100 MB in memory, and half as much in a file."""
 WAITING, PREFILL, DECODE, AGAIN, HAND_OVER = "waiting", "prefill", "decode", "recompute", "hand-over"
 
 

@@ -125,7 +125,7 @@ def _panels(series: Series, axis: Axis) -> list[str]:
         axis.panel("Prompt tokens in a step", "mean", chunk)
         if series.role == "prefill"
         else axis.panel("Requests that decode in a step", "mean", decoding),
-        axis.panel("A step", "ms, mean", axis.line("step", step_ms, "c5")),
+        axis.panel("A step", "ms, mean", axis.line("step", step_ms, "c2")),
         axis.panel("Engines", "", line("in a step", series.busy * engines, "c0", filled=True), *up),
     ]
 
