@@ -97,15 +97,26 @@ def test_leaps_and_steps_are_taken_down_alike(blocks: int) -> None:
 def test_integrals_are_the_engines_own_counts(kind: type[SimulatedExecutor]) -> None:
     taken, results, _ = recorded(kind, blocks=110)
     series = taken.series[0]
-    end_s = max(one.ended_s for one in taken.records)
-    spans_s = np.full(len(series.busy), series.width_s)
-    spans_s[-1] = end_s - (len(spans_s) - 1) * series.width_s
+    assert series.until_s == pytest.approx(max(one.ended_s for one in taken.records))
+    spans_s = np.diff(series.borders_s)
     stats = [result.stats for result in results]
     computed = sum(one.computed_tokens for one in stats)
     told = ((series.decode_tokens_per_s + series.prompt_tokens_per_s) * spans_s).sum()
     assert told == pytest.approx(computed, rel=1e-9)
     assert (series.busy * spans_s).sum() * 2 == pytest.approx(sum(one.busy_s for one in stats), rel=1e-9)
     assert (series.engines == 2).all() and series.kv.max() <= 1 and series.busy.max() <= 1 + 1e-9
+
+
+def test_coarser_parts_have_the_same_integrals() -> None:
+    series = recorded(LeapingExecutor)[0].series[0]
+    for most in (240, 7, 1):
+        coarse = series.coarse(most)
+        assert most / 2 <= len(coarse.running) <= most
+        for name in ("running", "kv", "decode_tokens_per_s", "busy", "engines"):
+            fine, rough = ((getattr(one, name) * np.diff(one.borders_s)).sum() for one in (series, coarse))
+            assert rough == pytest.approx(fine), name
+        decoded = [(one.batch * one.busy * np.diff(one.borders_s)).sum() for one in (series, coarse)]
+        assert decoded[1] == pytest.approx(decoded[0])
 
 
 def test_little_holds_between_running_and_the_time_in_the_engine() -> None:

@@ -9,7 +9,8 @@ no scheduler and no price.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,7 @@ class Series:
     role: str
     width_s: float
     """Of a part."""
+    until_s: float
     running: Array
     """Requests with blocks, mean over the part; as the others, [parts]."""
     waiting: Array
@@ -63,6 +65,43 @@ class Series:
     """Share of the engines that are in a step."""
     engines: Array
     """Engines that are given requests, mean over the part."""
+
+    @property
+    def borders_s(self) -> Array:
+        """Where parts begin, and the end of the last."""
+        return np.asarray(np.minimum(np.arange(len(self.running) + 1) * self.width_s, self.until_s))
+
+    def coarse(self, most: int) -> Series:
+        """The same in no more than so many parts, each of several: exact means of theirs."""
+        each = -(-len(self.running) // most)
+        if each == 1:
+            return self
+        starts = np.arange(0, len(self.running), each)
+        spans_s = np.maximum(np.diff(self.borders_s), 1e-12)
+
+        def mean(values: Array, weights: Array) -> Array:
+            whole = np.add.reduceat(weights, starts)
+            top = np.add.reduceat(values * weights, starts)
+            return np.asarray(np.divide(top, whole, out=np.zeros_like(top), where=whole > 0))
+
+        plain = [name for name in LEVELS_AND_RATES if name != "batch"]
+        means: dict[str, Any] = {name: mean(getattr(self, name), spans_s) for name in plain}
+        batch = mean(self.batch, self.busy * spans_s)
+        return replace(self, width_s=each * self.width_s, batch=batch, **means)
+
+
+LEVELS_AND_RATES = (
+    "running",
+    "waiting",
+    "kv",
+    "decode_tokens_per_s",
+    "prompt_tokens_per_s",
+    "batch",
+    "steps_per_s",
+    "busy",
+    "engines",
+)
+"""Fields of `Series` that have a value for each part."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +176,7 @@ class Recorder:
         return Series(
             role=pool.role,
             width_s=self.width_s,
+            until_s=float(spans_s.sum()),
             running=column["running"],
             waiting=column["waiting"],
             kv=column["kv_blocks"] / (pool.blocks * pool.engines),
