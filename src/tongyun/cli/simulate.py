@@ -15,8 +15,9 @@ from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from tongyun.cloud.latency import Slo
+    from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Fleet
+    from tongyun.codesign.fleet import Fleet, Played
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
@@ -36,8 +37,11 @@ def simulate(
     chip: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second, Poisson, of --isl and --osl.")
+        float | None, typer.Option(help="Requests a second, at random, of --isl and --osl.")
     ] = None,
+    variation: Annotated[
+        float, typer.Option(help="Of the time between requests, with --rate: 1 is Poisson, more is bursty.")
+    ] = 1.0,
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
@@ -68,6 +72,12 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
     html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="The schedule as a trace for ui.perfetto.dev: steps and requests.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="FROM:TO, seconds of the run that --perfetto shows; default from 0.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
@@ -77,8 +87,10 @@ def simulate(
     from tongyun.cloud.sched.router import find_router
     from tongyun.specs import find_market
 
-    if html is not None and html.exists() and not force:
-        raise InputError(f"{html}: already there; --force replaces")
+    for place in (html, perfetto):
+        if place is not None and place.exists() and not force:
+            raise InputError(f"{place}: already there; --force replaces")
+    schedule = _schedule(perfetto, window)
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
@@ -93,7 +105,7 @@ def simulate(
         chip=asked.question.chip.at(),
         seed=seed,
         slo=slo,
-        recorder=Recorder(),
+        recorder=Recorder(None if schedule is None else schedule.pool),
     )
     seconds = time.perf_counter() - begun
     if json:
@@ -110,8 +122,42 @@ def simulate(
         text = page(asked, played, router=router, command=_told(given))
         write_files({html.name: text}, html.parent, force=force)
         typer.echo(f"wrote {html}", err=True)
+    if perfetto is not None and schedule is not None:
+        _write_trace(schedule, perfetto, played)
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+
+
+def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
+    """What takes the schedule down, where it is asked for."""
+    from tongyun.cloud.schedule import Schedule
+
+    if perfetto is None:
+        if window is not None:
+            raise InputError("--window says which part --perfetto shows, which is not given")
+        return None
+    if window is None:
+        return Schedule()
+    try:
+        begin_s, end_s = map(float, window.split(":"))
+    except ValueError as error:
+        raise InputError(f"--window {window}: accepted: FROM:TO in seconds, such as 0:60") from error
+    return Schedule(begin_s, end_s)
+
+
+def _write_trace(schedule: Schedule, place: Path, played: Played) -> None:
+    """And say which part of the run it holds."""
+    from tongyun.cloud.perfetto import save
+    from tongyun.report import number
+
+    count = save(schedule, place)
+    assert played.recording is not None
+    whole_s = max(one.ended_s for one in played.recording.records)
+    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
+    more = (
+        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
+    )
+    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)
 
 
 def _told(given: dict[str, Any]) -> str:
@@ -148,6 +194,9 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     if len(sources) != 1:
         told = " and ".join(f"--{name}" for name in sources) or "none"
         raise InputError(f"the load comes from one of --rate, --workload and --trace, not {told}")
+    for name, usual, source in (("stretch", 1.0, "trace"), ("variation", 1.0, "rate")):
+        if given[name] != usual and given[source] is None:
+            raise InputError(f"--{name} is about --{source}, which is not given")
     count = given["requests"]
     if count is not None and count < 1:
         raise InputError(f"--requests {count}: accepted: 1 or more")
@@ -162,9 +211,10 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
         if load.arrivals.users is not None:
             raise InputError(f"--workload {given['workload']}: a closed loop is not simulated on a fleet")
         return list(islice(sample(load), count))
+    process = Process.POISSON if given["variation"] == 1 else Process.GAMMA
     return sample(
         Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=given["rate"]),
+            arrivals=Arrivals(process=process, rate_per_s=given["rate"], variation=given["variation"]),
             prompt=Lengths.fixed(given["isl"]),
             output=Lengths.fixed(given["osl"]),
             requests=count or 1000,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -120,8 +120,17 @@ class EngineLoop:
         self._finished: Counter[Finish] = Counter()
         # In flight with stop tokens: what they produce has to be looked at.
         self._watched: set[str] = set()
-        self.tape: Tape | None = None
+        self._tape: Tape | None = None
+
+    @property
+    def tape(self) -> Tape | None:
         """Told of every step, where somebody wants to know."""
+        return self._tape
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        self._tape = tape
+        self._scheduler.preempted = None if tape is None else []
 
     @property
     def has_work(self) -> bool:
@@ -136,8 +145,8 @@ class EngineLoop:
         self._scheduler.add(request)
         if request.stop_token_ids:
             self._watched.add(request.id)
-        if self.tape is not None:
-            self.tape.queued(request)
+        if self._tape is not None:
+            self._tape.queued(request)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
@@ -149,8 +158,8 @@ class EngineLoop:
             return []
         self._finished[Finish.ABORT] += 1
         self._watched.discard(request_id)
-        if self.tape is not None:
-            self.tape.left(request_id, self.clock.now())
+        if self._tape is not None:
+            self._tape.left(request_id, self.clock.now())
         return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
 
     def step(self) -> list[TokenEvent] | None:
@@ -175,10 +184,11 @@ class EngineLoop:
             raise self._fail(batch, error) from error
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
-        stretch = None if self.tape is None else self._stretch(batch, begin_s, now_s)
+        tape = self._tape
+        stretch = None if tape is None else self._stretch(batch, begin_s, now_s)
         ended = self._scheduler.commit(batch, result.tokens, stopped)
-        if self.tape is not None and stretch is not None:
-            self.tape.note(stretch, batch.pieces, ended)
+        if tape is not None and stretch is not None:
+            self._note(tape, stretch, batch.pieces, ended)
         self._watched.difference_update(ended)
         self._count(1, now_s - begin_s, ended)
         if result.chip_s is not None:
@@ -214,10 +224,10 @@ class EngineLoop:
         used, taken = pool.used, pool.taken
         ended = scheduler.leap(steps)
         self._count(steps, 0.0, ended)
-        if self.tape is not None:
+        if self._tape is not None:
             most = used + pool.taken - taken
             numbers = (ahead.decoding, ahead.context_tokens, 0, running, waiting, used, most)
-            self.tape.note(Stretch(begin_s, self.clock.now(), steps, *numbers), (), ended)
+            self._note(self._tape, Stretch(begin_s, self.clock.now(), steps, *numbers), (), ended)
         return Leap(steps, (), ended, self.clock.now())
 
     def _glide(self, executor: Foresight) -> Leap | None:
@@ -229,15 +239,25 @@ class EngineLoop:
         result = executor.beside(*step)
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
-        tape, stretch = self.tape, None
+        tape, stretch = self._tape, None
         if tape is not None:
             computed = sum(piece.length for piece in step.pieces)
             stretch = self._gauged(begin_s, now_s, step.decoding, step.context_tokens, computed)
         ended = self._scheduler.commit_step(step, result.tokens)
         self._count(1, now_s - begin_s, ended)
         if tape is not None and stretch is not None:
-            tape.note(stretch, step.pieces, ended)
+            self._note(tape, stretch, step.pieces, ended)
         return Leap(1, step.pieces, ended, now_s)
+
+    def _note(
+        self, tape: Tape, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]
+    ) -> None:
+        names = self._scheduler.preempted
+        if names:
+            for request_id in names:
+                tape.preempted(request_id, stretch.begin_s)
+            names.clear()
+        tape.note(stretch, pieces, ended)
 
     def _stretch(self, batch: Batch, begin_s: float, end_s: float) -> Stretch:
         """The step of a batch that is proposed and not committed yet."""

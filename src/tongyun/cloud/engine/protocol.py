@@ -123,6 +123,9 @@ class Tape(Protocol):
     def note(self, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]) -> None:
         """Steps were taken, these pieces of prompts among others in them, and who ended with the last."""
 
+    def preempted(self, request_id: str, moment_s: float) -> None:
+        """A request has given its blocks back and waits again, before the steps noted next."""
+
     def left(self, request_id: str, moment_s: float) -> None:
         """A request was taken away between two steps."""
 

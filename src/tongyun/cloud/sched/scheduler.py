@@ -98,6 +98,8 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._proposed: tuple[Batch | Step, list[Sequence]] | None = None
+        self.preempted: list[str] | None = None
+        """Who was preempted, where somebody put a list here, and empties it."""
         # While it is there, what decoding sequences know falls behind.
         self._coast: Coast | None = None
 
@@ -500,6 +502,8 @@ class Scheduler:
         # A new list: pieces and tests may still look at the old one.
         seq.blocks, seq.computed, seq.restored = [], 0, ()
         self.counters.preemptions += 1
+        if self.preempted is not None:
+            self.preempted.append(seq.request.id)
         self._waiting.push(seq)
 
     def _worst(self) -> Sequence | None:
