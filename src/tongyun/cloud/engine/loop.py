@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, Foresight, StepResult, TokenEvent
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.errors import ServiceError
@@ -95,6 +96,22 @@ class EngineLoop:
         self._scheduler.add(request)
         if request.stop_token_ids:
             self._watched.add(request.id)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For who moves requests between engines, between two steps."""
+        return self._scheduler
+
+    def depart(self, request_id: str) -> Traveller:
+        """Let a request go that the scheduler calls movable, between two steps."""
+        self._watched.discard(request_id)
+        return self._scheduler.depart(request_id)
+
+    def arrive(self, traveller: Traveller) -> bool:
+        """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
+        if traveller.request.stop_token_ids:
+            self._watched.add(traveller.request.id)
+        return self._scheduler.arrive(traveller)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
 from tongyun.errors import InputError
 
@@ -25,6 +26,8 @@ class SchedulerConfig:
     """Share of the blocks that admission leaves free for running requests to grow into."""
     tiers: tuple[int, ...] | None = None
     """Blocks in each slower memory behind the cache, for executors that heed `Piece.restored`."""
+    aging_s: float | None = None
+    """None: priorities are strict. Else seconds of waiting that outweigh one step of priority."""
 
     def __post_init__(self) -> None:
         for name in ("blocks", "block_tokens", "max_context_tokens", "max_sequences", "max_step_tokens"):
@@ -32,6 +35,8 @@ class SchedulerConfig:
                 raise InputError(f"scheduler: {name}: must be at least 1, not {getattr(self, name)}")
         if self.tiers is not None and min(self.tiers, default=0) < 0:
             raise InputError(f"scheduler: tiers: must be at least 0, not {min(self.tiers)}")
+        if self.aging_s is not None and not 0 < self.aging_s < inf:
+            raise InputError(f"scheduler: aging_s: must be a positive number, not {self.aging_s}")
         if not 0 <= self.watermark < 1:
             raise InputError(f"scheduler: watermark: must be in [0, 1), not {self.watermark}")
         if self.max_step_tokens < self.max_sequences:

@@ -12,6 +12,7 @@ from collections.abc import Sequence as Series
 from math import ceil
 
 from tongyun.cloud.sched.blocks import BlockPool
+from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import Counters, SchedulerConfig
 from tongyun.cloud.sched.sequence import Rank, Sequence, State, Stored
 from tongyun.cloud.sched.waiting import Waiting
@@ -22,15 +23,50 @@ class Residents:
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool, counters: Counters) -> None:
         self.config, self.pool, self.counters = config, pool, counters
-        self.waiting = Waiting()
+        self.waiting = Waiting(config.block_tokens)
         # Best rank first, so that the one to preempt is always at an end.
         self.decoding: list[Sequence] = []
         self.prefilling: list[Sequence] = []
+        self.reserved: dict[str, list[int]] = {}
+        """Blocks, and with them a place, for requests that are on their way from another engine."""
         self._reserve = ceil(config.watermark * config.blocks)
 
     @property
     def running(self) -> int:
         return len(self.decoding) + len(self.prefilling)
+
+    @property
+    def full(self) -> bool:
+        """Whether nobody more may run, whatever there is of blocks."""
+        return self.running + len(self.reserved) >= self.config.max_sequences
+
+    def reserve(self, request_id: str, blocks: int) -> bool:
+        """Keep so many blocks in all for a request that will arrive; false, and nothing is changed, where
+        they or a place are lacking besides what those who wait will need."""
+        held = self.reserved.get(request_id)
+        more = blocks - len(held or ())
+        if (held is None and self.full) or not self.pool.can_take(more + self._reserve + self.waiting.blocks):
+            return False
+        self.reserved.setdefault(request_id, []).extend(self.pool.take(more) if more > 0 else ())
+        return True
+
+    def give_up(self, request_id: str) -> None:
+        """Keep nothing for that request any more."""
+        self.pool.release(self.reserved.pop(request_id, []))
+
+    def room(self) -> Room:
+        """What there is and what is asked for, in blocks."""
+        waiting = self.waiting
+        return Room(
+            blocks=self.pool.total,
+            block_tokens=self.config.block_tokens,
+            free_blocks=self.pool.free - self._reserve,
+            running=self.running + len(self.reserved),
+            waiting=len(waiting),
+            head_blocks=self._blocks_for(waiting.head()) if waiting else 0,
+            waiting_blocks=waiting.blocks,
+            places=self.config.max_sequences - self.running - len(self.reserved),
+        )
 
     def make_way(self, now: float) -> None:
         """Preempt requests of a lower priority while one of a higher priority cannot start."""
@@ -48,6 +84,10 @@ class Residents:
     def grow(self, seq: Sequence) -> bool:
         """One more block for `seq`, taken from the lowest-ranked if need be; False if that is itself."""
         while not self.pool.can_take(1):
+            if self.reserved:
+                # Who is here goes before who may come.
+                self.give_up(next(reversed(self.reserved)))
+                continue
             worst = self.worst()
             if worst is None or worst is seq:
                 self.preempt(seq)
@@ -61,15 +101,15 @@ class Residents:
         """Start the best-ranked waiting request if its known text fits; nobody overtakes it."""
         seq, pool = self.waiting.head(), self.pool
         state = pool.free, pool.published
-        if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
-            return None
+        if self.full or (self.running and seq.refused_at == state):
+            return self._alone(now)
         block_tokens = self.config.block_tokens
         found = self._found(seq)
         shared = [entry for entry in found if isinstance(entry, int)]
         need = self._blocks_for(seq) - len(shared)
         if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
             seq.refused_at = state
-            return None
+            return self._alone(now)
         self.waiting.pop()
         pool.share(shared)
         seq.blocks = (
@@ -86,6 +126,14 @@ class Residents:
             # What was handed over is gone once the request is preempted.
             seq.computed = max(seq.computed, seq.request.handed_tokens)
         return seq
+
+    def _alone(self, now: float) -> Sequence | None:
+        """Who was refused while nobody runs goes before those who may come; else nobody is admitted."""
+        if self.running or not self.reserved:
+            return None
+        for request_id in list(self.reserved):
+            self.give_up(request_id)
+        return self.admit(now)
 
     def _found(self, seq: Sequence) -> Series[int | Stored]:
         """The blocks from the start of `seq` that need not be computed, in order."""

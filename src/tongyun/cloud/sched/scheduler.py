@@ -21,7 +21,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
+from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import Counters, SchedulerConfig
+from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.residents import Residents, by_rank
 from tongyun.cloud.sched.sequence import Sequence, State
@@ -88,10 +90,13 @@ class Scheduler:
         self.check(request)
         if request.id in self._sequences:
             raise RequestError(f"request '{request.id}' is already in flight", param="id")
-        seq = Sequence(request, self._serial)
+        self._waiting.push(self._new(request))
+
+    def _new(self, request: Request) -> Sequence:
+        seq = Sequence(request, self._serial, self.config.aging_s)
         self._serial += 1
         self._sequences[request.id] = seq
-        self._waiting.push(seq)
+        return seq
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; False if it is not in flight.
@@ -108,7 +113,75 @@ class Scheduler:
             self.pool.release(seq.blocks)
         seq.state = State.ENDED
         if waited:
-            self._waiting.left()
+            self._waiting.left(seq)
+        return True
+
+    # ── between engines ──────────────────────────────────────────────────────────────
+
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+        return self._residents.room()
+
+    def reserve(self, request_id: str, blocks: int) -> bool:
+        """Keep so many blocks in all, and a place, for a request that will `arrive`; false where there
+        are too few. They go, the last one's first, to those who are here and cannot go on without."""
+        return self._residents.reserve(request_id, blocks)
+
+    def give_up(self, request_id: str) -> None:
+        """Keep nothing for that request any more."""
+        self._residents.give_up(request_id)
+
+    def movable(self, request_id: str) -> Movable | None:
+        """A request that decodes or waits, as it is now; None where it is not here or in prefill."""
+        seq = self._sequences.get(request_id)
+        if seq is None or seq.state is State.PREFILLING or seq.request.handed_tokens:
+            return None
+        self.settle()
+        request = seq.request
+        return Movable(request.id, request.priority, seq.state is State.DECODING, len(seq.history))
+
+    def decoding(self) -> list[Movable]:
+        """Requests that decode, the best-ranked first."""
+        found = (self.movable(seq.request.id) for seq in self._decoding)
+        return [one for one in found if one is not None]
+
+    def head(self) -> Movable | None:
+        """The request that is admitted next; None where none waits or it cannot leave."""
+        return self.movable(self._waiting.head().request.id) if self._waiting else None
+
+    def depart(self, request_id: str) -> Traveller:
+        """Let a `movable` request go, between two turns: it is here no more and its blocks are free."""
+        self._check_turn()
+        self.settle()
+        seq = self._sequences[request_id]
+        traveller = Traveller(seq.request, seq.history, seq.computed, seq.admitted, seq.cached_tokens)
+        self.abort(request_id)
+        return traveller
+
+    def arrive(self, traveller: Traveller) -> bool:
+        """Go on, between two turns, with a request that departed elsewhere.
+
+        With its keys and values in the blocks reserved for it, it decodes from the next step on; else
+        it waits, and what it knows is computed again. Returns whether it decodes.
+        """
+        self._check_turn()
+        self.settle()
+        seq = self._new(traveller.request)
+        seq.history, seq.admitted = traveller.history, traveller.admitted
+        seq.cached_tokens = traveller.cached_tokens
+        block_tokens, name = self.config.block_tokens, traveller.request.id
+        enough = traveller.computed <= block_tokens * len(self._residents.reserved.get(name, ()))
+        if not (traveller.computed and enough):
+            self.give_up(name)
+            self._waiting.push(seq)
+            return False
+        seq.blocks = self._residents.reserved.pop(name)
+        seq.room = block_tokens * len(seq.blocks)
+        seq.computed, seq.publish_at = traveller.computed, block_tokens
+        if self.config.prefix_caching:
+            seq.publish(self.pool, block_tokens)
+        seq.state = State.DECODING
+        insort(self._decoding, seq, key=by_rank)
         return True
 
     def produced(self, request_id: str) -> int:
@@ -191,7 +264,7 @@ class Scheduler:
         decoding = self._decoding
         if self._proposed is not None or self._prefilling or not decoding:
             return None
-        full = self.running >= self.config.max_sequences
+        full = self._residents.full
         if self._waiting:
             head = self._waiting.head()
             refused = full or head.refused_at == (self.pool.free, self.pool.published)
