@@ -55,8 +55,10 @@ def read_fleet(
     from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
-    from tongyun.specs import find_fleet
+    from tongyun.specs import find_fleet, find_market
 
+    if find_market(path) is not None:
+        raise InputError(f"{path}: model: several of them are played by `tongyun simulate` alone")
     spec = find_fleet(path)
     find_router(spec.router)
     chips = sum(each.replicas * each.tp * each.dp for each in spec.pool)
@@ -77,7 +79,7 @@ def read_fleet(
     experts = None
     if spec.experts is not None:
         experts = ExpertLoads(spec=spec.experts, model=question.model, file=path)
-    pools = (_pool(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    pools = (pool_of(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
     return spec, Fleet(
         question=question,
         pools=tuple(pools),
@@ -198,7 +200,8 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
-def _pool(spec: PoolSpec, experts: ExpertLoads | None) -> Pool:
+def pool_of(spec: PoolSpec, experts: ExpertLoads | None = None) -> Pool:
+    """A pool as its table says."""
     from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
     from tongyun.model.shard import Shard

@@ -82,8 +82,10 @@ def simulate(
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cli import market
     from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
+    from tongyun.specs import find_market
 
     for place in (html, perfetto):
         if place is not None and place.exists() and not force:
@@ -92,6 +94,9 @@ def simulate(
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
+    if fleet is not None and (several := find_market(fleet)) is not None:
+        market.simulate(given, several, arrivals, slo)
+        return
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
     played = asked.play(

@@ -8,9 +8,10 @@ itself; it knows no thread, no text and no tensor.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -68,8 +69,37 @@ class Leap(NamedTuple):
     moment_s: float
 
 
+class Engine(Protocol):
+    """What a simulated instance drives: an `EngineLoop`, or several behind one clock."""
+
+    tape: Tape | None
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def models(self) -> tuple[tuple[str, int, float], ...]:
+        """What there is to do by model, where there are several (see `Load`)."""
+
+    def check(self, request: Request) -> None: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def produced(self, request_id: str) -> int: ...
+
+    def abort(self, request_id: str) -> list[TokenEvent]: ...
+
+    def leap(self, until_s: float = float("inf")) -> Leap | None: ...
+
+    def turn(self) -> Turn | None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
 class EngineLoop:
     """One engine. Not thread-safe: whoever calls it owns scheduler and executor."""
+
+    models: tuple[tuple[str, int, float], ...] = ()
 
     def __init__(
         self,
@@ -166,9 +196,9 @@ class EngineLoop:
             self._chip_joules += result.joules or 0.0
         return Turn(batch, result, ended, now_s)
 
-    def leap(self, until_s: float = float("inf")) -> Leap | None:
-        """Take the next step, or all steps ahead in which nothing is decided, up to the first that
-        ends at `until_s` or later.
+    def leap(self, until_s: float = float("inf"), at_most: int = sys.maxsize) -> Leap | None:
+        """Take the next step, or up to `at_most` of the steps ahead in which nothing is decided, up to the
+        first that ends at `until_s` or later.
 
         None where there is nothing to run or a step cannot be foreseen: the executor has no
         `Foresight`, a token could end a request by itself, or blocks have run out. The outcome
@@ -181,10 +211,11 @@ class EngineLoop:
         if ahead is None:
             return self._glide(executor)
         begin_s = self.clock.now()
-        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, ahead.steps)
+        foreseen = min(ahead.steps, at_most)
+        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, foreseen)
         # Summed one after the other, as the clock would.
         moments_s = np.add.accumulate(np.concatenate(([begin_s], each_s)))
-        steps = min(ahead.steps, int(np.searchsorted(moments_s[1:], until_s)) + 1)
+        steps = min(foreseen, int(np.searchsorted(moments_s[1:], until_s)) + 1)
         executor.went(steps)
         spent_s = np.diff(moments_s[: steps + 1])
         self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])

@@ -108,6 +108,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
+    @property
     def running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
 
@@ -164,6 +168,17 @@ class Scheduler:
         if waited:
             self._waiting.left()
         return True
+
+    def steps_within(self, blocks: int) -> int:
+        """Decoding steps that take no more than so many blocks; one, where even that may take more."""
+        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
+
+    def surrender(self) -> None:
+        """Take all blocks from every running request; what they know is computed again later."""
+        self._check_turn()
+        self.settle()
+        while (worst := self._worst()) is not None:
+            self._preempt(worst)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
