@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tongyun.cloud.latency import Slo
     from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Fleet, Played
+    from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
@@ -95,7 +95,7 @@ def simulate(
     find_router(router)
     arrivals = _arrivals(given)
     if fleet is not None and (several := find_market(fleet)) is not None:
-        market.simulate(given, several, arrivals, slo)
+        market.simulate(given, several, arrivals, slo, schedule)
         return
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
@@ -123,7 +123,8 @@ def simulate(
         write_files({html.name: text}, html.parent, force=force)
         typer.echo(f"wrote {html}", err=True)
     if perfetto is not None and schedule is not None:
-        _write_trace(schedule, perfetto, played)
+        assert played.recording is not None
+        write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
 
@@ -145,14 +146,12 @@ def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
     return Schedule(begin_s, end_s)
 
 
-def _write_trace(schedule: Schedule, place: Path, played: Played) -> None:
-    """And say which part of the run it holds."""
+def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
+    """And say which part of the run, which ended at `whole_s`, it holds."""
     from tongyun.cloud.perfetto import save
     from tongyun.report import number
 
     count = save(schedule, place)
-    assert played.recording is not None
-    whole_s = max(one.ended_s for one in played.recording.records)
     part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
     more = (
         "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""

@@ -9,7 +9,7 @@ take on the host link: both directions at once, behind what a prefetch still bri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from tongyun.cloud.engine.clock import VirtualClock
@@ -80,6 +80,8 @@ class SharedLoop:
             {name: one.scheduler.pool for name, one in tenants.items()},
             lambda name: tenants[name].scheduler.surrender(),
         )
+        self.told: Callable[[str, float, float], None] | None = None
+        """Told of every model that comes to work, and from when until when its bytes came."""
         self._whose: dict[str, str] = {}
         # Without a first token.
         self._waiting: set[str] = set()
@@ -260,8 +262,11 @@ class SharedLoop:
             self._count(coming, loads=1, in_bytes=wanted)
 
     def _wait(self, name: str, until_s: float) -> None:
-        waited_s = max(until_s - self.clock.now(), 0.0)
+        begin_s = self.clock.now()
+        waited_s = max(until_s - begin_s, 0.0)
         self.clock.wait_until(until_s)
+        if self.told is not None:
+            self.told(name, begin_s, self.clock.now())
         self._turns.extend(waited_s)
         self._count(name, seconds=waited_s)
 
