@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.loop import Engine, Turn
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Finish, Piece, Request
@@ -42,7 +42,7 @@ class Instance:
 
     def __init__(
         self,
-        loop: EngineLoop,
+        loop: Engine,
         *,
         watch: Callable[[Turn], None] | None = None,
         ended: Callable[[RequestRecord], None] | None = None,
@@ -89,7 +89,7 @@ class Instance:
 
     @property
     def load(self) -> Load:
-        return Load(len(self.in_flight), self.prompt_tokens_due)
+        return Load(len(self.in_flight), self.prompt_tokens_due, self.loop.models)
 
     def advance(self, until_s: float) -> None:
         """Work until `until_s` or, in the midst of a step then, until it ends; idle time is let pass."""

@@ -30,6 +30,9 @@ class Load(NamedTuple):
     """In flight: waiting, in prefill and decoding."""
     prompt_tokens: int
     """Of requests that have no first token yet."""
+    models: tuple[tuple[str, int, float], ...] = ()
+    """Where several share the engine: by model, requests in flight, and the share of the engine's time that
+    keeps their time between tokens. A model that only lies ready has none."""
 
 
 class Router(Protocol):

@@ -98,12 +98,18 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         self._proposed: tuple[Batch | Step, list[Sequence]] | None = None
+        self.preempted: list[str] | None = None
+        """Who was preempted, where somebody put a list here, and empties it."""
         # While it is there, what decoding sequences know falls behind.
         self._coast: Coast | None = None
 
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def decoding(self) -> int:
+        return len(self._decoding)
 
     @property
     def running(self) -> int:
@@ -162,6 +168,17 @@ class Scheduler:
         if waited:
             self._waiting.left()
         return True
+
+    def steps_within(self, blocks: int) -> int:
+        """Decoding steps that take no more than so many blocks; one, where even that may take more."""
+        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
+
+    def surrender(self) -> None:
+        """Take all blocks from every running request; what they know is computed again later."""
+        self._check_turn()
+        self.settle()
+        while (worst := self._worst()) is not None:
+            self._preempt(worst)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
@@ -485,6 +502,8 @@ class Scheduler:
         # A new list: pieces and tests may still look at the old one.
         seq.blocks, seq.computed, seq.restored = [], 0, ()
         self.counters.preemptions += 1
+        if self.preempted is not None:
+            self.preempted.append(seq.request.id)
         self._waiting.push(seq)
 
     def _worst(self) -> Sequence | None:
