@@ -62,6 +62,9 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
+    pools: Annotated[
+        str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
+    ] = "mixed",
     router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -224,7 +227,7 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, of_groups, pools_of
+    from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
 
     isl, osl = _lengths(arrivals)
     price = given["usd_per_chip_hour"]
@@ -237,7 +240,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
     if given["plan"] is not None:
         refuse_told(typed(given["context"]), PLANNED, "--plan says that")
         question, plan = read_plan(given, isl=isl, osl=osl)
-        pools = pools_of(of_groups(plan), given["prefill_replicas"])
+        pools = pools_of(of_a_group(plan), given["prefill_replicas"])
         return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
@@ -249,7 +252,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
         dtypes=(given["dtype"], given["kv_dtype"]),
         usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else of_groups(_best_plan(question))
+    plan = _given_plan(given, question) if given["tp"] is not None else of_a_group(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 
@@ -279,12 +282,17 @@ def _given_plan(given: dict[str, Any], question: Question) -> Plan:
 
 
 def _best_plan(question: Question) -> Plan:
-    """The planner's best one without pipeline stages, inside the limits where any is."""
+    """The planner's best one of one kind of replica without pipeline stages, or of two pools of them,
+    inside the limits where any is. Its batch is a group's, as a fleet's is."""
     from tongyun.codesign.plan import plan
 
     answer = plan(question)
-    offers = [offer for offer in answer.pareto if offer.plan.shard.pp == 1]
+    offers = [
+        offer
+        for offer in answer.pareto
+        if not offer.plan.others and all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)
+    ]
     if not offers:
-        raise Infeasible(f"no plan without pipeline stages: {answer.limit}; --tp names one")
+        raise Infeasible(f"no plan of one kind without pipeline stages: {answer.limit}; --tp names one")
     within = [offer for offer in offers if offer.meets] or offers
     return max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan

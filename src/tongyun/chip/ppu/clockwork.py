@@ -31,7 +31,8 @@ ENDS = (
 )
 """How a run ends, by its number."""
 _FLOPS, _HBM, _L2, _SRAM, _LINK, _ELEMENTS, _BUSY = range(7)
-_TABLE = 1 << 17
+_SETS, _HASH = 1 << 16, -7046029254386353131
+"""What the L2 holds, two tiles a set: address, bytes filled by then, bytes of its own, when it arrives."""
 _READ = 24 * _TICK
 """Ticks from an LDS to its number being in the register."""
 _CORE = 12
@@ -147,7 +148,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
     while leaves < cores:
         leaves *= 2
     first = np.full(2 * leaves, _NEVER, np.int64)
-    tags = np.zeros(_TABLE * 4, np.int64)
+    tags = np.zeros(_SETS * 8, np.int64)
     ticks, counters = np.zeros(kernels, np.int64), np.zeros((kernels + 1, 12), np.int64)
     busy = np.zeros(8, np.int64)
     flops, hbm, l2, sram, link, passed = 0, 0, 0, 0, 0, 0
@@ -180,7 +181,11 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                 end = start
                 if moved:
                     address = code[at + 5] + state[regs + code[at + 6]]
-                    slot = ((address >> 6) * 0x9E3779B1 >> 8 & _TABLE - 1) * 4
+                    slot = (address * _HASH >> 48 & _SETS - 1) * 8
+                    if tags[slot] != address and (
+                        tags[slot + 4] == address or tags[slot + 5] < tags[slot + 1]
+                    ):
+                        slot += 4
                     hit = (
                         code[at + 13] & 1 and tags[slot] == address and tags[slot + 2] >= fetched
                         and filled - tags[slot + 1] <= l2_bytes
@@ -188,11 +193,15 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     port = start + at_port
                     l2_free = max(l2_free, start) + at_l2
                     end = max(port, l2_free) + l2_latency
-                    if not hit:
+                    if hit:
+                        # It may still be on its way, asked for by another core.
+                        end = max(end, tags[slot + 3])
+                    else:
                         filled += fetched
                         hbm_free = max(hbm_free, start) + at_hbm
                         end = max(end, hbm_free + hbm_latency)
                         hbm += fetched
+                        tags[slot + 3] = hbm_free + hbm_latency
                     tags[slot], tags[slot + 1], tags[slot + 2] = address, filled, fetched
                     l2 += fetched
                     sram += moved

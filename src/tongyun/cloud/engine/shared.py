@@ -16,6 +16,7 @@ from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Leap, Turn
 from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent, summed
 from tongyun.cloud.engine.simulated import DecodeCosts
+from tongyun.cloud.sched.freeness import EMPTY, Room
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.residence import Footprint, Residence
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -116,6 +117,10 @@ class SharedLoop:
         """Requests in flight by model, those included whose weights lie ready for none (see `Load`)."""
         names = dict.fromkeys([*self._counts, *self.residence.resident])
         return tuple((name, self._counts[name], self._share(name)) for name in names)
+
+    def room(self) -> Room:
+        """Nobody's: models share memory by turns, and their requests do not move between engines."""
+        return EMPTY
 
     def check(self, request: Request) -> None:
         """RequestError if `request` could never run."""
