@@ -59,7 +59,7 @@ def test_json_holds_the_contract() -> None:
     assert found["best"]["ttft_s"] <= 2 and found["best"]["tpot_s"] <= 0.03
     assert found["best"]["meets"]
     assert found["evaluated"] > 1000
-    assert set(found["cut"]) == {"legality", "memory", "prefill", "ttft", "tpot"}
+    assert set(found["cut"]) == {"legality", "depth", "memory", "prefill", "ttft", "tpot"}
     assert found["seconds"] > 0
     pools = found["best"]["plan"]["pools"]
     assert sum(pool["chips"] for pool in pools) + found["best"]["plan"]["idle_chips"] == 8

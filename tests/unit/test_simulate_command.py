@@ -90,7 +90,14 @@ def test_bad_lines_are_left_out_and_counted_where_asked(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     flags = ["simulate", "--model", "Qwen/Qwen3-235B-A22B", "--chip", "h200", "--rate", "1", "--tp", "1"]
     told = CliRunner().invoke(build(), flags).exception
-    assert isinstance(told, Infeasible) and "GB" in str(told)
+    assert isinstance(told, Infeasible)
+    # 470 GB of bf16 weights: to the byte, and what would hold them.
+    assert "lacks 341,025,783,296 bytes (341 GB)" in str(
+        told
+    ) and "470,187,269,120 bytes (470 GB) of weights" in str(told)
+    assert "Would fit: tp4 pp1 ep1 dp1, 4 chips a replica" in str(told)
+    fits = CliRunner().invoke(build(), [*flags[:-1], "4", "--chips", "4", "--requests", "3"])
+    assert fits.exit_code == 0
 
 
 def test_results_are_told_by_class_and_model_and_add_up(tmp_path: Path) -> None:

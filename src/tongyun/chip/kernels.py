@@ -4,8 +4,8 @@
 as they run in one serving engine on one chip, and splits each price into the starts of
 its kernels and the rest. Norms and element-wise work are a pass over memory and a
 start. Nothing is below its roofline. Equal shapes are priced once: a plan asks for the
-same products on every cut. Routing is random and even, every expert as likely as
-the next. Calibrated machines and chips that are no accelerators are not priced here.
+same products on every cut. Routing is random, every expert as likely as the next or as
+the cut says. Calibrated machines and chips that are no accelerators are not priced here.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tongyun.chip import exchange
 from tongyun.chip.attention import Heads, decode_s, prefill_s
 from tongyun.chip.collective import collective_s, link_share
-from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, random_rows
+from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, picked_rows, random_rows
 from tongyun.chip.matmul import matmul_s, quantising_launches
 from tongyun.chip.rates import PRODUCTS, rate_dtype
 from tongyun.chip.silicon import Silicon, is_measured, library, silicon_of
@@ -135,11 +135,12 @@ class Kernels:
         # A rank sums a fixed share of the tokens routed.
         share = float(np.max(np.asarray(routed.mine) / routed.tokens))
         key = ("experts", routed.per_token, routed.count, routed.local, routed.hidden, routed.inner)
+        picks = routed.picks
         up_s, passing_s, down_s = self._once(
-            (*key, dtype, op.stored, share),
+            (*key, picks, dtype, op.stored, share),
             routed.tokens,
             lambda tokens: experts_parts_s(
-                random_rows(tokens, routed.per_token, routed.count),
+                picked_rows(tokens, picks) if picks else random_rows(tokens, routed.per_token, routed.count),
                 routed.hidden,
                 routed.inner,
                 self.silicon,

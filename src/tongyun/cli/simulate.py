@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tongyun.cli.fleet import read_fleet, refuse_told, typed
-from tongyun.cli.plan import ask
+from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
+from tongyun.cli.plan import ask, command
 from tongyun.cli.simulated import as_json, show
 from tongyun.errors import Infeasible, InputError
 
@@ -27,6 +27,9 @@ def simulate(
     fleet: Annotated[
         Path | None, typer.Option(help="TOML file: model, chip, pools, router; no flags for them then.")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What `tongyun plan --json` wrote: its best plan is the fleet.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hugging Face id in the catalogue, or a directory.")
     ] = None,
@@ -39,7 +42,8 @@ def simulate(
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV of moments and lengths.")
+        Path | None,
+        typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV or Parquet file of moments and lengths."),
     ] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
     skip_bad: Annotated[
@@ -54,7 +58,7 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
-    router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
+    router: Annotated[str, typer.Option(help="round-robin, least-load, prefix or freeness.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Limit on the mean time between tokens.")] = None,
@@ -63,17 +67,30 @@ def simulate(
     usd_per_chip_hour: Annotated[float | None, typer.Option(help="Your price.")] = None,
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
+    html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
+    from tongyun.codesign.classes import headroom
 
+    if html is not None and html.exists() and not force:
+        raise InputError(f"{html}: already there; --force replaces")
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
-    played = asked.play(arrivals, find_router(router), chip=asked.question.chip.at(), seed=seed, slo=slo)
+    played = asked.play(
+        arrivals,
+        find_router(router, headroom=headroom(asked.classes)),
+        chip=asked.question.chip.at(),
+        seed=seed,
+        slo=slo,
+        recorder=Recorder(),
+    )
     seconds = time.perf_counter() - begun
     if json:
         from tongyun.report import to_json
@@ -82,8 +99,22 @@ def simulate(
     else:
         show(asked, played, router)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
+    if html is not None:
+        from tongyun.codesign.launch import write_files
+        from tongyun.codesign.run_page import page
+
+        text = page(asked, played, router=router, command=_told(given))
+        write_files({html.name: text}, html.parent, force=force)
+        typer.echo(f"wrote {html}", err=True)
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+
+
+def _told(given: dict[str, Any]) -> str:
+    """The command line, without what was left at its default."""
+    names = typed(given["context"])
+    off = {f"no_{name}": True for name in names if given[name] is False}
+    return command({**{name: given[name] for name in given if name in names}, **off}, "simulate")
 
 
 def _slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo:
@@ -140,26 +171,32 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, pools_of
+    from tongyun.codesign.fleet import Fleet, of_groups, pools_of
 
     isl, osl = _lengths(arrivals)
+    price = given["usd_per_chip_hour"]
     if given["fleet"] is not None:
+        if given["plan"] is not None:
+            raise InputError("the fleet comes from one of --fleet and --plan, not both")
         refuse_told(typed(given["context"]))
-        spec, fleet = read_fleet(
-            given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=given["usd_per_chip_hour"]
-        )
+        spec, fleet = read_fleet(given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=price)
         return spec.router, fleet
+    if given["plan"] is not None:
+        refuse_told(typed(given["context"]), PLANNED, "--plan says that")
+        question, plan = read_plan(given, isl=isl, osl=osl)
+        pools = pools_of(of_groups(plan), given["prefill_replicas"])
+        return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
-            raise InputError(f"--{name} is missing; or --fleet names a file that says it")
+            raise InputError(f"--{name} is missing; or --fleet or --plan names a file that says it")
     question = ask(
         {**given, "isl": isl, "osl": osl},
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
         dtypes=(given["dtype"], given["kv_dtype"]),
-        usd_per_chip_hour=given["usd_per_chip_hour"],
+        usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else _best_plan(question)
+    plan = _given_plan(given, question) if given["tp"] is not None else of_groups(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 

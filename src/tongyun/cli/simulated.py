@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tongyun.cloud.latency import Group
+    from tongyun.cloud.record import Recording
     from tongyun.codesign.fleet import Fleet, Played, Pool
 
 # ── for programs ─────────────────────────────────────────────────────────────────────
@@ -30,13 +31,23 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "use": played.use,
         "prefix_hits": played.prefix_hits,
         "tier_hits": _tier_hits(fleet, played),
+        "expert_crowding": _crowding(fleet),
+        "kv_occupancy": None if played.recording is None else _occupancy_json(played.recording),
         "joules": played.joules,
         "usd_per_mtoken": played.usd_per_mtoken,
         "classes": _groups_json(played.classes, played),
         "models": _groups_json(played.models, played),
+        "moves": played.moves,
         "engines": played.engines,
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }
+
+
+def _occupancy_json(recording: Recording) -> list[dict[str, Any]]:
+    return [
+        {"pool": one.role, "mean": part.mean, "p99": part.p99, "most": part.most}
+        for one, part in zip(recording.series, recording.occupancy, strict=True)
+    ]
 
 
 def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
@@ -103,15 +114,54 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ["engines in a step", f"{played.use:.1%}"],
         ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
         *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
+        *(
+            [f"busiest expert rank, ep{ep}", f"{times:.2f} × the mean"]
+            for ep, times in _crowding(fleet).items()
+        ),
+        *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
+        *_moves(played),
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
-    if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
+    if done.slo.ttft_s is not None or done.slo.tpot_s is not None or done.slo.classes:
         rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _occupied(played: Played) -> list[tuple[str, str]]:
+    """Of each pool, the share of its KV blocks that requests hold: mean, p99 and most."""
+    if played.recording is None:
+        return []
+    pairs = list(zip(played.recording.series, played.recording.occupancy, strict=True))
+    return [
+        (
+            "KV occupied: mean, p99, max" if len(pairs) == 1 else f"KV occupied, {one.role}",
+            f"{part.mean:.1%}, {part.p99:.1%}, {part.most:.1%}",
+        )
+        for one, part in pairs
+    ]
+
+
+def _moves(played: Played) -> list[list[str]]:
+    """What became of requests that were moved between engines, where the fleet moves any."""
+    from tongyun.report import NOTHING, number
+    from tongyun.units import GB, MS
+
+    moves = played.moves
+    if moves is None:
+        return []
+    pause = moves.downtime_s
+    told = NOTHING if pause is None else f"{number(pause.p50 / MS)} and {number(pause.p99 / MS)}"
+    return [
+        ["requests moved while decoding", f"{moves.migrated:,}"],
+        ["  while they waited", f"{moves.rescheduled:,}"],
+        ["  called off; computed again", f"{moves.called_off:,}; {moves.recomputed:,}"],
+        ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
+        ["  pause ms, p50 and p99", told],
+    ]
 
 
 def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
@@ -147,3 +197,9 @@ def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
 def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
     """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
     return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
+
+
+def _crowding(fleet: Fleet) -> dict[int, float]:
+    """Tokens of the busiest expert rank over those of the mean one, by the ranks experts are spread over."""
+    spread = {pool.plan.shard.ep for pool in fleet.pools}
+    return {} if fleet.experts is None else {ep: fleet.experts.crowding(ep) for ep in sorted(spread)}

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Turn
-from tongyun.cloud.engine.protocol import Executor
+from tongyun.cloud.engine.protocol import Executor, Tape
 from tongyun.cloud.instance import Instance, Simulated
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.prefix import row
@@ -27,15 +27,17 @@ def simulate(
     executor: Executor,
     *,
     users: int | None = None,
+    tape: Tape | None = None,
 ) -> Simulated:
     """Every request from its arrival to its end, in virtual seconds.
 
     Requests come in order of `arrival_s` (open loop) and are taken one by one, so they may
     be generated. With `users`, a closed loop instead: that many are in flight at a time
     and the next arrives when one ends. A request the engine refuses is recorded as failed;
-    an executor that fails ends the simulation.
+    an executor that fails ends the simulation. A `tape` is told of every step.
     """
     run = Instance(EngineLoop(Scheduler(scheduler_config), executor, VirtualClock()))
+    run.loop.tape = tape
     if users is None:
         _play_open(run, iter(requests))
     else:
@@ -90,14 +92,20 @@ class Front:
 
     def open(self, index: int) -> None:
         """Let an engine be given requests, those held first."""
-        self.instances[index].up = True
+        self._turn(index, True)
         held, self._held = self._held, []
         for request in held:
             self._place(request)
 
     def close(self, index: int) -> None:
         """Give an engine no further request; those it has go on."""
-        self.instances[index].up = False
+        self._turn(index, False)
+
+    def _turn(self, index: int, up: bool) -> None:
+        one = self.instances[index]
+        one.up = up
+        if one.loop.tape is not None:
+            one.loop.tape.turned(up, self._now_s)
 
     @property
     def held(self) -> int:

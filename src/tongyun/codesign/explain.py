@@ -14,9 +14,10 @@ import numpy as np
 
 from tongyun.chip.collective import Group, collective_s
 from tongyun.chip.rates import PRODUCTS, rate_dtype
-from tongyun.chip.roofline import parts_s, streamed_bytes
+from tongyun.chip.roofline import parts_s, steps_s, streamed_bytes
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
+from tongyun.codesign.speculate import drafts
 from tongyun.codesign.steady import Load, Memory, distinct_stages, load_at, memory_by_stage
 from tongyun.cost import host_s, step_cost
 from tongyun.model.graph import COLLECTIVES, Kind, Operator, StepShape
@@ -90,6 +91,8 @@ class Explanation:
     """ρ: use of the prefill budget."""
     memory: Memory
     """Of one rank of the fullest stage."""
+    each: float = 1.0
+    """e: tokens that a sequence gets in a step, more than one where drafts are verified."""
 
     @cached_property
     def step_s(self) -> float:
@@ -98,8 +101,8 @@ class Explanation:
 
     @property
     def tpot_s(self) -> dict[str, float]:
-        """TPOT by its parts: pp · (1 − f) · decode, and pp · f · prefill."""
-        pp, f = self.plan.shard.pp, self.prefill_share
+        """TPOT by its parts: pp · (1 − f) · decode / e, and pp · f · prefill / e."""
+        pp, f = self.plan.shard.pp / self.each, self.prefill_share
         return {"decode": pp * (1 - f) * self.decode.seconds, "prefill": pp * f * self.prefill.seconds}
 
 
@@ -121,6 +124,7 @@ def explain(question: Question, plan: Plan) -> Explanation:
         chunks=int(load.chunks[0]),
         use=float(load.use[0]),
         memory=max(memories, key=lambda memory: float(memory.total[0])),
+        each=question.step_tokens,
     )
 
 
@@ -128,6 +132,7 @@ def _slowest_stage(question: Question, chip: Chip, shard: Shard, load: Load) -> 
     def mean_s(stage: int) -> float:
         decode, mixed = (
             step_cost(question.model, shape, chip, shard, question.precision, stage=stage).seconds
+            + steps_s(_drafted(question, shape, shard, stage), chip).seconds
             for shape in (load.decode, load.mixed)
         )
         return float(np.asarray((1 - load.share) * decode + load.share * mixed)[0])
@@ -136,9 +141,15 @@ def _slowest_stage(question: Question, chip: Chip, shard: Shard, load: Load) -> 
     return max(stages, key=mean_s)
 
 
+def _drafted(question: Question, shape: StepShape, shard: Shard, stage: int) -> tuple[Operator, ...]:
+    """Of a step, what drafts the next one's tokens; on the last stage."""
+    return drafts(question, shape, shard) if stage == shard.pp - 1 else ()
+
+
 def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, shape: StepShape) -> Step:
     shard, stage = place
     operators = step(question.model, shape, shard, question.precision, stage=stage)
+    operators += _drafted(question, shape, shard, stage)
     footprint = streamed_bytes(operators)
     parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
     rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tongyun.cloud.latency import Percentiles, Slo
 from tongyun.cloud.sched.router import LeastLoad
 from tongyun.codesign.demand import Demand
-from tongyun.codesign.fleet import Fleet, Played, pools_of
+from tongyun.codesign.fleet import Fleet, Played, of_groups, pools_of
 from tongyun.codesign.plan import Answer, Offer, Plan
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
@@ -98,7 +98,7 @@ def tails(answer: Answer, demand: Demand) -> Tails:
         best=best,
         trials=tuple(trials),
         not_played=len(candidates) - len(trials),
-        too_small=sum(_least(answer, demand, offer) > _room(answer, offer) for offer in played),
+        too_small=sum(_least(demand, offer) > offer.plan.replicas for offer in played),
         staged=len(within) - len(played),
     )
 
@@ -106,30 +106,25 @@ def tails(answer: Answer, demand: Demand) -> Tails:
 def _candidates(answer: Answer, demand: Demand, offers: list[Offer]) -> Iterator[tuple[Plan, Offer]]:
     """Each offer with numbers of replicas from those that just carry the rate up, once each."""
     for offer in offers:
-        least, most = _least(answer, demand, offer), _room(answer, offer)
+        least, most = _least(demand, offer), offer.plan.replicas
         for replicas in sorted({min(math.ceil(least * room), most) for room in ROOM}):
             if replicas >= least:
                 idle = answer.question.chips - replicas * offer.plan.shard.ranks
-                yield replace(offer.plan, replicas=replicas, idle_chips=idle), offer
+                yield replace(offer.plan, replicas=replicas, idle_chips=idle, others=()), offer
 
 
-def _least(answer: Answer, demand: Demand, offer: Offer) -> int:
-    """Replicas whose steady rate is the demand's mean one."""
-    whole = offer.figures.tok_s_per_chip * answer.question.chips
-    return math.ceil(demand.rate_per_s * demand.osl / (whole / offer.plan.replicas))
-
-
-def _room(answer: Answer, offer: Offer) -> int:
-    return answer.question.chips // offer.plan.shard.ranks
+def _least(demand: Demand, offer: Offer) -> int:
+    """Replicas of the main kind whose steady rate is the demand's mean one."""
+    return math.ceil(demand.rate_per_s * demand.osl / offer.replica_tokens_per_s)
 
 
 def _play(answer: Answer, demand: Demand, plan: Plan, offer: Offer) -> Trial:
     question = answer.question
     chips = plan.replicas * plan.shard.ranks
     slo = Slo(ttft_s=question.ttft_s, tpot_s=question.tpot_s)
-    # A fleet's batch and budget are a group's. Free chips are not part of it.
-    grouped = replace(plan, batch=max(1, plan.batch // plan.shard.dp), idle_chips=0)
-    fleet = Fleet(question=replace(question, chips=chips), pools=pools_of(grouped))
+    # Free chips are not part of it.
+    pools = pools_of(of_groups(replace(plan, idle_chips=0)))
+    fleet = Fleet(question=replace(question, chips=chips), pools=pools)
     played = fleet.play(demand.arrivals, LeastLoad(), chip=question.chip.at(), slo=slo)
     report = played.report
     ttft, tpot = report.ttft_s or _NEVER, report.tpot_s or _NEVER

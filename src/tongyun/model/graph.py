@@ -67,6 +67,8 @@ class Routed:
     """Experts of the layer on all ranks."""
     local: int
     """Experts on this rank."""
+    picks: tuple[float, ...]
+    """For each of these, the chance that a token is computed there; empty where all are alike."""
     hidden: int
     inner: int
 

@@ -1,6 +1,7 @@
 """Facts as data: chips, fabrics, storage, models, prices and workloads, each figure with its source."""
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.figure import Corner, Figure
 from tongyun.specs.find import (
     every,
@@ -36,6 +37,7 @@ __all__ = [
     "Chip",
     "ChipSpec",
     "Corner",
+    "ExpertsSpec",
     "FabricSpec",
     "Figure",
     "FleetSpec",

@@ -14,7 +14,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, Foresight, StepResult, TokenEvent
+from tongyun.cloud.engine.protocol import (
+    Clock,
+    EngineStats,
+    Executor,
+    Foresight,
+    StepResult,
+    Stretch,
+    Tape,
+    TokenEvent,
+)
 from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -82,6 +91,8 @@ class EngineLoop:
         self._finished: Counter[Finish] = Counter()
         # In flight with stop tokens: what they produce has to be looked at.
         self._watched: set[str] = set()
+        self.tape: Tape | None = None
+        """Told of every step, where somebody wants to know."""
 
     @property
     def has_work(self) -> bool:
@@ -96,6 +107,8 @@ class EngineLoop:
         self._scheduler.add(request)
         if request.stop_token_ids:
             self._watched.add(request.id)
+        if self.tape is not None:
+            self.tape.queued(request)
 
     @property
     def scheduler(self) -> Scheduler:
@@ -105,12 +118,16 @@ class EngineLoop:
     def depart(self, request_id: str) -> Traveller:
         """Let a request go that the scheduler calls movable, between two steps."""
         self._watched.discard(request_id)
+        if self.tape is not None:
+            self.tape.left(request_id, self.clock.now())
         return self._scheduler.depart(request_id)
 
     def arrive(self, traveller: Traveller) -> bool:
         """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
         if traveller.request.stop_token_ids:
             self._watched.add(traveller.request.id)
+        if self.tape is not None:
+            self.tape.queued(traveller.request)
         return self._scheduler.arrive(traveller)
 
     def produced(self, request_id: str) -> int:
@@ -123,6 +140,8 @@ class EngineLoop:
             return []
         self._finished[Finish.ABORT] += 1
         self._watched.discard(request_id)
+        if self.tape is not None:
+            self.tape.left(request_id, self.clock.now())
         return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
 
     def step(self) -> list[TokenEvent] | None:
@@ -147,7 +166,10 @@ class EngineLoop:
             raise self._fail(batch, error) from error
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
+        stretch = None if self.tape is None else self._stretch(batch, begin_s, now_s)
         ended = self._scheduler.commit(batch, result.tokens, stopped)
+        if self.tape is not None and stretch is not None:
+            self.tape.note(stretch, batch.pieces, ended)
         self._watched.difference_update(ended)
         self._count(1, now_s - begin_s, ended)
         if result.chip_s is not None:
@@ -178,8 +200,14 @@ class EngineLoop:
         spent_s = np.diff(moments_s[: steps + 1])
         self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])
         self.clock.wait_until(float(moments_s[steps]))
+        pool, running, waiting = scheduler.pool, scheduler.running, scheduler.waiting
+        used, taken = pool.used, pool.taken
         ended = scheduler.leap(steps)
         self._count(steps, 0.0, ended)
+        if self.tape is not None:
+            most = used + pool.taken - taken
+            numbers = (ahead.decoding, ahead.context_tokens, 0, running, waiting, used, most)
+            self.tape.note(Stretch(begin_s, self.clock.now(), steps, *numbers), (), ended)
         return Leap(steps, (), ended, self.clock.now())
 
     def _glide(self, executor: Foresight) -> Leap | None:
@@ -191,9 +219,34 @@ class EngineLoop:
         result = executor.beside(*step)
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
+        tape, stretch = self.tape, None
+        if tape is not None:
+            computed = sum(piece.length for piece in step.pieces)
+            stretch = self._gauged(begin_s, now_s, step.decoding, step.context_tokens, computed)
         ended = self._scheduler.commit_step(step, result.tokens)
         self._count(1, now_s - begin_s, ended)
+        if tape is not None and stretch is not None:
+            tape.note(stretch, step.pieces, ended)
         return Leap(1, step.pieces, ended, now_s)
+
+    def _stretch(self, batch: Batch, begin_s: float, end_s: float) -> Stretch:
+        """The step of a batch that is proposed and not committed yet."""
+        decodes = [
+            piece.start
+            for piece in batch.pieces
+            if piece.samples and piece.length == 1 and piece.start >= len(piece.request.prompt)
+        ]
+        computed = sum(piece.length for piece in batch.pieces) - len(decodes)
+        return self._gauged(begin_s, end_s, len(decodes), sum(decodes), computed)
+
+    def _gauged(
+        self, begin_s: float, end_s: float, decoding: int, context_tokens: int, computed: int
+    ) -> Stretch:
+        """A step with the scheduler's gauges as they are while it runs."""
+        scheduler = self._scheduler
+        used = scheduler.pool.used
+        gauges = (scheduler.running, scheduler.waiting, used, used)
+        return Stretch(begin_s, end_s, 1, decoding, context_tokens, computed, *gauges)
 
     def _count(self, steps: int, busy_s: float, ended: dict[str, Finish]) -> None:
         self._steps += steps

@@ -6,7 +6,7 @@ Nothing here knows a tensor, HTTP or a price.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -93,6 +93,41 @@ class TokenEvent(NamedTuple):
     score: TokenScore | None = None
     cached_tokens: int = 0
     error: str | None = None
+
+
+class Stretch(NamedTuple):
+    """One step of an engine, or several in a row in which the same requests decode."""
+
+    begin_s: float
+    end_s: float
+    steps: int
+    decoding: int
+    context_tokens: int
+    """Of those that decode, before the first of the steps: each grows by one a step."""
+    prompt_tokens: int
+    """Computed besides, in prompts and in what was preempted."""
+    running: int
+    waiting: int
+    kv_begin: int
+    """Blocks that requests hold in the first of the steps; in several, they are taken about evenly."""
+    kv_end: int
+    """And in the last, those that end with it included."""
+
+
+class Tape(Protocol):
+    """Who is told of an engine's steps as they are taken, leaps as they are leapt."""
+
+    def queued(self, request: Request) -> None:
+        """A request has been given to the engine."""
+
+    def note(self, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]) -> None:
+        """Steps were taken, these pieces of prompts among others in them, and who ended with the last."""
+
+    def left(self, request_id: str, moment_s: float) -> None:
+        """A request was taken away between two steps."""
+
+    def turned(self, up: bool, moment_s: float) -> None:
+        """From now on the engine is given requests, or is not."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,8 @@ class BlockPool:
         self.tiers = tiers
         self.published = 0
         """Blocks published so far: while it stands still, no new prefix can match."""
+        self.taken = 0
+        """Blocks taken so far, cached ones that were shared left out."""
         self._blank = list(range(total - 1, -1, -1))
         # Least recently released first, which is the order of eviction.
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -74,6 +76,7 @@ class BlockPool:
                 self._forget(block)
             self._holders[block] = 1
             taken.append(block)
+        self.taken += count
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
