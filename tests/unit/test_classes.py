@@ -63,7 +63,8 @@ def trace(
     """Eighty requests a second, far more than two replicas of 24 requests serve at once."""
     file = place / "load.csv"
     rows = [
-        f"{i / 80},{400 + i % 7 * 100},{60 + i % 5 * 40 + longer[i % len(longer)]},{classes[i % len(classes)]}"
+        f"{i / 80},{400 + i % 7 * 100},{60 + i % 5 * 40 + longer[i % len(longer)]},"
+        f"{classes[i % len(classes)]}"
         for i in range(240)
     ]
     file.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens,class", *rows]) + "\n")
