@@ -86,6 +86,9 @@ def read_fleet(
         prefix_caching=spec.prefix_caching,
         tiers=tiers,
         experts=experts,
+        classes=spec.classes,
+        aging_s=spec.class_aging_s,
+        migration=spec.migration,
     )
 
 
