@@ -143,6 +143,24 @@ def test_it_shows_models_and_switches(file: Path) -> None:
     assert "150 requests simulated" in shown
 
 
+def test_its_schedule_shows_who_came_to_work_when(file: Path, tmp_path: Path) -> None:
+    place = tmp_path / "run.json"
+    plain, traced = told(file), told(file, *LOAD, "--perfetto", str(place))
+    del plain["seconds"], traced["seconds"]
+    assert plain == traced
+    events = json.loads(place.read_text())["traceEvents"]
+    titles = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert titles == {
+        *(f"Qwen/Qwen3-32B engine {n} (simulated)" for n in (0, 1)),
+        *(f"shared engine {n} (simulated)" for n in (0, 1)),
+    }
+    changes = [event for event in events if event["name"].startswith("to ")]
+    switched = traced["models"].values()
+    waited_s = sum(event["dur"] for event in changes) / 1e6
+    assert waited_s == pytest.approx(sum(one["switched"]["seconds"] for one in switched), abs=1e-3)
+    assert len(changes) >= sum(one["switched"]["count"] for one in switched)
+
+
 def test_a_trace_says_who_is_asked_and_a_strange_name_is_told_its_neighbours(
     file: Path, tmp_path: Path
 ) -> None:
@@ -227,7 +245,7 @@ def test_what_does_not_fit_says_by_how_many_bytes(file: Path) -> None:
     ):
         play(MARKET.replace("Qwen/Qwen3-8B", "Qwen/Qwen3-235B-A22B"))
     with pytest.raises(
-        Infeasible, match=r"7 models do not fit host memory: a node of 2 chips lacks \d+\.?\d* GB"
+        Infeasible, match=r"7 models do not fit host memory: a node of 2 chips lacks [\d,]+ bytes"
     ):
         play(MARKET.replace("host_gb = 128", "host_gb = 60"))
 
@@ -237,5 +255,7 @@ def test_the_twin_and_flags_of_a_plain_fleet_are_refused(file: Path) -> None:
         read_fleet(file)
     done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--tp", "2", *LOAD])
     assert "--fleet says that" in str(done.exception)
+    done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--perfetto", "x.json", *LOAD])
+    assert "--perfetto: not written for several models" in str(done.exception)
     with pytest.raises(SpecError, match="prefix_caching"):
         loads(MARKET.replace('chip = "h20"', 'chip = "h20"\nprefix_caching = 1'), MarketSpec)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tongyun.cloud.latency import LatencyReport, Slo
+    from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
     from tongyun.codesign.market import Market, MarketPlayed, OfModel, Part, Served
     from tongyun.specs import MarketPoolSpec, MarketSpec, ServedSpec
@@ -26,20 +27,29 @@ if TYPE_CHECKING:
 RATES = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
 
 
-def simulate(given: Mapping[str, Any], spec: MarketSpec, arrivals: Sequence[Arrival], slo: Slo) -> None:
+def simulate(
+    given: Mapping[str, Any],
+    spec: MarketSpec,
+    arrivals: Sequence[Arrival],
+    slo: Slo,
+    schedule: Schedule | None,
+) -> None:
     """Play the load on the file's models, and show or write what came of it."""
+    from tongyun.cli.simulate import write_trace
     from tongyun.cloud.sched.router import find_router
 
     given_flags = typed(given["context"])
     refuse_told(given_flags, (*TOLD, "plan"))
-    refuse_told(given_flags, ("html",), "not written for several models")
+    refuse_told(given_flags, ("html", "perfetto", "window"), "not written for several models")
     find_router(spec.router)
     market = read_market(
         given["fleet"], spec, arrivals, slo=slo, usd_per_chip_hour=given["usd_per_chip_hour"]
     )
     chip = next(iter(market.models.values())).question.chip.at()
     begun = time.perf_counter()
-    played = market.play(arrivals, lambda: find_router(spec.router), chip=chip, seed=given["seed"])
+    played = market.play(
+        arrivals, lambda: find_router(spec.router), chip=chip, seed=given["seed"], schedule=schedule
+    )
     seconds = time.perf_counter() - begun
     if given["json"]:
         from tongyun.report import to_json
@@ -49,6 +59,8 @@ def simulate(given: Mapping[str, Any], spec: MarketSpec, arrivals: Sequence[Arri
         show(spec, market, played)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
     report = played.whole.report
+    if schedule is not None:
+        write_trace(schedule, given["perfetto"], arrivals[0].time_s + report.duration_s)
     if report.failed:
         raise Infeasible(f"{report.failed} requests could not run: {report.errors[0][0]}")
 

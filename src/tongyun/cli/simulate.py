@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tongyun.cloud.latency import Slo
     from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Fleet, Played
+    from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
@@ -62,6 +62,9 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
+    pools: Annotated[
+        str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
+    ] = "mixed",
     router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -95,7 +98,7 @@ def simulate(
     find_router(router)
     arrivals = _arrivals(given)
     if fleet is not None and (several := find_market(fleet)) is not None:
-        market.simulate(given, several, arrivals, slo)
+        market.simulate(given, several, arrivals, slo, schedule)
         return
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
@@ -123,7 +126,8 @@ def simulate(
         write_files({html.name: text}, html.parent, force=force)
         typer.echo(f"wrote {html}", err=True)
     if perfetto is not None and schedule is not None:
-        _write_trace(schedule, perfetto, played)
+        assert played.recording is not None
+        write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
 
@@ -145,14 +149,12 @@ def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
     return Schedule(begin_s, end_s)
 
 
-def _write_trace(schedule: Schedule, place: Path, played: Played) -> None:
-    """And say which part of the run it holds."""
+def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
+    """And say which part of the run, which ended at `whole_s`, it holds."""
     from tongyun.cloud.perfetto import save
     from tongyun.report import number
 
     count = save(schedule, place)
-    assert played.recording is not None
-    whole_s = max(one.ended_s for one in played.recording.records)
     part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
     more = (
         "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
@@ -225,7 +227,7 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, of_groups, pools_of
+    from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
 
     isl, osl = _lengths(arrivals)
     price = given["usd_per_chip_hour"]
@@ -238,7 +240,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
     if given["plan"] is not None:
         refuse_told(typed(given["context"]), PLANNED, "--plan says that")
         question, plan = read_plan(given, isl=isl, osl=osl)
-        pools = pools_of(of_groups(plan), given["prefill_replicas"])
+        pools = pools_of(of_a_group(plan), given["prefill_replicas"])
         return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
@@ -250,7 +252,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
         dtypes=(given["dtype"], given["kv_dtype"]),
         usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else of_groups(_best_plan(question))
+    plan = _given_plan(given, question) if given["tp"] is not None else of_a_group(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 
@@ -280,12 +282,17 @@ def _given_plan(given: dict[str, Any], question: Question) -> Plan:
 
 
 def _best_plan(question: Question) -> Plan:
-    """The planner's best one without pipeline stages, inside the limits where any is."""
+    """The planner's best one of one kind of replica without pipeline stages, or of two pools of them,
+    inside the limits where any is. Its batch is a group's, as a fleet's is."""
     from tongyun.codesign.plan import plan
 
     answer = plan(question)
-    offers = [offer for offer in answer.pareto if offer.plan.shard.pp == 1]
+    offers = [
+        offer
+        for offer in answer.pareto
+        if not offer.plan.others and all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)
+    ]
     if not offers:
-        raise Infeasible(f"no plan without pipeline stages: {answer.limit}; --tp names one")
+        raise Infeasible(f"no plan of one kind without pipeline stages: {answer.limit}; --tp names one")
     within = [offer for offer in offers if offer.meets] or offers
     return max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan

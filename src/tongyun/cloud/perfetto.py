@@ -27,7 +27,8 @@ def events(schedule: Schedule) -> Iterator[Event]:
     """Events in microseconds of simulated time, in the Trace Event Format."""
     lanes: dict[tuple[int, str], int] = {}
     for engine in schedule.engines:
-        title = f"{'' if engine.role == 'mixed' else engine.role + ' '}engine {engine.place} (simulated)"
+        names = [engine.model, "" if engine.role == "mixed" else engine.role, f"engine {engine.place}"]
+        title = f"{' '.join(filter(None, names))} (simulated)"
         yield _named("process_name", engine.number, STEPS, title)
         yield {
             **_named("process_sort_index", engine.number, STEPS, ""),
@@ -36,6 +37,8 @@ def events(schedule: Schedule) -> Iterator[Event]:
         yield _named("thread_name", engine.number, STEPS, "steps")
         yield from _steps(engine)
         yield from _requests(engine, lanes)
+        for model, begin_s, end_s in engine.changes():
+            yield _slice(f"to {model}", engine.number, STEPS, begin_s, end_s, {"model": model})
         for moment_s, up in engine.turns:
             what = "given requests" if up else "given no more requests"
             yield {"ph": "i", "s": "p", **_at(what, engine.number, STEPS, moment_s)}

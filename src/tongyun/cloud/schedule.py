@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tongyun.cloud.engine.protocol import Stretch, Tape
+from tongyun.cloud.engine.protocol import Stretch
 from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.errors import InputError
 
@@ -62,9 +62,9 @@ class Schedule:
         """Whether the bound came before the window's end."""
         return self._cut
 
-    def pool(self, role: str, engines: int, blocks: int) -> Sequence[Tape]:
-        """A tape for each engine of a pool."""
-        fresh = [EngineSchedule(self, len(self.engines) + i, role, i, blocks) for i in range(engines)]
+    def pool(self, role: str, engines: int, blocks: int, model: str = "") -> Sequence[EngineSchedule]:
+        """A tape for each engine of a pool, which is `model`'s alone where that is said."""
+        fresh = [EngineSchedule(self, len(self.engines) + i, role, i, blocks, model) for i in range(engines)]
         self.engines += fresh
         return fresh
 
@@ -95,19 +95,26 @@ class Schedule:
 class EngineSchedule:
     """One engine's part of a schedule."""
 
-    def __init__(self, whole: Schedule, number: int, role: str, place: int, blocks: int) -> None:
-        self.number, self.role, self.place, self.blocks = number, role, place, blocks
+    def __init__(
+        self, whole: Schedule, number: int, role: str, place: int, blocks: int, model: str = ""
+    ) -> None:
+        self.number, self.role, self.place, self.blocks, self.model = number, role, place, blocks, model
         self._whole = whole
         self._stretches: list[Stretch] = []
         self._phases: list[Phase] = []
         self.turns: list[tuple[float, bool]] = []
         """Moments from which on the engine is given requests, or is not."""
+        self._changes: list[tuple[str, float, float]] = []
         # In flight: the phase it is in, since when, and whether it was preempted before.
         self._live: dict[str, tuple[str, float, bool]] = {}
 
     def stretches(self) -> Iterator[Stretch]:
         """Steps that begin within the window or reach into it."""
         return (one for one in self._stretches if one.begin_s < self._whole.end_s)
+
+    def changes(self) -> Iterator[tuple[str, float, float]]:
+        """Models whose bytes the engine waited for, where several share it, and from when until when."""
+        return (one for one in self._changes if one[1] < self._whole.end_s)
 
     def phases(self) -> Iterator[Phase]:
         """In the order in which they ended; last those under way, up to the end of window or steps."""
@@ -158,6 +165,11 @@ class EngineSchedule:
     def turned(self, up: bool, moment_s: float) -> None:
         if self._whole.takes(moment_s, moment_s):
             self.turns.append((moment_s, up))
+
+    def changed(self, model: str, begin_s: float, end_s: float) -> None:
+        """The engine waited for what a model needs to work."""
+        if self._whole.takes(begin_s, end_s):
+            self._changes.append((model, begin_s, end_s))
 
     def _turn(self, request_id: str, name: str, moment_s: float, note: str = "") -> None:
         before, begin_s, again = self._live[request_id]

@@ -15,6 +15,7 @@ import numpy as np
 from tongyun.cloud.engine.protocol import Switched, total
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.sched.router import Router
+from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.fleet import Fleet, Played, Pool
 from tongyun.codesign.runs import Ended, Run, dedicated, shared
@@ -134,7 +135,13 @@ class Market:
         ]
 
     def play(
-        self, arrivals: Sequence[Arrival], router: Callable[[], Router], *, chip: Chip, seed: int = 0
+        self,
+        arrivals: Sequence[Arrival],
+        router: Callable[[], Router],
+        *,
+        chip: Chip,
+        seed: int = 0,
+        schedule: Schedule | None = None,
     ) -> MarketPlayed:
         """Send `arrivals` to their models; the same arguments give the same result to the last bit.
 
@@ -143,6 +150,9 @@ class Market:
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
         runs = [run for part in self.parts for run in self._runs(part, router, chip)]
+        if schedule is not None:
+            for run in runs:
+                run.tell(schedule)
         of = {name: run for run in runs for name in run.models}
         # One range of tokens for all, so that a request does not depend on the others' models.
         vocabulary = min(one.question.model.vocab for one in self.models.values())

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from tongyun.cloud.engine.loop import Engine
 from tongyun.cloud.engine.protocol import EngineStats
+from tongyun.cloud.engine.shared import SharedLoop
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.affinity import ByModel
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
+from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.simulate import Front, Relay, joined
 from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.sharing import Sharing
@@ -39,6 +41,19 @@ class Run:
         self.models, self.chips, self.front, self.sources, self.shared = models, chips, front, sources, shared
         self.joules = joules
         self._sent: list[str] = []
+
+    def tell(self, schedule: Schedule) -> None:
+        """Let a schedule know what the engines do."""
+        fronts = (self.front,) if isinstance(self.front, Front) else (self.front.first, self.front.second)
+        roles = ("mixed",) if len(fronts) == 1 else ("prefill", "decode")
+        for role, front in zip(roles, fronts, strict=True):
+            loops = [one.loop for one in front.instances]
+            blocks = loops[0].stats().kv_blocks_total
+            model = "shared" if self.shared else self.models[0]
+            for loop, tape in zip(loops, schedule.pool(role, len(loops), blocks, model), strict=True):
+                loop.tape = tape
+                if isinstance(loop, SharedLoop):
+                    loop.told = tape.changed
 
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival."""

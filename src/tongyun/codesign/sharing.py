@@ -91,7 +91,7 @@ class Sharing:
         if left < 0:
             raise Infeasible(
                 f"weights of {len(self.fleets)} models do not fit host memory: "
-                f"a node of {chips} chips lacks {-left * chips / GB:.3g} GB"
+                f"a node of {chips} chips lacks {-left * chips:,.0f} bytes ({-left * chips / GB:.3g} GB)"
             )
         return left
 

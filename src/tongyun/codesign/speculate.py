@@ -30,8 +30,10 @@ def drafts(question: Question, shape: StepShape, shard: Shard) -> tuple[Operator
     The first draft also takes the chunk of prompt tokens; the others follow for decoding sequences.
     """
     more = question.draft_tokens
-    if not more or shape.decode is None:
+    if not more:
         return ()
+    if shape.decode is None:
+        return draft_operators(question.model, shape, shard, question.precision)
     decode = replace(shape.decode, new=1)
     first = StepShape(decode=decode, prefill=shape.prefill, sampled=decode.count)
     found = draft_operators(question.model, first, shard, question.precision)
@@ -48,6 +50,7 @@ class Drafts:
     def __init__(self, question: Question, shape: StepShape, chip: Chip) -> None:
         self._question, self._shape, self._chip = question, shape, chip
         self._known: dict[Shard, Cost] = {}
+        self.are_made = question.draft_tokens > 0
 
     def at(self, shard: Shard) -> Cost:
         """Seconds on a rank of the last stage, and joules of all its ranks."""

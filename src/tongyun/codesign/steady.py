@@ -112,19 +112,18 @@ class Pricing:
     def __init__(self, question: Question, chip: Chip, batch: Array, budget: Array) -> None:
         self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
         self.load = load_at(question, batch, budget)
-        self._decode, self._mixed = (
-            StepPrices(question.model, shape, chip, question.precision)
+        self.decode, self.mixed = (
+            (StepPrices(question.model, shape, chip, question.precision), Drafts(question, shape, chip))
             for shape in (self.load.decode, self.load.mixed)
         )
-        self._drafts = tuple(Drafts(question, shape, chip) for shape in (self.load.decode, self.load.mixed))
 
     def steady(self, shard: Shard) -> Steady:
         """Latencies, rate and energy of a replica on this cut."""
         load, steps, each = self.load, self.question.osl - 1, self.question.step_tokens
         stages = distinct_stages(self.question.model, shard)
         costs = [self._stage(shard, stage) for stage, _ in stages.values()]
-        step_s = _largest([cost.seconds for _, cost in costs])
-        mixed_s = _largest([mixed.seconds for mixed, _ in costs])
+        step_s = largest([cost.seconds for _, cost in costs])
+        mixed_s = largest([mixed.seconds for mixed, _ in costs])
         joules = sum(
             count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True)
         )
@@ -144,11 +143,8 @@ class Pricing:
 
     def _stage(self, shard: Shard, stage: int) -> tuple[Cost, Cost]:
         """Cost of a mixed step, and of the mean step."""
-        decode, mixed, share = self._decode.at(shard, stage), self._mixed.at(shard, stage), self.load.share
-        if self.question.draft_tokens and stage == shard.pp - 1:
-            decode, mixed = (
-                cost + more.at(shard) for cost, more in zip((decode, mixed), self._drafts, strict=True)
-            )
+        share = self.load.share
+        decode, mixed = (stage_cost(prices, shard, stage) for prices in (self.decode, self.mixed))
         mean = Cost(
             seconds=(1 - share) * decode.seconds + share * mixed.seconds,
             joules=(1 - share) * decode.joules + share * mixed.joules,
@@ -158,7 +154,7 @@ class Pricing:
 
     def memory_bytes(self, shard: Shard) -> Array:
         """What the fullest rank of this cut holds; see `memory_bytes`."""
-        return _largest([memory.total for memory in self.memory_by_stage(shard)])
+        return largest([memory.total for memory in self.memory_by_stage(shard)])
 
     def memory_by_stage(self, shard: Shard) -> list[Memory]:
         """The memory of one rank of each different stage."""
@@ -180,12 +176,19 @@ class Pricing:
         return found
 
 
+def stage_cost(prices: tuple[StepPrices, Drafts], shard: Shard, stage: int) -> Cost:
+    """Cost of one step on one stage, with what drafts the next one's tokens on the last."""
+    step, drafts = prices
+    cost = step.at(shard, stage)
+    return cost + drafts.at(shard) if drafts.are_made and stage == shard.pp - 1 else cost
+
+
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
     """Latencies, rate and energy of a replica; `batch` and `budget` broadcast to the grid."""
     return Pricing(question, chip, batch, budget).steady(shard)
 
 
-def _largest(arrays: Sequence[Number]) -> Array:
+def largest(arrays: Sequence[Number]) -> Array:
     """The slowest or fullest stage, point by point."""
     return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
 

@@ -25,6 +25,8 @@ from tongyun.cloud.engine.protocol import (
     Tape,
     TokenEvent,
 )
+from tongyun.cloud.sched.freeness import Room
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.errors import ServiceError
@@ -81,6 +83,9 @@ class Engine(Protocol):
     def models(self) -> tuple[tuple[str, int, float], ...]:
         """What there is to do by model, where there are several (see `Load`)."""
 
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+
     def check(self, request: Request) -> None: ...
 
     def add(self, request: Request) -> None: ...
@@ -121,6 +126,8 @@ class EngineLoop:
         # In flight with stop tokens: what they produce has to be looked at.
         self._watched: set[str] = set()
         self._tape: Tape | None = None
+        # Since the last step that was told.
+        self._preempted: list[str] = []
 
     @property
     def tape(self) -> Tape | None:
@@ -130,7 +137,7 @@ class EngineLoop:
     @tape.setter
     def tape(self, tape: Tape | None) -> None:
         self._tape = tape
-        self._scheduler.preempted = None if tape is None else []
+        self._scheduler.watch_preempted(None if tape is None else self._preempted)
 
     @property
     def has_work(self) -> bool:
@@ -147,6 +154,26 @@ class EngineLoop:
             self._watched.add(request.id)
         if self._tape is not None:
             self._tape.queued(request)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For who moves requests between engines, between two steps."""
+        return self._scheduler
+
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+        return self._scheduler.room()
+
+    def depart(self, request_id: str) -> Traveller:
+        """Let a request go that the scheduler calls movable, between two steps."""
+        self._watched.discard(request_id)
+        return self._scheduler.depart(request_id)
+
+    def arrive(self, traveller: Traveller) -> bool:
+        """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
+        if traveller.request.stop_token_ids:
+            self._watched.add(traveller.request.id)
+        return self._scheduler.arrive(traveller)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
@@ -252,11 +279,9 @@ class EngineLoop:
     def _note(
         self, tape: Tape, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]
     ) -> None:
-        names = self._scheduler.preempted
-        if names:
-            for request_id in names:
-                tape.preempted(request_id, stretch.begin_s)
-            names.clear()
+        for request_id in self._preempted:
+            tape.preempted(request_id, stretch.begin_s)
+        self._preempted.clear()
         tape.note(stretch, pieces, ended)
 
     def _stretch(self, batch: Batch, begin_s: float, end_s: float) -> Stretch:

@@ -9,13 +9,14 @@ take on the host link: both directions at once, behind what a prefetch still bri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Leap, Turn
 from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent
 from tongyun.cloud.engine.simulated import DecodeCosts
+from tongyun.cloud.sched.freeness import EMPTY, Room
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.residence import Footprint, Residence
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -79,6 +80,8 @@ class SharedLoop:
             {name: one.scheduler.pool for name, one in tenants.items()},
             lambda name: tenants[name].scheduler.surrender(),
         )
+        self.told: Callable[[str, float, float], None] | None = None
+        """Told of every model that comes to work, and from when until when its bytes came."""
         self._whose: dict[str, str] = {}
         # Without a first token.
         self._waiting: set[str] = set()
@@ -114,6 +117,10 @@ class SharedLoop:
         """Requests in flight by model, those included whose weights lie ready for none (see `Load`)."""
         names = dict.fromkeys([*self._counts, *self.residence.resident])
         return tuple((name, self._counts[name], self._share(name)) for name in names)
+
+    def room(self) -> Room:
+        """Nobody's: models share memory by turns, and their requests do not move between engines."""
+        return EMPTY
 
     def check(self, request: Request) -> None:
         """RequestError if `request` could never run."""
@@ -255,8 +262,11 @@ class SharedLoop:
             self._count(coming, loads=1, in_bytes=wanted)
 
     def _wait(self, name: str, until_s: float) -> None:
-        waited_s = max(until_s - self.clock.now(), 0.0)
+        begin_s = self.clock.now()
+        waited_s = max(until_s - begin_s, 0.0)
         self.clock.wait_until(until_s)
+        if self.told is not None:
+            self.told(name, begin_s, self.clock.now())
         self._turns.extend(waited_s)
         self._count(name, seconds=waited_s)
 

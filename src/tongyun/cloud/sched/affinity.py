@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tongyun.cloud.sched.freeness import Load
 from tongyun.cloud.sched.request import Request
-from tongyun.cloud.sched.router import Load
 
 CROWD = 32
 """Requests of a model that go to one instance before another takes some, if less is asked of that."""
@@ -26,8 +26,8 @@ class ByModel:
         known = [{name: count for name, count, _ in load.models} for load in loads]
         at_work = [sum(share for _, _, share in load.models) for load in loads]
 
-        def rank(index: int) -> tuple[float, bool, Load, int]:
-            return at_work[index], model not in known[index], loads[index], index
+        def rank(index: int) -> tuple[float, bool, tuple[int, int], int]:
+            return at_work[index], model not in known[index], loads[index][:2], index
 
         at_it = [
             index
