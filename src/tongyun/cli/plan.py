@@ -15,6 +15,8 @@ import typer
 from tongyun.cli.planned import as_json, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tongyun.codesign.demand import Demand
     from tongyun.codesign.explain import Explanation
     from tongyun.codesign.plan import Answer
@@ -299,11 +301,11 @@ def _refuse(main: Answer | None, answers: list[Answer]) -> None:
     raise Infeasible(f"no plan for {question.model.name} on {on}: {failed[0].limit}")
 
 
-def command(given: dict[str, Any]) -> str:
-    """The command line that these flags come from, in their order, defaults left out."""
-    words = ["tongyun", "plan"]
-    for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
+def command(given: Mapping[str, Any], name: str = "plan") -> str:
+    """The command line that these flags come from, in their order; those that are off are left out."""
+    words = ["tongyun", name]
+    for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else []
         elif value is not None:
@@ -319,8 +321,12 @@ def ask(
     tpot_s: float | None,
     dtypes: tuple[str | None, str | None],
     usd_per_chip_hour: float | None,
+    precision: Precision | None = None,
 ) -> Question:
-    """The question behind the flags; wrong names raise `InputError` with near ones."""
+    """The question behind the flags; wrong names raise `InputError` with near ones.
+
+    A whole `precision`, where it is known, stands for `dtypes`.
+    """
     from tongyun.codesign.space import Question
     from tongyun.model.config import ModelConfig
     from tongyun.specs import find_chip, find_model
@@ -335,7 +341,7 @@ def ask(
         chips=given["chips"],
         isl=given["isl"],
         osl=given["osl"],
-        precision=_precision(config, spec, dtype, kv_dtype),
+        precision=precision or _precision(config, spec, dtype, kv_dtype),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),

@@ -45,6 +45,8 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "chips": question.chips,
         "isl": question.isl,
         "osl": question.osl,
+        "precision": question.precision,
+        "usd_per_chip_hour": None if question.price is None else question.price.chip_hour.value,
         "prefix_hit": question.prefix_hit,
         "draft_tokens": question.draft_tokens,
         "acceptance": question.acceptance,

@@ -7,7 +7,7 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,21 +19,27 @@ from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.migration import Moves, play_migrating
+from tongyun.cloud.record import Recorder, Recording
+from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.answer import Plan
+from tongyun.codesign.classes import migration_policy, own_limits, priorities
+from tongyun.codesign.experts import ExpertLoads
+from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.codesign.tiers import CacheTiers
 from tongyun.cost import usd_per_mtoken
-from tongyun.errors import Infeasible, InputError
+from tongyun.errors import InputError
 from tongyun.model.shard import slice_of
-from tongyun.model.steps import kv_bytes, weight_bytes
+from tongyun.model.steps import kv_bytes
 from tongyun.specs import Chip
-from tongyun.units import GB, Source
+from tongyun.specs.classes import ClassSpec, MigrationSpec
+from tongyun.units import Source
 
 BLOCK_TOKENS = 64
 """Tokens of a KV block: several of an engine's 16 at a time, so that a long prompt is named quickly."""
@@ -54,6 +60,10 @@ class Played:
     classes: Mapping[str, Group] = field(default_factory=dict)
     """By class of service; empty where no request names one, as are `models`."""
     models: Mapping[str, Group] = field(default_factory=dict)
+    recording: Recording | None = None
+    """Over time, where it was asked for."""
+    moves: Moves | None = None
+    """Of running requests between engines, where the fleet moves any."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -103,6 +113,14 @@ class Engines:
     loops: tuple[EngineLoop, ...]
     executors: tuple[SimulatedExecutor, ...]
     table: StepTable
+
+    def tell(self, recorder: Recorder) -> None:
+        """Let a recorder know what the engines do."""
+        blocks = self.loops[0].stats().kv_blocks_total
+        for loop, tape in zip(
+            self.loops, recorder.pool(self.pool.role, len(self.loops), blocks), strict=True
+        ):
+            loop.tape = tape
 
     @property
     def shortest_s(self) -> float:
@@ -166,6 +184,14 @@ class Fleet:
     block_tokens: int = BLOCK_TOKENS
     tiers: CacheTiers | None = None
     """Memories behind the KV cache."""
+    classes: tuple[ClassSpec, ...] = ()
+    """Classes of service that have a priority or limits of their own."""
+    aging_s: float | None = None
+    """Seconds of waiting that outweigh one step of priority; None: strict."""
+    migration: MigrationSpec | None = None
+    """How running requests move between the replicas of the one pool, if they do."""
+    experts: ExpertLoads | None = None
+    """How unevenly experts are picked; the pools' cuts know it already."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -190,28 +216,16 @@ class Fleet:
         Infeasible with the bytes that are missing, where weights and activations leave no room
         for one request of the question's lengths.
         """
-        question = self.question
-        model, precision, part = question.model, question.precision, slice_of(question.model, plan.shard)
-        room = USABLE_MEMORY * chip.memory_bytes - weight_bytes(model, plan.shard, precision)
-        tokens, sequences = np.array(plan.step_tokens), np.array(plan.batch)
-        room -= float(activation_bytes(question, part, tokens, sequences))
-        each = self.block_tokens * float(kv_bytes(model, 1, precision, part))
-        longest = -(-(question.isl + question.osl) // self.block_tokens)
-        if room < longest * each:
-            lacking = (longest * each - room) / GB
-            raise Infeasible(
-                f"{model.name} does not fit: a rank of {chip.name} lacks {lacking:.3g} GB "
-                f"for weights, activations and the keys and values of one request"
-            )
-        blocks = int(room // each)
+        held = check_fit(self.question, chip, plan, self.block_tokens)
         return SchedulerConfig(
-            blocks=blocks,
+            blocks=held.blocks,
             block_tokens=self.block_tokens,
-            max_context_tokens=min(model.max_positions, blocks * self.block_tokens),
+            max_context_tokens=min(self.question.model.max_positions, held.blocks * self.block_tokens),
             max_sequences=plan.batch,
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
-            tiers=None if self.tiers is None else self.tiers.blocks(each),
+            tiers=None if self.tiers is None else self.tiers.blocks(held.block_bytes),
+            aging_s=self.aging_s,
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
@@ -245,7 +259,7 @@ class Fleet:
         )
 
     def hand_over(self, chip: Chip) -> Callable[[int], float]:
-        """Seconds for the keys and values of so many tokens from a prefill to a decode replica.
+        """Seconds for the keys and values of so many tokens from one replica to another.
 
         Every rank sends its share at once, when the prompt is computed, and the side whose
         ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
@@ -265,6 +279,18 @@ class Fleet:
 
         return seconds
 
+    def _play_mixed(
+        self, load: Iterable[Request], pool: Engines, router: Router, chip: Chip
+    ) -> tuple[list[Simulated], Moves | None]:
+        """One pool, and the requests that moved in it where the fleet moves any."""
+        if self.migration is None:
+            return play_fleet(load, pool.loops, router), None
+        policy = migration_policy(self.migration, self.classes)
+        results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
+        model, shard = self.question.model, pool.pool.plan.shard
+        each = float(kv_bytes(model, 1, self.question.precision, slice_of(model, shard)))
+        return results, Moves.of(log, each * shard.tp)
+
     def play(
         self,
         arrivals: Sequence[Arrival],
@@ -273,13 +299,26 @@ class Fleet:
         chip: Chip,
         seed: int = 0,
         slo: Slo | None = None,
+        recorder: Recorder | None = None,
     ) -> Played:
-        """Send `arrivals` through `router`; the same arguments give the same result to the last bit."""
+        """Send `arrivals` through `router`; the same arguments give the same result to the last bit.
+
+        A `recorder` takes down what happens over time, and changes nothing of it.
+        """
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
         question = self.question
         pools = [self.engines(pool, chip) for pool in self.pools]
-        load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
+        if recorder is not None:
+            for pool in pools:
+                pool.tell(recorder)
+        limits, moves = own_limits(self.classes, slo), None
+        load = requests(
+            arrivals,
+            vocabulary=question.model.vocab,
+            seed=seed,
+            priorities=priorities(self.classes, arrivals),
+        )
         results: Sequence[Sequence[Simulated]]
         if len(pools) == 2:
             prefill, decode = pools
@@ -291,9 +330,10 @@ class Fleet:
                 lambda request: hand_over_s(len(request.prompt)),
             )
         else:
-            results = [play_fleet(load, pools[0].loops, router)]
+            played, moves = self._play_mixed(load, pools[0], router, chip)
+            results = [played]
             records = tuple(record for result in results[0] for record in result.records)
-        report = summarise(records, slo)
+        report = summarise(records, limits)
         joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
             pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
             for pool, result in zip(pools, results, strict=True)
@@ -308,8 +348,11 @@ class Fleet:
             else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
             sources=frozenset().union(
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
+                frozenset() if self.experts is None else self.experts.sources,
                 *(pool.table.sources for pool in pools),
             ),
-            classes=grouped(records, lambda record: record.priority_class, slo),
-            models=grouped(records, lambda record: record.model, slo),
+            classes=grouped(records, lambda record: record.priority_class, limits),
+            models=grouped(records, lambda record: record.model, limits),
+            moves=moves,
+            recording=None if recorder is None else recorder.recording(records),
         )
