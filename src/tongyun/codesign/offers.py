@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.answer import Figures, Offer, Plan
-from tongyun.codesign.pools import Paired, PoolPrices, Replicas, most_use_s, paired
-from tongyun.codesign.space import Question
+from tongyun.codesign.pools import MOST_USE, Paired, PoolPrices, Replicas, most_use_s, paired
+from tongyun.codesign.space import BATCHES, CHUNKS, Question
 from tongyun.codesign.steady import Pricing
 from tongyun.cost import usd_per_mtoken
 from tongyun.model.shard import Shard
@@ -74,23 +74,23 @@ def corners_of(question: Question) -> tuple[Corner, ...]:
     return (Corner.NOMINAL, Corner.SLOW, Corner.FAST) if ranged else (Corner.NOMINAL,)
 
 
-def offers(question: Question, found: Sequence[Found | Pair]) -> list[Offer]:
-    """Each deployment with its figures at all corners."""
-    alone = [one for one in found if isinstance(one, Found)]
-    pairs = [one for one in found if isinstance(one, Pair)]
-    priced = dict(zip(alone, _alone(question, alone), strict=True)) if alone else {}
-    priced_pairs = dict(zip(pairs, _pairs(question, pairs), strict=True)) if pairs else {}
-    return [priced[one] if isinstance(one, Found) else priced_pairs[one] for one in found]
-
-
-def _alone(question: Question, found: Sequence[Found]) -> list[Offer]:
-    places = list(dict.fromkeys(place for one in found for place, _ in one.kinds))
+def offers(
+    question: Question, found: Sequence[Found | Pair], prices: PoolPrices | None = None
+) -> list[Offer]:
+    """Each deployment with its figures at all corners. `prices` are those that found the pairs, over all
+    batches and budgets of the search, at the nominal corner."""
+    mixed = [one.kinds if isinstance(one, Found) else one.others for one in found]
+    places = list(dict.fromkeys(place for kinds in mixed for place, _ in kinds))
     tables = {corner: _priced(question, corner, places) for corner in corners_of(question)}
-    return [_offer(question, one, tables) for one in found]
+    pairs = [one for one in found if isinstance(one, Pair)]
+    of_pairs = iter(_pairs(question, pairs, tables, prices))
+    return [_offer(question, one, tables) if isinstance(one, Found) else next(of_pairs) for one in found]
 
 
 def _priced(question: Question, corner: Corner, places: Sequence[Place]) -> dict[Place, _Row]:
     """All places at once, so that cuts share what layers cost."""
+    if not places:
+        return {}
     batch, budget = (np.array([getattr(place, axis) for place in places]) for axis in ("batch", "budget"))
     pricing = Pricing(question, question.at(corner), batch, budget)
     states = {shard: pricing.steady(shard) for shard in dict.fromkeys(place.shard for place in places)}
@@ -139,29 +139,36 @@ def _together(question: Question, corner: Corner, kinds: Sequence[tuple[_Row, in
     )
 
 
-def _pairs(question: Question, pairs: Sequence[Pair]) -> list[Offer]:
-    """Both pools of all pairs at once, corner by corner."""
+def _pairs(
+    question: Question,
+    pairs: Sequence[Pair],
+    tables: Mapping[Corner, Mapping[Place, _Row]],
+    prices: PoolPrices | None,
+) -> list[Offer]:
+    """All pairs at each corner, from the loads of the search."""
     rows: list[dict[Corner, tuple[Paired, frozenset[Source]]]] = [{} for _ in pairs]
-    places = list(dict.fromkeys(place for pair in pairs for place, _ in pair.others))
-    tables = {corner: _priced(question, corner, places) if places else {} for corner in corners_of(question)}
-    uses = np.ones(len(pairs))
-    for corner in corners_of(question):
-        batch = np.array([pair.decode[0].batch for pair in pairs])
-        budget = np.array([pair.prefill[0].budget for pair in pairs])
+    uses = [MOST_USE] * len(pairs)
+    for corner in tables if pairs else ():
         chip = question.at(corner)
-        prices = PoolPrices(question, chip, batch, budget)
+        if prices is None or corner is not Corner.NOMINAL:
+            prices = PoolPrices(question, chip, BATCHES, np.asarray(CHUNKS, dtype=np.float64))
         first = {cut: prices.prefill(cut) for cut in {pair.prefill[0].shard for pair in pairs}}
         second = {cut: prices.decode(cut) for cut in {pair.decode[0].shard for pair in pairs}}
         for i, pair in enumerate(pairs):
             (one, x), (other, y) = pair.prefill, pair.decode
             sides = (
-                Replicas(pool=first[one.shard], at=i, shard=one.shard, count=x),
-                Replicas(pool=second[other.shard], at=i, shard=other.shard, count=y),
+                Replicas(pool=first[one.shard], at=CHUNKS.index(int(one.budget)), shard=one.shard, count=x),
+                Replicas(
+                    pool=second[other.shard],
+                    at=int(np.searchsorted(BATCHES, other.batch)),
+                    shard=other.shard,
+                    count=y,
+                ),
             )
             if corner is Corner.NOMINAL:
-                uses[i] = most_use_s(sides[0].pool.step_s, question.ttft_s)[i]
+                uses[i] = float(most_use_s(sides[0].pool.step_s[[sides[0].at]], question.ttft_s)[0])
             sources = sides[0].pool.sources | sides[1].pool.sources
-            rows[i][corner] = (paired(question, chip, *sides, float(uses[i])), sources)
+            rows[i][corner] = (paired(question, chip, *sides, uses[i]), sources)
     return [_pair_offer(question, pair, row, tables) for pair, row in zip(pairs, rows, strict=True)]
 
 

@@ -68,7 +68,8 @@ class _Search:
 
     def answer(self) -> Answer:
         found, best = self._pareto(), self._best_of_both()
-        priced = offers(self.question, found if best is None else [*found, best])
+        prices = None if self.split is None else self.split.prices
+        priced = offers(self.question, found if best is None else [*found, best], prices)
         pooled = 0 if self.split is None else self.split.tried
         return Answer(
             question=self.question,
@@ -190,6 +191,11 @@ class _Search:
         """Points within memory and TTFT."""
         return ~self._broken["memory"] & ~self._broken["prefill"] & ~self._broken["ttft"]
 
+    @cached_property
+    def _able(self) -> NDArray[np.intp]:
+        """Those points by number."""
+        return np.flatnonzero(self._fits)
+
     def _count(self) -> dict[str, int]:
         """Candidates by the first reason that cuts them."""
         counts = Counter(legality=self.cuts.refused, depth=self.cuts.untried)
@@ -227,7 +233,7 @@ class _Search:
     def _filling(self) -> Leftover | None:
         """None where no cut leaves anything over that another could use."""
         smallest = self.cuts.legal[0].ranks if self.cuts.legal else math.inf
-        p, ok = self.points, np.flatnonzero(self._fits)
+        p, ok = self.points, self._able
         whole = self.split is None and all(left.chips < smallest for left in self._left)
         if not len(ok) or whole:
             return None
@@ -298,8 +304,7 @@ class _Search:
         slowest = filling.times[-1] if tpot_s is None else tpot_s
         rung = int(filling.at(np.array(slowest)))
         picks = filling.picks(left, rung) if rung >= 0 else {}
-        ok = np.flatnonzero(self._fits)
-        return tuple((self._place(int(ok[pick])), count) for pick, count in picks.items())
+        return tuple((self._place(int(self._able[pick])), count) for pick, count in picks.items())
 
     def _place(self, point: int) -> Place:
         p = self.points
@@ -318,9 +323,18 @@ class _Search:
 
     def _least(self, tpot_s: float | None) -> int | None:
         """Chips of the smallest replica that does both, no slower than a time between tokens."""
-        p = self.points
-        able = self._fits if tpot_s is None else self._fits & (p.tpot_s <= tpot_s * (1 + 1e-12))
-        return min((self.cuts.legal[cut].ranks for cut in np.unique(p.cut[able])), default=None)
+        slowest = np.inf if tpot_s is None else tpot_s * (1 + 1e-12)
+        # Cuts are sorted by their ranks.
+        able = np.flatnonzero(self._quickest <= slowest)
+        return self.cuts.legal[int(able[0])].ranks if len(able) else None
+
+    @cached_property
+    def _quickest(self) -> Array:
+        """Least time between tokens of each cut within memory and TTFT; NaN where it never is."""
+        p, ok = self.points, self._able
+        quickest = np.full(len(self.cuts.legal), np.inf)
+        np.minimum.at(quickest, p.cut[ok], p.tpot_s[ok])
+        return np.where(np.isinf(quickest), np.nan, quickest)
 
     def _limit(self) -> str:
         if self.question.pools == "split":
