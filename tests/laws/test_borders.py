@@ -118,7 +118,7 @@ def test_experts_over_nodes_are_read_less_often_and_pay_the_network() -> None:
     assert rate > narrow_rate
     slow = wired(find_chip("h200"), network=1e-3)
     found = [best(answer(model, slow, chips, 0.05)) for chips in SIZES]
-    assert all(kind.shard.ranks <= 8 for plan, _ in found for kind in plan.kinds)
+    assert all(kind.shard.ranks <= 8 for plan, _ in found for _, kind in plan.kinds)
     assert len({f"{rate:.9g}" for _, rate in found}) == 1
 
 

@@ -81,7 +81,7 @@ def test_an_answer_keeps_its_limits(question: Question) -> None:
         assert offer.plan.chips + offer.plan.idle_chips == question.chips
         assert bool(offer.plan.idle_chips) == bool(offer.plan.idle_reason)
         rate, slowest_s = 0.0, 0.0
-        for kind in offer.plan.kinds:
+        for _, kind in offer.plan.kinds:
             group = np.array([kind.batch / (kind.shard.dp * kind.shard.pp)])
             budget = np.array([float(kind.step_tokens)])
             assert memory_bytes(question, kind.shard, group, budget)[0] <= room

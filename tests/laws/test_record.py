@@ -43,6 +43,7 @@ class Witness:
         self.stretches: list[Stretch] = []
 
     def queued(self, request: Any) -> None: ...
+    def preempted(self, request_id: str, moment_s: float) -> None: ...
     def left(self, request_id: str, moment_s: float) -> None: ...
     def turned(self, up: bool, moment_s: float) -> None: ...
     def note(self, stretch: Stretch, pieces: Any, ended: Any) -> None:
@@ -51,24 +52,24 @@ class Witness:
 
 def play(
     kind: type[SimulatedExecutor], *, blocks: int = 900, recorder: Recorder | None = None, count: int = 120
-) -> tuple[list[Simulated], list[Witness]]:
+) -> list[Simulated]:
     raw, name = find_model("Qwen/Qwen3-8B")
     config = ModelConfig.from_hf(raw, name=name, file=name)
     limits = SchedulerConfig(**{**vars(LIMITS), "blocks": blocks})
     tokens = {"max_step_tokens": limits.max_step_tokens, "max_context_tokens": limits.max_context_tokens}
     price = StepTable(config, find_chip("h20").at(), Precision(), **tokens)
     loops = [EngineLoop(Scheduler(limits), kind(price), VirtualClock()) for _ in range(2)]
-    witnesses = [Witness() for _ in loops]
     if recorder is not None:
-        for loop, tape in zip(loops, recorder.pool("mixed", 2, blocks, also=witnesses), strict=True):
+        for loop, tape in zip(loops, recorder.pool("mixed", 2, blocks), strict=True):
             loop.tape = tape
     drawn = requests(sample(load(count)), vocabulary=32_000)
-    return play_fleet(drawn, loops, find_router("least-load")), witnesses
+    return play_fleet(drawn, loops, find_router("least-load"))
 
 
 def recorded(kind: type[SimulatedExecutor], **more: Any) -> tuple[Recording, list[Simulated], list[Witness]]:
-    recorder = Recorder()
-    results, witnesses = play(kind, recorder=recorder, **more)
+    witnesses = [Witness(), Witness()]
+    recorder = Recorder(lambda *_: witnesses)
+    results = play(kind, recorder=recorder, **more)
     return recorder.recording([one for result in results for one in result.records]), results, witnesses
 
 
@@ -77,7 +78,7 @@ def test_leaps_and_steps_are_taken_down_alike(blocks: int) -> None:
     """Few blocks: requests are preempted, and what they knew is computed again."""
     leapt, results, told = recorded(LeapingExecutor, blocks=blocks)
     stepped, others, each = recorded(SimulatedExecutor, blocks=blocks)
-    assert results == others == play(LeapingExecutor, blocks=blocks)[0]
+    assert results == others == play(LeapingExecutor, blocks=blocks)
     assert (results[0].stats.preemptions > 0) == (blocks < 900)
     assert len(told[0].stretches) < len(each[0].stretches) / 3
     assert leapt.occupancy[0].most == stepped.occupancy[0].most
@@ -96,15 +97,26 @@ def test_leaps_and_steps_are_taken_down_alike(blocks: int) -> None:
 def test_integrals_are_the_engines_own_counts(kind: type[SimulatedExecutor]) -> None:
     taken, results, _ = recorded(kind, blocks=110)
     series = taken.series[0]
-    end_s = max(one.ended_s for one in taken.records)
-    spans_s = np.full(len(series.busy), series.width_s)
-    spans_s[-1] = end_s - (len(spans_s) - 1) * series.width_s
+    assert series.until_s == pytest.approx(max(one.ended_s for one in taken.records))
+    spans_s = np.diff(series.borders_s)
     stats = [result.stats for result in results]
     computed = sum(one.computed_tokens for one in stats)
     told = ((series.decode_tokens_per_s + series.prompt_tokens_per_s) * spans_s).sum()
     assert told == pytest.approx(computed, rel=1e-9)
     assert (series.busy * spans_s).sum() * 2 == pytest.approx(sum(one.busy_s for one in stats), rel=1e-9)
     assert (series.engines == 2).all() and series.kv.max() <= 1 and series.busy.max() <= 1 + 1e-9
+
+
+def test_coarser_parts_have_the_same_integrals() -> None:
+    series = recorded(LeapingExecutor)[0].series[0]
+    for most in (240, 7, 1):
+        coarse = series.coarse(most)
+        assert most / 2 <= len(coarse.running) <= most
+        for name in ("running", "kv", "decode_tokens_per_s", "busy", "engines"):
+            fine, rough = ((getattr(one, name) * np.diff(one.borders_s)).sum() for one in (series, coarse))
+            assert rough == pytest.approx(fine), name
+        decoded = [(one.batch * one.busy * np.diff(one.borders_s)).sum() for one in (series, coarse)]
+        assert decoded[1] == pytest.approx(decoded[0])
 
 
 def test_little_holds_between_running_and_the_time_in_the_engine() -> None:

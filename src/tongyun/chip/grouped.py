@@ -311,6 +311,10 @@ def experts_parts_s(
         efficiency=kept,
         stream=library.moe_stream,
     )
+    # Bringing operands from bf16 into their type is among these passes, and each product's own.
+    narrowed = filled.total * max(2.0 - compute.bytes, 0.0)
+    own_s = [narrowed * width / silicon.stream_bytes_per_s for width in (hidden, inner)]
     passing = (filled.total * (up + inner) + (filled.total + tokens) * hidden) * 2.0 * passes
+    passing_s = passing / silicon.stream_bytes_per_s - own_s[0] - own_s[1]
     start_s = experts_launches(compute, library) * (library.launch_s + silicon.fill_s)
-    return one, np.asarray(passing / silicon.stream_bytes_per_s), two, start_s
+    return one + own_s[0], np.asarray(passing_s), two + own_s[1], start_s

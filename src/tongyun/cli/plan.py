@@ -67,6 +67,13 @@ def plan(
         str | None, typer.Option(help="Arrivals and lengths: a catalogue name or a TOML file.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
+    pools: Annotated[
+        str | None,
+        typer.Option(
+            help="Replicas that do both (mixed), prefill and decode apart (split), or both kinds; "
+            "default both, with --launch mixed."
+        ),
+    ] = None,
     prefix_hit: Annotated[
         float | None, typer.Option(help="Share of input tokens found in the prefix cache, 0 to 1.")
     ] = None,
@@ -130,6 +137,8 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
             raise InputError(f"--{flag} says what --launch writes, which is not given")
     if (given["draft_tokens"] is None) != (given["acceptance"] is None):
         raise InputError("--draft-tokens and --acceptance go together: how many, and how often one is right")
+    if given["launch"] is not None and given["pools"] not in (None, "mixed"):
+        raise InputError(f"--launch writes replicas that do both: --pools {given['pools']} has no files yet")
     rest = [] if compare is None else named(compare, chips)
     return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
 
@@ -187,13 +196,18 @@ def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
     ttft_ms, tpot_ms = given["ttft_ms"], given["tpot_ms"]
     return search(
         ask(
-            {**given, "chip": chip, "chips": chips},
+            {**given, "chip": chip, "chips": chips, "pools": given["pools"] or _pools(given)},
             ttft_s=None if ttft_ms is None else ttft_ms * MS,
             tpot_s=None if tpot_ms is None else tpot_ms * MS,
             dtypes=(given["dtype"], given["kv_dtype"]),
             usd_per_chip_hour=given["usd_per_chip_hour"],
         )
     )
+
+
+def _pools(given: dict[str, Any]) -> str:
+    """Both kinds of deployment, unless files are written, which know one."""
+    return "both" if given["launch"] is None else "mixed"
 
 
 def _explanation(answer: Answer | None) -> Explanation | None:
@@ -331,6 +345,7 @@ def ask(
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),
+        pools=given.get("pools") or "mixed",
         prefix_hit=given.get("prefix_hit") or 0.0,
         draft_tokens=given.get("draft_tokens") or 0,
         acceptance=given.get("acceptance") or 0.0,

@@ -19,7 +19,8 @@ TERMS = (
     "tok/s/chip and $/Mtok: output tokens over all chips asked for, idle ones too. "
     "idle: chips that no replica as quick finds room on. "
     "batch: sequences decoding at once on a replica, the main kind's. "
-    "tokens/step: the engine's token budget of a step."
+    "tokens/step: the engine's token budget of a step. "
+    "prefill, decode: pools of their own; keys and values are handed over."
 )
 
 
@@ -50,6 +51,7 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "draft_tokens": question.draft_tokens,
         "acceptance": question.acceptance,
         "tokens_per_step": question.step_tokens,
+        "pools": question.pools,
         "best": None if answer.best is None else _offer_json(answer.best),
         "pareto": [_offer_json(offer) for offer in answer.pareto],
         "limit": answer.limit,
@@ -136,8 +138,8 @@ def _best_table(best: Offer) -> Table:
     rows = [
         ["plan", str(plan)],
         *(
-            ["batch of a replica", f"{kind.batch} sequences, {kind.step_tokens} tokens a step"]
-            for kind in plan.kinds
+            [_BATCH[role], f"{kind.batch} sequences, {kind.step_tokens} tokens a step"]
+            for role, kind in plan.kinds
         ),
     ]
     if plan.idle_chips:
@@ -150,6 +152,11 @@ def _best_table(best: Offer) -> Table:
     return table("", columns, rows, caption=None if best.slow is None else "(slow–fast corner of the spec)")
 
 
+_BATCH = {
+    "mixed": "batch of a replica",
+    "prefill": "batch of a prefill replica",
+    "decode": "batch of a decode replica",
+}
 _FIGURES = (
     ("ttft_s", "TTFT", "s"),
     ("tpot_s", "TPOT", "s"),

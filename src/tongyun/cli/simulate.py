@@ -15,6 +15,7 @@ from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
     from tongyun.cloud.latency import Slo
+    from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
@@ -36,8 +37,11 @@ def simulate(
     chip: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second, Poisson, of --isl and --osl.")
+        float | None, typer.Option(help="Requests a second, at random, of --isl and --osl.")
     ] = None,
+    variation: Annotated[
+        float, typer.Option(help="Of the time between requests, with --rate: 1 is Poisson, more is bursty.")
+    ] = 1.0,
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
@@ -58,6 +62,9 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
+    pools: Annotated[
+        str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
+    ] = "mixed",
     router: Annotated[str, typer.Option(help="round-robin, least-load, prefix or freeness.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -68,19 +75,32 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
     html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="The schedule as a trace for ui.perfetto.dev: steps and requests.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="FROM:TO, seconds of the run that --perfetto shows; default from 0.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cli import market
     from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.classes import headroom
+    from tongyun.specs import find_market
 
-    if html is not None and html.exists() and not force:
-        raise InputError(f"{html}: already there; --force replaces")
+    for place in (html, perfetto):
+        if place is not None and place.exists() and not force:
+            raise InputError(f"{place}: already there; --force replaces")
+    schedule = _schedule(perfetto, window)
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
+    if fleet is not None and (several := find_market(fleet)) is not None:
+        market.simulate(given, several, arrivals, slo, schedule)
+        return
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
     played = asked.play(
@@ -89,7 +109,7 @@ def simulate(
         chip=asked.question.chip.at(),
         seed=seed,
         slo=slo,
-        recorder=Recorder(),
+        recorder=Recorder(None if schedule is None else schedule.pool),
     )
     seconds = time.perf_counter() - begun
     if json:
@@ -106,8 +126,41 @@ def simulate(
         text = page(asked, played, router=router, command=_told(given))
         write_files({html.name: text}, html.parent, force=force)
         typer.echo(f"wrote {html}", err=True)
+    if perfetto is not None and schedule is not None:
+        assert played.recording is not None
+        write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
     if played.report.failed:
         raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+
+
+def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
+    """What takes the schedule down, where it is asked for."""
+    from tongyun.cloud.schedule import Schedule
+
+    if perfetto is None:
+        if window is not None:
+            raise InputError("--window says which part --perfetto shows, which is not given")
+        return None
+    if window is None:
+        return Schedule()
+    try:
+        begin_s, end_s = map(float, window.split(":"))
+    except ValueError as error:
+        raise InputError(f"--window {window}: accepted: FROM:TO in seconds, such as 0:60") from error
+    return Schedule(begin_s, end_s)
+
+
+def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
+    """And say which part of the run, which ended at `whole_s`, it holds."""
+    from tongyun.cloud.perfetto import save
+    from tongyun.report import number
+
+    count = save(schedule, place)
+    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
+    more = (
+        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
+    )
+    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)
 
 
 def _told(given: dict[str, Any]) -> str:
@@ -144,6 +197,9 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     if len(sources) != 1:
         told = " and ".join(f"--{name}" for name in sources) or "none"
         raise InputError(f"the load comes from one of --rate, --workload and --trace, not {told}")
+    for name, usual, source in (("stretch", 1.0, "trace"), ("variation", 1.0, "rate")):
+        if given[name] != usual and given[source] is None:
+            raise InputError(f"--{name} is about --{source}, which is not given")
     count = given["requests"]
     if count is not None and count < 1:
         raise InputError(f"--requests {count}: accepted: 1 or more")
@@ -158,9 +214,10 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
         if load.arrivals.users is not None:
             raise InputError(f"--workload {given['workload']}: a closed loop is not simulated on a fleet")
         return list(islice(sample(load), count))
+    process = Process.POISSON if given["variation"] == 1 else Process.GAMMA
     return sample(
         Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=given["rate"]),
+            arrivals=Arrivals(process=process, rate_per_s=given["rate"], variation=given["variation"]),
             prompt=Lengths.fixed(given["isl"]),
             output=Lengths.fixed(given["osl"]),
             requests=count or 1000,
@@ -171,7 +228,7 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, of_groups, pools_of
+    from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
 
     isl, osl = _lengths(arrivals)
     price = given["usd_per_chip_hour"]
@@ -184,7 +241,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
     if given["plan"] is not None:
         refuse_told(typed(given["context"]), PLANNED, "--plan says that")
         question, plan = read_plan(given, isl=isl, osl=osl)
-        pools = pools_of(of_groups(plan), given["prefill_replicas"])
+        pools = pools_of(of_a_group(plan), given["prefill_replicas"])
         return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
@@ -196,7 +253,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
         dtypes=(given["dtype"], given["kv_dtype"]),
         usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else of_groups(_best_plan(question))
+    plan = _given_plan(given, question) if given["tp"] is not None else of_a_group(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 
@@ -226,12 +283,17 @@ def _given_plan(given: dict[str, Any], question: Question) -> Plan:
 
 
 def _best_plan(question: Question) -> Plan:
-    """The planner's best one without pipeline stages, inside the limits where any is."""
+    """The planner's best one of one kind of replica without pipeline stages, or of two pools of them,
+    inside the limits where any is. Its batch is a group's, as a fleet's is."""
     from tongyun.codesign.plan import plan
 
     answer = plan(question)
-    offers = [offer for offer in answer.pareto if offer.plan.shard.pp == 1]
+    offers = [
+        offer
+        for offer in answer.pareto
+        if not offer.plan.others and all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)
+    ]
     if not offers:
-        raise Infeasible(f"no plan without pipeline stages: {answer.limit}; --tp names one")
+        raise Infeasible(f"no plan of one kind without pipeline stages: {answer.limit}; --tp names one")
     within = [offer for offer in offers if offer.meets] or offers
     return max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from tongyun.cloud.record import Recording
     from tongyun.codesign.fleet import Fleet, Played, Pool
 
+PARTS = 240
+"""Of the run, at most, that --json tells of."""
+
+
 # ── for programs ─────────────────────────────────────────────────────────────────────
 
 
@@ -39,8 +43,25 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "models": _groups_json(played.models, played),
         "moves": played.moves,
         "engines": played.engines,
+        "series": [] if played.recording is None else _series_json(played.recording),
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }
+
+
+def _series_json(recording: Recording) -> list[dict[str, Any]]:
+    """What each pool did in equal parts of the run, from its beginning."""
+    from tongyun.cloud.record import LEVELS_AND_RATES
+
+    thin = [one.coarse(PARTS) for one in recording.series]
+    return [
+        {
+            "pool": one.role,
+            "part_s": one.width_s,
+            "until_s": one.until_s,
+            **{name: getattr(one, name).tolist() for name in LEVELS_AND_RATES},
+        }
+        for one in thin
+    ]
 
 
 def _occupancy_json(recording: Recording) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.migrate import Traveller
@@ -52,7 +52,7 @@ class Instance:
 
     def __init__(
         self,
-        loop: EngineLoop,
+        loop: Engine,
         *,
         watch: Callable[[Turn], None] | None = None,
         ended: Callable[[RequestRecord], None] | None = None,
@@ -83,7 +83,7 @@ class Instance:
 
     def depart(self, request_id: str) -> Passage:
         """Let a request that the scheduler calls movable go to another engine, between two steps."""
-        passage = Passage(self.loop.depart(request_id), self.in_flight[request_id])
+        passage = Passage(self.single.depart(request_id), self.in_flight[request_id])
         self._drop(passage.progress)
         del self.records[request_id]
         return passage
@@ -92,7 +92,7 @@ class Instance:
         """Go on with a request from another engine; whether it decodes at once (see `Scheduler.arrive`)."""
         self.records[passage.progress.request.id] = None
         self._take(passage.progress)
-        return self.loop.arrive(passage.traveller)
+        return self.single.arrive(passage.traveller)
 
     def _take(self, progress: _Progress) -> None:
         request = progress.request
@@ -125,9 +125,16 @@ class Instance:
         self.records = dict.fromkeys(self.in_flight)
 
     @property
+    def single(self) -> EngineLoop:
+        """The loop of one model, between whose like requests may move; several that share one have none."""
+        assert isinstance(self.loop, EngineLoop)
+        return self.loop
+
+    @property
     def load(self) -> Load:
+        loop = self.loop
         return Load(
-            len(self.in_flight), self.prompt_tokens_due, self.loop.scheduler.room, self._classes, self.up
+            len(self.in_flight), self.prompt_tokens_due, loop.room, self._classes, self.up, loop.models
         )
 
     def advance(self, until_s: float) -> None:

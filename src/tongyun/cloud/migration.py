@@ -137,7 +137,7 @@ class Mover:
         """Send on, from each engine that gives, the request it would admit next; whether any went."""
         went = False
         for source, target in self._pairs():
-            head = self._engines[source].loop.scheduler.head()
+            head = self._engines[source].single.scheduler.head()
             if head is not None and self._fits(head, source, target):
                 went |= self._send_on(head, source, target, now_s)
         return went
@@ -156,7 +156,7 @@ class Mover:
 
     def _migrate(self, source: int, target: int, now_s: float) -> None:
         engines = self._engines
-        decoding = engines[source].loop.scheduler.decoding()
+        decoding = engines[source].single.scheduler.movables()
         chosen = self._policy.choose(decoding, engines[source].load, engines[target].load)
         if chosen is None or not self._reserve(target, chosen.id, chosen.tokens):
             return
@@ -172,7 +172,7 @@ class Mover:
         self._front.at(moment_s, lambda: self._copied(flight, moment_s))
 
     def _copied(self, flight: _Flight, now_s: float) -> None:
-        one = self._engines[flight.source].loop.scheduler.movable(flight.request_id)
+        one = self._engines[flight.source].single.scheduler.movable(flight.request_id)
         if (
             one is None
             or not one.decoding
@@ -180,7 +180,7 @@ class Mover:
             or not self._engines[flight.target].up
             or not self._reserve(flight.target, one.id, one.tokens)
         ):
-            self._engines[flight.target].loop.scheduler.give_up(flight.request_id)
+            self._engines[flight.target].single.scheduler.give_up(flight.request_id)
             self._end(flight, "called off", now_s, 0.0)
             return
         now_s = max(now_s, self._clock_s(flight.source))
@@ -200,7 +200,7 @@ class Mover:
 
     def _land(self, flight: _Flight, passage: Passage) -> None:
         if not self._engines[flight.target].up and self._engines[flight.source].up:
-            self._engines[flight.target].loop.scheduler.give_up(flight.request_id)
+            self._engines[flight.target].single.scheduler.give_up(flight.request_id)
             flight.target = flight.source
         decodes = self._engines[flight.target].arrive(passage)
         arrived_s = self._clock_s(flight.target)
@@ -210,7 +210,7 @@ class Mover:
     # ── both ─────────────────────────────────────────────────────────────────────────
 
     def _reserve(self, index: int, request_id: str, tokens: int) -> bool:
-        scheduler = self._engines[index].loop.scheduler
+        scheduler = self._engines[index].single.scheduler
         block_tokens = scheduler.config.block_tokens
         return scheduler.reserve(request_id, -(-(tokens + 1) // block_tokens))
 

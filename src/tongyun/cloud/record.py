@@ -8,8 +8,9 @@ no scheduler and no price.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,7 @@ class Series:
     role: str
     width_s: float
     """Of a part."""
+    until_s: float
     running: Array
     """Requests with blocks, mean over the part; as the others, [parts]."""
     waiting: Array
@@ -64,6 +66,43 @@ class Series:
     engines: Array
     """Engines that are given requests, mean over the part."""
 
+    @property
+    def borders_s(self) -> Array:
+        """Where parts begin, and the end of the last."""
+        return np.asarray(np.minimum(np.arange(len(self.running) + 1) * self.width_s, self.until_s))
+
+    def coarse(self, most: int) -> Series:
+        """The same in no more than so many parts, each of several: exact means of theirs."""
+        each = -(-len(self.running) // most)
+        if each == 1:
+            return self
+        starts = np.arange(0, len(self.running), each)
+        spans_s = np.maximum(np.diff(self.borders_s), 1e-12)
+
+        def mean(values: Array, weights: Array) -> Array:
+            whole = np.add.reduceat(weights, starts)
+            top = np.add.reduceat(values * weights, starts)
+            return np.asarray(np.divide(top, whole, out=np.zeros_like(top), where=whole > 0))
+
+        plain = [name for name in LEVELS_AND_RATES if name != "batch"]
+        means: dict[str, Any] = {name: mean(getattr(self, name), spans_s) for name in plain}
+        batch = mean(self.batch, self.busy * spans_s)
+        return replace(self, width_s=each * self.width_s, batch=batch, **means)
+
+
+LEVELS_AND_RATES = (
+    "running",
+    "waiting",
+    "kv",
+    "decode_tokens_per_s",
+    "prompt_tokens_per_s",
+    "batch",
+    "steps_per_s",
+    "busy",
+    "engines",
+)
+"""Fields of `Series` that have a value for each part."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
@@ -76,17 +115,22 @@ class Recording:
 
 
 class Recorder:
-    """Takes down what the engines of a run's pools do; one for each run."""
+    """Takes down what the engines of a run's pools do; one for each run.
 
-    def __init__(self) -> None:
+    `also` gives further tapes for the engines of a pool (role, engines, blocks): told the same.
+    """
+
+    def __init__(self, also: Callable[[str, int, int], Sequence[Tape]] | None = None) -> None:
         self.width_s = _FIRST_S
+        self._also = also
         self._pools: list[_Pool] = []
 
-    def pool(self, role: str, engines: int, blocks: int, *, also: Sequence[Tape] = ()) -> list[Tape]:
-        """A tape for each engine of a pool, each with so many blocks; `also` are told the same."""
+    def pool(self, role: str, engines: int, blocks: int) -> list[Tape]:
+        """A tape for each engine of a pool, each with so many blocks."""
         pool = _Pool(role, engines, blocks)
         self._pools.append(pool)
-        pool.tapes = [_EngineTape(self, pool, i, also[i] if also else None) for i in range(engines)]
+        also = [None] * engines if self._also is None else self._also(role, engines, blocks)
+        pool.tapes = [_EngineTape(self, pool, i, one) for i, one in enumerate(also)]
         return list(pool.tapes)
 
     def series(self, until_s: float) -> list[Series]:
@@ -132,6 +176,7 @@ class Recorder:
         return Series(
             role=pool.role,
             width_s=self.width_s,
+            until_s=float(spans_s.sum()),
             running=column["running"],
             waiting=column["waiting"],
             kv=column["kv_blocks"] / (pool.blocks * pool.engines),
@@ -184,6 +229,10 @@ class _EngineTape:
     def left(self, request_id: str, moment_s: float) -> None:
         if self._also is not None:
             self._also.left(request_id, moment_s)
+
+    def preempted(self, request_id: str, moment_s: float) -> None:
+        if self._also is not None:
+            self._also.preempted(request_id, moment_s)
 
     def turned(self, up: bool, moment_s: float) -> None:
         self._pool.changes.append((moment_s, self._index, up))

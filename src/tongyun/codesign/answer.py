@@ -24,25 +24,31 @@ class Plan:
     """Token budget of an engine's step, for one attention group."""
     replicas: int
     idle_chips: int
+    prefill: Plan | None = None
+    """The pool that prefills for these replicas, which then only decode."""
     others: tuple[Plan, ...] = ()
     """Further kinds of replica, on chips that these leave over."""
     idle_reason: str = ""
     """Why chips stay idle, in words; empty where none do."""
 
     @property
-    def kinds(self) -> tuple[Plan, ...]:
-        """All groups of equal replicas, the main one first."""
-        return (self, *self.others)
+    def kinds(self) -> tuple[tuple[str, Plan], ...]:
+        """All groups of equal replicas with their task: `mixed` ones, or `prefill` and `decode`."""
+        if self.prefill is not None:
+            first: tuple[tuple[str, Plan], ...] = (("prefill", self.prefill), ("decode", self))
+        else:
+            first = (("mixed", self),)
+        return first + tuple(("mixed", kind) for kind in self.others)
 
     @property
     def chips(self) -> int:
         """Chips at work."""
-        return sum(kind.replicas * kind.shard.ranks for kind in self.kinds)
+        return sum(kind.replicas * kind.shard.ranks for _, kind in self.kinds)
 
     @property
     def pools(self) -> tuple[Mapping[str, object], ...]:
         """Groups of equal replicas; a mixed one prefills and decodes."""
-        return tuple(kind.pool("mixed") for kind in self.kinds)
+        return tuple(kind.pool(role) for role, kind in self.kinds)
 
     def pool(self, role: str) -> Mapping[str, object]:
         """This kind's own replicas as a program reads them."""
@@ -57,8 +63,9 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        """`2 × (tp4 pp1 ep1 dp1) + 1 × (tp2 pp1 ep1 dp1)`."""
-        return " + ".join(f"{kind.replicas} × ({kind.shard})" for kind in self.kinds)
+        """`2 × (tp4 pp1 ep1 dp1) + 1 × (tp2 pp1 ep1 dp1)`; pools are named by their task."""
+        said = {"mixed": "", "prefill": "prefill ", "decode": "decode "}
+        return " + ".join(f"{kind.replicas} × {said[role]}({kind.shard})" for role, kind in self.kinds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,7 @@ class Offer:
     slow: Figures | None
     fast: Figures | None
     replica_tokens_per_s: float
-    """Output of one replica of the main kind, nominal."""
+    """Output of one replica of the main kind, nominal; of two pools, a decode replica's part."""
     meets: bool
     sources: frozenset[Source]
 

@@ -26,10 +26,11 @@ from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
+from tongyun.codesign.answer import Plan
 from tongyun.codesign.classes import migration_policy, own_limits, priorities
 from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
-from tongyun.codesign.plan import Plan
+from tongyun.codesign.pools import hand_over_link
 from tongyun.codesign.space import Question
 from tongyun.codesign.tiers import CacheTiers
 from tongyun.cost import usd_per_mtoken
@@ -135,13 +136,28 @@ class Engines:
         return busy + chip.idle_w * shard.ranks / shard.dp * resting_s
 
 
-def of_groups(plan: Plan) -> Plan:
-    """The planner's plan, whose batch is a replica's, as a fleet takes it: for each attention group."""
-    return replace(plan, batch=max(1, plan.batch // plan.shard.dp))
+def of_a_group(plan: Plan) -> Plan:
+    """A plan of the search with the batch of an attention group, which is what a fleet's engines have.
+
+    A prefill replica may hold as many prompts again as it computes, those being handed over.
+    """
+    batch = max(1, plan.batch // plan.shard.dp)
+    first = plan.prefill
+    if first is not None:
+        first = replace(first, batch=max(2, 2 * first.batch // first.shard.dp))
+    return replace(plan, batch=batch, prefill=first)
 
 
 def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
-    """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode."""
+    """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode;
+    or the two pools that the plan has."""
+    if plan.others:
+        raise InputError(f"{plan}: replicas of several kinds are not simulated request by request")
+    if plan.prefill is not None:
+        if prefill_replicas:
+            raise InputError(f"{plan} has its pools already: leave prefill replicas out")
+        pools = {"prefill": plan.prefill, "decode": replace(plan, prefill=None)}
+        return tuple(Pool(role=role, plan=replace(each, idle_chips=0)) for role, each in pools.items())
     if not 0 <= prefill_replicas < max(plan.replicas, 1):
         raise InputError(
             f"{prefill_replicas} of {plan.replicas} replicas for prefill: accepted: "
@@ -247,10 +263,10 @@ class Fleet:
 
         Every rank sends its share at once, when the prompt is computed, and the side whose
         ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
-        scale-up links where the fleet is one node and over the network else.
+        scale-up links where one domain holds the fleet and over the network else.
         """
         question = self.question
-        link = chip.scale_up if question.chips <= chip.chips_per_node else chip.scale_out
+        link = hand_over_link(question, chip)
         if link is None:
             raise InputError(f"{chip.name}: no links between replicas; keys and values cannot be handed over")
         model, precision = question.model, question.precision

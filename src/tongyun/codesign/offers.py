@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.answer import Figures, Offer, Plan
+from tongyun.codesign.pools import Paired, PoolPrices, Replicas, most_use_s, paired
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import Pricing
 from tongyun.cost import usd_per_mtoken
@@ -43,6 +44,19 @@ class Found:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A deployment of two pools: prompts on one place, decoding on another."""
+
+    prefill: tuple[Place, int]
+    decode: tuple[Place, int]
+    others: tuple[tuple[Place, int], ...]
+    """Replicas beside them that do both."""
+    idle_chips: int
+    idle_reason: str
+    meets: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Row:
     """What one replica of a place gives at one corner."""
 
@@ -60,8 +74,16 @@ def corners_of(question: Question) -> tuple[Corner, ...]:
     return (Corner.NOMINAL, Corner.SLOW, Corner.FAST) if ranged else (Corner.NOMINAL,)
 
 
-def offers(question: Question, found: Sequence[Found]) -> list[Offer]:
+def offers(question: Question, found: Sequence[Found | Pair]) -> list[Offer]:
     """Each deployment with its figures at all corners."""
+    alone = [one for one in found if isinstance(one, Found)]
+    pairs = [one for one in found if isinstance(one, Pair)]
+    priced = dict(zip(alone, _alone(question, alone), strict=True)) if alone else {}
+    priced_pairs = dict(zip(pairs, _pairs(question, pairs), strict=True)) if pairs else {}
+    return [priced[one] if isinstance(one, Found) else priced_pairs[one] for one in found]
+
+
+def _alone(question: Question, found: Sequence[Found]) -> list[Offer]:
     places = list(dict.fromkeys(place for one in found for place, _ in one.kinds))
     tables = {corner: _priced(question, corner, places) for corner in corners_of(question)}
     return [_offer(question, one, tables) for one in found]
@@ -87,7 +109,10 @@ def _priced(question: Question, corner: Corner, places: Sequence[Place]) -> dict
 def _offer(question: Question, one: Found, tables: Mapping[Corner, Mapping[Place, _Row]]) -> Offer:
     price = question.price
     paid = frozenset() if price is None else frozenset({price.chip_hour.source})
-    figures = {corner: _together(question, corner, one, rows) for corner, rows in tables.items()}
+    figures = {
+        corner: _together(question, corner, [(rows[place], count) for place, count in one.kinds])
+        for corner, rows in tables.items()
+    }
     nominal = tables[Corner.NOMINAL]
     return Offer(
         plan=_plan(one),
@@ -100,9 +125,9 @@ def _offer(question: Question, one: Found, tables: Mapping[Corner, Mapping[Place
     )
 
 
-def _together(question: Question, corner: Corner, one: Found, rows: Mapping[Place, _Row]) -> Figures:
+def _together(question: Question, corner: Corner, kinds: Sequence[tuple[_Row, int]]) -> Figures:
     """Rates add up; latencies are the slowest kind's, energy the mean over tokens."""
-    each = [(rows[place], count * rows[place].tokens_per_s) for place, count in one.kinds]
+    each = [(row, count * row.tokens_per_s) for row, count in kinds]
     rate = sum(tokens for _, tokens in each)
     return figures_of(
         question,
@@ -111,6 +136,70 @@ def _together(question: Question, corner: Corner, one: Found, rows: Mapping[Plac
         tpot_s=max(row.tpot_s for row, _ in each),
         tokens_per_s=rate,
         joules_per_token=sum(row.joules_per_token * tokens for row, tokens in each) / rate,
+    )
+
+
+def _pairs(question: Question, pairs: Sequence[Pair]) -> list[Offer]:
+    """Both pools of all pairs at once, corner by corner."""
+    rows: list[dict[Corner, tuple[Paired, frozenset[Source]]]] = [{} for _ in pairs]
+    places = list(dict.fromkeys(place for pair in pairs for place, _ in pair.others))
+    tables = {corner: _priced(question, corner, places) if places else {} for corner in corners_of(question)}
+    uses = np.ones(len(pairs))
+    for corner in corners_of(question):
+        batch = np.array([pair.decode[0].batch for pair in pairs])
+        budget = np.array([pair.prefill[0].budget for pair in pairs])
+        chip = question.at(corner)
+        prices = PoolPrices(question, chip, batch, budget)
+        first = {cut: prices.prefill(cut) for cut in {pair.prefill[0].shard for pair in pairs}}
+        second = {cut: prices.decode(cut) for cut in {pair.decode[0].shard for pair in pairs}}
+        for i, pair in enumerate(pairs):
+            (one, x), (other, y) = pair.prefill, pair.decode
+            sides = (
+                Replicas(pool=first[one.shard], at=i, shard=one.shard, count=x),
+                Replicas(pool=second[other.shard], at=i, shard=other.shard, count=y),
+            )
+            if corner is Corner.NOMINAL:
+                uses[i] = most_use_s(sides[0].pool.step_s, question.ttft_s)[i]
+            sources = sides[0].pool.sources | sides[1].pool.sources
+            rows[i][corner] = (paired(question, chip, *sides, float(uses[i])), sources)
+    return [_pair_offer(question, pair, row, tables) for pair, row in zip(pairs, rows, strict=True)]
+
+
+def _pair_offer(
+    question: Question,
+    pair: Pair,
+    row: Mapping[Corner, tuple[Paired, frozenset[Source]]],
+    tables: Mapping[Corner, Mapping[Place, _Row]],
+) -> Offer:
+    figures = {}
+    for corner, (one, found) in row.items():
+        pools = _Row(
+            ttft_s=one.ttft_s,
+            tpot_s=one.tpot_s,
+            tokens_per_s=one.requests_per_s * question.osl,
+            joules_per_token=one.joules_per_token,
+            sources=found,
+        )
+        beside = [(tables[corner][place], count) for place, count in pair.others]
+        figures[corner] = _together(question, corner, [(pools, 1), *beside])
+    nominal, sources = row[Corner.NOMINAL]
+    sources = sources.union(*(tables[Corner.NOMINAL][place].sources for place, _ in pair.others))
+    paid = frozenset() if question.price is None else frozenset({question.price.chip_hour.source})
+    decode = plan_of(*pair.decode)
+    return Offer(
+        plan=replace(
+            decode,
+            prefill=plan_of(*pair.prefill),
+            others=tuple(plan_of(*other) for other in pair.others),
+            idle_chips=pair.idle_chips,
+            idle_reason=pair.idle_reason,
+        ),
+        figures=figures[Corner.NOMINAL],
+        slow=figures.get(Corner.SLOW),
+        fast=figures.get(Corner.FAST),
+        replica_tokens_per_s=nominal.requests_per_s * question.osl / decode.replicas,
+        meets=pair.meets,
+        sources=sources | paid,
     )
 
 

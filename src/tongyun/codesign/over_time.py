@@ -29,55 +29,46 @@ TITLES = {"mixed": "Engines", "prefill": "Engines that prefill", "decode": "Engi
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """Parts of the run that a curve has a point for, and the unit they are drawn in."""
+    """The run's time as it is drawn: borders of parts, and the unit they are told in."""
 
-    width_s: float
-    end_s: float
+    borders_s: Array
     scale: float
     unit: str
 
     @classmethod
-    def of(cls, taken: Recording) -> Axis:
-        end_s = max(one.ended_s for one in taken.records)
-        series = taken.series[0]
+    def over(cls, borders_s: Array) -> Axis:
+        end_s = float(borders_s[-1])
         scale, unit = (1.0, "s") if end_s <= 600 else (60.0, "min") if end_s <= 4 * 3600 else (3600.0, "h")
-        each = -(-len(series.running) // POINTS)
-        return cls(width_s=each * series.width_s, end_s=end_s, scale=scale, unit=unit)
+        return cls(borders_s=borders_s, scale=scale, unit=unit)
 
     @property
-    def borders_s(self) -> Array:
-        parts = max(1, int(np.ceil(self.end_s / self.width_s)))
-        return np.asarray(np.minimum(np.arange(parts + 1) * self.width_s, self.end_s))
+    def middles(self) -> Array:
+        return (self.borders_s[1:] + self.borders_s[:-1]) / (2 * self.scale)
 
     def line(self, name: str, values: Array, style: str, *, filled: bool = False) -> Line:
-        borders_s = self.borders_s
-        middles = (borders_s[1:] + borders_s[:-1]) / 2 / self.scale
-        return Line(name=name, x=middles.tolist(), y=values.tolist(), style=style, filled=filled)
-
-    def means(self, values: Array, series: Series) -> Array:
-        """Of the recorded parts, several at a time; the last of them may be cut short."""
-        spans_s = np.full(len(values), series.width_s)
-        spans_s[-1] = max(self.end_s - (len(values) - 1) * series.width_s, 1e-12)
-        starts = np.arange(0, len(values), round(self.width_s / series.width_s))
-        return np.asarray(np.add.reduceat(values * spans_s, starts) / np.add.reduceat(spans_s, starts))
+        """A value for each part."""
+        return Line(name=name, x=self.middles.tolist(), y=values.tolist(), style=style, filled=filled)
 
     def panel(self, title: str, y: str, *lines: Line) -> str:
         """A drawing of the lines; of several, those that are zero throughout are left out."""
         some = [line for line in lines if max(line.y) > 0] or list(lines[:1])
         keys = [(one.style, one.name) for one in some] if len(lines) > 1 else []
-        return figure(title, keys, curves(some, x=self.unit, y=y, span=(0.0, self.end_s / self.scale)))
+        span = (0.0, float(self.borders_s[-1]) / self.scale)
+        return figure(title, keys, curves(some, x=self.unit, y=y, span=span))
 
 
 def over_time(taken: Recording) -> str:
-    axis = Axis.of(taken)
+    """What happened in equal parts of the run, pool by pool."""
+    pools = [series.coarse(POINTS) for series in taken.series]
+    axis = Axis.over(pools[0].borders_s)
     sections = [
         f'<h3>{escape(TITLES[series.role])}</h3><div class="panels">{"".join(_panels(series, axis))}</div>'
-        for series in taken.series
+        for series in pools
     ]
+    part_s = quantity(pools[0].width_s, "s")
     return (
-        f"<h2>Over time</h2><p>Exact means over parts of {quantity(axis.width_s, 's')} of simulated time; "
-        f'nothing is sampled.</p><div class="panels">'
-        f"{_arrivals(taken.records, axis)}</div>{''.join(sections)}"
+        f"<h2>Over time</h2><p>Exact means over parts of {part_s} of simulated time; nothing is sampled.</p>"
+        f'<div class="panels">{_arrivals(taken.records, axis)}</div>{"".join(sections)}'
     )
 
 
@@ -95,18 +86,16 @@ def _arrivals(records: Iterable[RequestRecord], axis: Axis) -> str:
 
 
 def _panels(series: Series, axis: Axis) -> list[str]:
-    def line(name: str, values: Array, style: str, *, filled: bool = False) -> Line:
-        return axis.line(name, axis.means(values, series), style, filled=filled)
+    line = axis.line
 
-    def over(values: Array, counts: Array, scale: float = 1.0) -> Array:
-        """The ratio of two means, where there is any."""
-        top, bottom = axis.means(values, series), axis.means(counts, series)
-        return np.asarray(scale * np.divide(top, bottom, out=np.zeros_like(top), where=bottom > 0))
+    def per_step(values: Array) -> Array:
+        steps = series.steps_per_s
+        return np.asarray(np.divide(values, steps, out=np.zeros_like(values), where=steps > 0))
 
     engines = series.engines.max()
-    decoding = axis.line("requests", over(series.decode_tokens_per_s, series.steps_per_s), "c3")
-    chunk = axis.line("tokens", over(series.prompt_tokens_per_s, series.steps_per_s), "c1")
-    step_ms = over(series.busy * engines / MS, series.steps_per_s)
+    decoding = line("requests", per_step(series.decode_tokens_per_s), "c3")
+    chunk = line("tokens", per_step(series.prompt_tokens_per_s), "c1")
+    step_ms = per_step(series.busy * engines / MS)
     up = [] if np.ptp(series.engines) == 0 else [line("up", series.engines, "c4")]
     return [
         axis.panel(
@@ -125,7 +114,7 @@ def _panels(series: Series, axis: Axis) -> list[str]:
         axis.panel("Prompt tokens in a step", "mean", chunk)
         if series.role == "prefill"
         else axis.panel("Requests that decode in a step", "mean", decoding),
-        axis.panel("A step", "ms, mean", axis.line("step", step_ms, "c5")),
+        axis.panel("A step", "ms, mean", axis.line("step", step_ms, "c2")),
         axis.panel("Engines", "", line("in a step", series.busy * engines, "c0", filled=True), *up),
     ]
 
@@ -135,12 +124,11 @@ def waits(taken: Recording) -> str:
     good = [(one.arrival_s, one.ttft_s) for one in taken.records if one.ok]
     if not good:
         return ""
-    axis = Axis.of(taken)
-    borders_s = np.linspace(0.0, axis.end_s, WINDOWS + 1)
+    axis = Axis.over(np.linspace(0.0, taken.series[0].until_s, WINDOWS + 1))
     came = np.array(good)
-    place = np.clip(np.searchsorted(borders_s, came[:, 0], side="right") - 1, 0, WINDOWS - 1)
+    place = np.clip(np.searchsorted(axis.borders_s, came[:, 0], side="right") - 1, 0, WINDOWS - 1)
     groups = {part: came[place == part, 1] / MS for part in np.unique(place).tolist()}
-    middles = [(part + 0.5) * axis.end_s / WINDOWS / axis.scale for part in groups]
+    middles = axis.middles[list(groups)].tolist()
     lines = [
         Line(
             name=f"p{share}",

@@ -63,7 +63,7 @@ def _best(answer: Answer) -> str:
         for name, attribute, unit, what in FIGURES
     )
     plan = best.plan
-    loads = ", ".join(f"{kind.batch} sequences on {kind.step_tokens} tokens a step" for kind in plan.kinds)
+    loads = ", ".join(f"{kind.batch} sequences on {kind.step_tokens} tokens a step" for _, kind in plan.kinds)
     text = f"{plan}: {loads}" + (f"; {plan.idle_reason}" if plan.idle_chips else "")
     span = " Ranges: slow to fast corner of the chip's spec." if best.slow else ""
     return (
@@ -132,13 +132,20 @@ def _explained(explanation: Explanation) -> str:
     parts = explanation.tpot_s
     memory = explanation.memory
     sizes = (memory.weights, float(memory.kv[0]), float(memory.activations[0]))
+    of_pool = "" if explanation.plan.prefill is None else " of the decode pool"
     stage = f" of stage {explanation.stage}" if explanation.plan.shard.pp > 1 else ""
+    if explanation.plan.prefill is None:
+        rest = (
+            f"{quantity(parts['prefill'], 's')} in steps that carry prefill, which are "
+            f"{explanation.prefill_share:.1%} of all"
+        )
+    else:
+        rest = f"{quantity(parts['hand_over'], 's')} of the hand-over from the prefill pool"
     bounds = " ".join(key(bound, bound) for bound in _BOUNDS)
     return (
         "<h2>Where each microsecond goes</h2>"
         f"<p>TPOT {quantity(sum(parts.values()), 's')} = {quantity(parts['decode'], 's')} in decode steps + "
-        f"{quantity(parts['prefill'], 's')} in steps that carry prefill, which are "
-        f"{explanation.prefill_share:.1%} of all. The fullest chip holds {number(sizes[0] / GB)} GB of "
+        f"{rest}. The fullest chip{of_pool} holds {number(sizes[0] / GB)} GB of "
         f"weights, {number(sizes[1] / GB)} GB of KV and {number(sizes[2] / GB)} GB of activations. "
         f"Below, one rank{stage}, by what its time goes to: {bounds}</p>"
         + _step(explanation.decode)

@@ -8,8 +8,11 @@ fits and what is left over; prices nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tongyun.model.shard import Shard
 from tongyun.specs import Chip
@@ -86,6 +89,10 @@ class Room:
             left.append((size, count - full))
         return self._of(self.domain, left)
 
+    def beside(self, other: Room) -> Room:
+        """Both rooms; a gap of one does not join a gap of the other."""
+        return self._of(self.domain, [*self.gaps.items(), *other.gaps.items()])
+
     def place(self, shard: Shard) -> tuple[int, int]:
         """Ranks that have to lie together, and how many such units a replica has: itself, or its
         stages where no domain holds it. Cuts alike in this fit alike."""
@@ -94,3 +101,22 @@ class Room:
 
     def _unit(self, shard: Shard) -> int:
         return shard.ranks if shard.ranks <= self.domain else shard.stage_ranks
+
+
+def counts(
+    places: Sequence[tuple[int, int]], chips: NDArray[np.intp], domain: int, *, behind: NDArray[np.intp]
+) -> NDArray[np.intp]:
+    """Replicas of each place (columns) that find room on so many chips in a row (rows): what
+    `Room.of(chips, domain, behind=behind).fits` gives, for all at once."""
+    first = np.minimum(chips, -behind % domain)[:, None]
+    whole, rest = np.divmod(chips[:, None] - first, domain)
+    units = np.array([unit for unit, _ in places], dtype=np.intp)
+    many = np.array([count for _, count in places], dtype=np.intp)
+    slots = first // units + whole * (domain // units) + rest // units
+    found: NDArray[np.intp] = np.asarray(slots // many, dtype=np.intp)
+    for column in np.flatnonzero(units > domain):
+        shard = Shard(tp=int(units[column]), pp=int(many[column]))
+        for row in np.flatnonzero(chips >= shard.ranks):
+            room = Room.of(int(chips[row]), domain, behind=int(behind[row]))
+            found[row, column] = room.fits(shard)
+    return found

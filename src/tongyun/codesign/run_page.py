@@ -279,7 +279,7 @@ def _sources(fleet: Fleet, played: Played) -> str:
     ]
     told = table(
         ["figure", "how it comes about", "source"],
-        [[name, how, Source.mix(frozenset({Source.SIMULATED}) | sources)] for name, how, sources in rows],
+        [[name, how, _mixed(sources)] for name, how, sources in rows],
     )
     return (
         f"<h2>Sources and assumptions</h2><p>Figures: {simulated}, from steps whose price is {steps}. "
@@ -288,6 +288,11 @@ def _sources(fleet: Fleet, played: Played) -> str:
         f"{told}<p>Below, every figure of {escape(question.chip.title)} that the prices rest on.</p>"
         + chip_facts(question.chip, question.price)
     )
+
+
+def _mixed(sources: frozenset[Source]) -> str:
+    """Apart, so that a narrow column can break it."""
+    return Source.mix(frozenset({Source.SIMULATED}) | sources).replace("+", " + ")
 
 
 def _priced(fleet: Fleet, played: Played) -> frozenset[Source]:

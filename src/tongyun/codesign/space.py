@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.places import Room, domain_of
-from tongyun.errors import InputError
+from tongyun.errors import InputError, unknown
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Precision
 from tongyun.model.shard import Shard, broken_rule
@@ -22,6 +22,7 @@ CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
 BATCHES = np.unique(np.round(np.geomspace(1, 4096, 109))).astype(np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
+POOLS = ("mixed", "split", "both")
 MOST_DRAFTED = 16
 """Longest draft; published modules draft one to eight."""
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -45,6 +46,8 @@ class Question:
     price: PriceSpec | None = None
     engine: str = "any"
     """The serving engine whose kernels are priced; `any` is none in particular."""
+    pools: str = "mixed"
+    """Which deployments are searched: replicas that prefill and decode, `split` pools, or `both`."""
     prefix_hit: float = 0.0
     """Share of input tokens whose keys and values are in the cache already: attended to and held,
     not computed."""
@@ -70,6 +73,8 @@ class Question:
             if limit is not None and not 0 < limit < float("inf"):
                 raise InputError(f"{name} must be a positive time, got {limit} s")
 
+        if self.pools not in POOLS:
+            raise InputError(unknown("pools", self.pools, POOLS))
         if not 0 <= self.prefix_hit < 1:
             raise InputError(
                 f"prefix_hit must be a share from 0 up to, not including, 1; got {self.prefix_hit}"

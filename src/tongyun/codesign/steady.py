@@ -106,25 +106,63 @@ def decoding_at(question: Question, batch: Array) -> Sequences:
     return Sequences(new=1 + question.draft_tokens, context=context, count=batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes on one rank of a stage, those of the draft module among them."""
+
+    part: Slice
+    weights: float
+    sequence: float
+    """KV of one sequence at full length."""
+    prompt: float
+    """KV of its input alone."""
+
+
+class Holdings:
+    """What ranks hold for a question; each cut is looked up once for all loads and tasks."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        self._known: dict[Shard, list[Held]] = {}
+
+    def at(self, shard: Shard) -> list[Held]:
+        """One rank of each different stage."""
+        if shard not in self._known:
+            stages = distinct_stages(self._question.model, shard).items()
+            self._known[shard] = [self._held(part, stage) for part, (stage, _) in stages]
+        return self._known[shard]
+
+    def _held(self, part: Slice, stage: int) -> Held:
+        question = self._question
+        model, precision = question.model, question.precision
+        drafting, drafted = draft_bytes(question, part)
+        each = [
+            float(kv_bytes(model, length, precision, part)) + length * drafted
+            for length in (question.isl + question.osl, question.isl)
+        ]
+        weights = weight_bytes(model, part.shard, precision, stage=stage) + drafting
+        return Held(part=part, weights=weights, sequence=each[0], prompt=each[1])
+
+
 class Pricing:
     """A grid of loads on one chip, ready for any number of cuts."""
 
     def __init__(self, question: Question, chip: Chip, batch: Array, budget: Array) -> None:
         self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
         self.load = load_at(question, batch, budget)
-        self._decode, self._mixed = (
-            StepPrices(question.model, shape, chip, question.precision)
+        self.held = Holdings(question)
+        self.decode, self.mixed = (
+            (StepPrices(question.model, shape, chip, question.precision), Drafts(question, shape, chip))
             for shape in (self.load.decode, self.load.mixed)
         )
-        self._drafts = tuple(Drafts(question, shape, chip) for shape in (self.load.decode, self.load.mixed))
 
     def steady(self, shard: Shard) -> Steady:
         """Latencies, rate and energy of a replica on this cut."""
         load, steps, each = self.load, self.question.osl - 1, self.question.step_tokens
         stages = distinct_stages(self.question.model, shard)
         costs = [self._stage(shard, stage) for stage, _ in stages.values()]
-        step_s = _largest([cost.seconds for _, cost in costs])
-        mixed_s = _largest([mixed.seconds for mixed, _ in costs])
+        step_s = largest([cost.seconds for _, cost in costs])
+        mixed_s = largest([mixed.seconds for mixed, _ in costs])
         joules = sum(
             count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True)
         )
@@ -144,11 +182,8 @@ class Pricing:
 
     def _stage(self, shard: Shard, stage: int) -> tuple[Cost, Cost]:
         """Cost of a mixed step, and of the mean step."""
-        decode, mixed, share = self._decode.at(shard, stage), self._mixed.at(shard, stage), self.load.share
-        if self.question.draft_tokens and stage == shard.pp - 1:
-            decode, mixed = (
-                cost + more.at(shard) for cost, more in zip((decode, mixed), self._drafts, strict=True)
-            )
+        share = self.load.share
+        decode, mixed = (stage_cost(prices, shard, stage) for prices in (self.decode, self.mixed))
         mean = Cost(
             seconds=(1 - share) * decode.seconds + share * mixed.seconds,
             joules=(1 - share) * decode.joules + share * mixed.joules,
@@ -158,26 +193,27 @@ class Pricing:
 
     def memory_bytes(self, shard: Shard) -> Array:
         """What the fullest rank of this cut holds; see `memory_bytes`."""
-        return _largest([memory.total for memory in self.memory_by_stage(shard)])
+        return largest([memory.total for memory in self.memory_by_stage(shard)])
 
     def memory_by_stage(self, shard: Shard) -> list[Memory]:
         """The memory of one rank of each different stage."""
-        model, precision = self.question.model, self.question.precision
         sequences = self.batch + self.load.prompts
         rows = (1 + self.question.draft_tokens) * self.batch + self.load.prompts
-        length = self.question.isl + self.question.osl
-        found = []
-        for part, (stage, _) in distinct_stages(model, shard).items():
-            drafting, drafted = draft_bytes(self.question, part, length)
-            each = float(kv_bytes(model, length, precision, part)) + drafted
-            found.append(
-                Memory(
-                    weights=weight_bytes(model, shard, precision, stage=stage) + drafting,
-                    kv=shard.pp * sequences * each,
-                    activations=activation_bytes(self.question, part, self.budget, rows),
-                )
+        return [
+            Memory(
+                weights=held.weights,
+                kv=shard.pp * sequences * held.sequence,
+                activations=activation_bytes(self.question, held.part, self.budget, rows),
             )
-        return found
+            for held in self.held.at(shard)
+        ]
+
+
+def stage_cost(prices: tuple[StepPrices, Drafts], shard: Shard, stage: int) -> Cost:
+    """Cost of one step on one stage, with what drafts the next one's tokens on the last."""
+    step, drafts = prices
+    cost = step.at(shard, stage)
+    return cost + drafts.at(shard) if drafts.are_made and stage == shard.pp - 1 else cost
 
 
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
@@ -185,7 +221,7 @@ def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: A
     return Pricing(question, chip, batch, budget).steady(shard)
 
 
-def _largest(arrays: Sequence[Number]) -> Array:
+def largest(arrays: Sequence[Number]) -> Array:
     """The slowest or fullest stage, point by point."""
     return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
 

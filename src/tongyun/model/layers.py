@@ -453,6 +453,7 @@ class Layers:
             picks=picks,
             hidden=hidden,
             inner=part.expert_width,
+            compute=self.precision.expert_compute,
         )
         up = self._grouped("experts_up", rows, groups, (hidden, 2 * part.expert_width))
         activation = self._activation("experts", rows, part.expert_width, repeat)

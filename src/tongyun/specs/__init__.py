@@ -8,6 +8,7 @@ from tongyun.specs.find import (
     find_chip,
     find_fabric,
     find_fleet,
+    find_market,
     find_model,
     find_ppu,
     find_price,
@@ -18,6 +19,7 @@ from tongyun.specs.find import (
     names,
 )
 from tongyun.specs.fleet import FleetSpec, PoolSpec
+from tongyun.specs.market import MarketPoolSpec, MarketSpec, ServedSpec, SharingSpec
 from tongyun.specs.ppu import Ppu, PpuSpec
 from tongyun.specs.schema import (
     Calibration,
@@ -42,10 +44,14 @@ __all__ = [
     "Figure",
     "FleetSpec",
     "Link",
+    "MarketPoolSpec",
+    "MarketSpec",
     "PoolSpec",
     "Ppu",
     "PpuSpec",
     "PriceSpec",
+    "ServedSpec",
+    "SharingSpec",
     "StorageSpec",
     "WorkloadSpec",
     "dumps",
@@ -53,6 +59,7 @@ __all__ = [
     "find_chip",
     "find_fabric",
     "find_fleet",
+    "find_market",
     "find_model",
     "find_ppu",
     "find_price",

@@ -97,6 +97,15 @@ class BlockPool:
                 else:
                     self._idle[block] = None
 
+    def forget(self, count: int) -> int:
+        """Make up to `count` idle blocks blank, the longest idle first; returns how many there were."""
+        count = min(count, len(self._idle))
+        for _ in range(count):
+            block, _unused = self._idle.popitem(last=False)
+            self._forget(block)
+            self._blank.append(block)
+        return count
+
     def publish(self, block: int, key: bytes, parent: bytes, contents: bytes) -> None:
         """Let others find this full, computed block; if an equal one is known already, it stays private."""
         if key in self._block_by_key:

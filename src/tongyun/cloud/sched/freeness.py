@@ -45,6 +45,9 @@ class Load(NamedTuple):
     """Requests in flight by class of service, where they name one."""
     up: bool = True
     """Whether it is given requests."""
+    models: tuple[tuple[str, int, float], ...] = ()
+    """Where several share the engine: by model, requests in flight, and the share of the engine's time that
+    keeps their time between tokens. A model that only lies ready has none."""
 
 
 def freeness(load: Load, headroom: Mapping[str, float], *, whole_queue: bool) -> float:

@@ -29,6 +29,8 @@ class Residents:
         self.prefilling: list[Sequence] = []
         self.reserved: dict[str, list[int]] = {}
         """Blocks, and with them a place, for requests that are on their way from another engine."""
+        self.preempted: list[str] | None = None
+        """Who was preempted, where somebody put a list here, and empties it."""
         self._reserve = ceil(config.watermark * config.blocks)
 
     @property
@@ -180,6 +182,8 @@ class Residents:
         # A new list: pieces and tests may still look at the old one.
         seq.blocks, seq.computed, seq.restored = [], 0, ()
         self.counters.preemptions += 1
+        if self.preempted is not None:
+            self.preempted.append(seq.request.id)
         self.waiting.push(seq)
 
     def worst(self) -> Sequence | None:

@@ -56,6 +56,10 @@ class Scheduler:
         return len(self._waiting)
 
     @property
+    def decoding(self) -> int:
+        return len(self._decoding)
+
+    @property
     def running(self) -> int:
         return len(self._decoding) + len(self._prefilling)
 
@@ -116,6 +120,10 @@ class Scheduler:
             self._waiting.left(seq)
         return True
 
+    def watch_preempted(self, names: list[str] | None) -> None:
+        """Have the ids of requests that are preempted from now on written to a list."""
+        self._residents.preempted = names
+
     # ── between engines ──────────────────────────────────────────────────────────────
 
     def room(self) -> Room:
@@ -140,7 +148,7 @@ class Scheduler:
         request = seq.request
         return Movable(request.id, request.priority, seq.state is State.DECODING, len(seq.history))
 
-    def decoding(self) -> list[Movable]:
+    def movables(self) -> list[Movable]:
         """Requests that decode, the best-ranked first."""
         found = (self.movable(seq.request.id) for seq in self._decoding)
         return [one for one in found if one is not None]
@@ -183,6 +191,17 @@ class Scheduler:
         seq.state = State.DECODING
         insort(self._decoding, seq, key=by_rank)
         return True
+
+    def steps_within(self, blocks: int) -> int:
+        """Decoding steps that take no more than so many blocks; one, where even that may take more."""
+        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
+
+    def surrender(self) -> None:
+        """Take all blocks from every running request; what they know is computed again later."""
+        self._check_turn()
+        self.settle()
+        while (worst := self._residents.worst()) is not None:
+            self._residents.preempt(worst)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
