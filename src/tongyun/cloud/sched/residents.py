@@ -40,7 +40,8 @@ class Residents:
     @property
     def full(self) -> bool:
         """Whether nobody more may run, whatever there is of blocks."""
-        return self.running + len(self.reserved) >= self.config.max_sequences
+        running = len(self.decoding) + len(self.prefilling)
+        return running + len(self.reserved) >= self.config.max_sequences
 
     def reserve(self, request_id: str, blocks: int) -> bool:
         """Keep so many blocks in all for a request that will arrive; false, and nothing is changed, where
