@@ -80,15 +80,8 @@ def simulate_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLik
 def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: NDArray[np.int64]) -> Timing:
     from tongyun.chip.ppu.clockwork import run
 
-    missing = [name for name in program.symbols if name not in symbols]
-    if missing:
-        raise InputError(
-            f"the program reads '{missing[0]}' from memory: give its value; it reads {program.symbols}"
-        )
+    starts, values = tables(program, symbols)
     instructions = disassemble(program.words)
-    tables = [np.atleast_1d(np.asarray(symbols[name], dtype=np.int64)) for name in program.symbols]
-    starts = np.cumsum([0, *(len(table) for table in tables)]).astype(np.int64)
-    values = np.concatenate(tables) if tables else np.zeros(1, dtype=np.int64)
     cycles, counters, count = run(
         *_decoded(instructions, ppu), starts, values, _rates(ppu), len(program.kernels)
     )
@@ -101,6 +94,21 @@ def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: 
         times=times,
         instructions=int(count),
     )
+
+
+def tables(program: Program, symbols: Mapping[str, ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers a program reads from memory: where each symbol's begin, and all of them.
+
+    InputError names a symbol that is missing.
+    """
+    missing = [name for name in program.symbols if name not in symbols]
+    if missing:
+        raise InputError(
+            f"the program reads '{missing[0]}' from memory: give its value; it reads {program.symbols}"
+        )
+    each = [np.atleast_1d(np.asarray(symbols[name], dtype=np.int64)) for name in program.symbols]
+    starts = np.cumsum([0, *(len(table) for table in each)]).astype(np.int64)
+    return starts, np.concatenate(each) if each else np.zeros(1, dtype=np.int64)
 
 
 # Words to flat arrays.
