@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.form import Flag, Section, Sections, Text, Whole, has
 
 ROLES = ("mixed", "prefill", "decode")
@@ -46,6 +47,7 @@ class FleetSpec:
     router: str = has(Text(), default="least-load")
     prefix_caching: bool = has(Flag(), default=True)
     cache: CacheSpec | None = has(Section(CacheSpec), default=None)
+    experts: ExpertsSpec | None = has(Section(ExpertsSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
 
     def problem(self) -> str | None:

@@ -18,45 +18,30 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tongyun.chip.ppu.asm import disassemble
-from tongyun.chip.ppu.isa import Form, Instruction
 from tongyun.chip.ppu.program import Program
-from tongyun.chip.ppu.timing import COUNTERS, OPS, TICKS, Timing, _decoded, _rates, tables
+from tongyun.chip.ppu.timing import COUNTERS, TICKS, Timing, _rates, tables
 from tongyun.specs.ppu import Ppu
+
+_WIDTH, _BARRIER = 20, 5
+"""Of a row of microcode: its length, and the operation that begins a kernel or ends the program."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Laid:
-    """A program as arrays, laid out once and priced many times."""
+    """A program in microcode, laid out once and priced many times, for chips of the same tensor unit."""
 
     program: Program
-    head: NDArray[np.int64]
-    imm: NDArray[np.int64]
-    reg: NDArray[np.int64]
-    counts: NDArray[np.bool_]
-    """Which operands are counts that a register may lower."""
-    plain: NDArray[np.bool_]
-    """Which LOOPs hold no other loop and read no numbers, so that their turns may be multiplied out."""
+    code: NDArray[np.int64]
 
     @classmethod
     def of(cls, program: Program, ppu: Ppu) -> Laid:
-        instructions = disassemble(program.words)
-        head, imm, reg = _decoded(instructions, ppu)
-        counts = np.zeros(imm.shape, dtype=bool)
-        plain = np.zeros(len(head), dtype=bool)
-        for at, each in enumerate(instructions):
-            for place, form in enumerate(each.opcode.operands.values()):
-                counts[at, place] = form is Form.COUNT and reg[at, place] != 0
-            if each.op == "LOOP":
-                body = instructions[at + 1 : at + 1 + each.plain("length")]
-                plain[at] = not any(_turns(inside) for inside in body)
-        return cls(program=program, head=head, imm=imm, reg=reg, counts=counts, plain=plain)
+        from tongyun.chip.ppu.fields import fields, partners
+        from tongyun.chip.ppu.microcode import lower
 
-
-def _turns(each: Instruction) -> bool:
-    """Whether an instruction may make one turn of its loop unlike the next: all but the swap of a buffer."""
-    swap = each.op == "ALU" and each.operands["rd"] == each.operands["ra"] and each.fn == 7
-    return each.op in {"LOOP", "LDS"} or (each.op == "ALU" and not swap)
+        head, imm, reg = fields(program.words, ppu)
+        partner = partners(head, imm, len(program.symbols), len(program.kernels))
+        code, _ = lower(head, imm, reg, partner)
+        return cls(program=program, code=code)
 
 
 def analyse(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
@@ -65,18 +50,22 @@ def analyse(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None 
 
 
 def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
-    """The same of a program that has been laid out, for a chip of the same tensor rates."""
-    from tongyun.chip.ppu.recurrence import PLACES, kernel
+    """The same of a program that has been laid out."""
+    from tongyun.chip.ppu.clockwork import _weigh
+    from tongyun.chip.ppu.recurrence import PLACES, kernel, plain_loops
 
     program, rates = laid.program, _rates(ppu)
     starts, values = tables(program, dict(symbols or {}))
-    code = (laid.head, laid.imm, laid.reg, laid.counts, laid.plain)
-    borders = [*np.flatnonzero(laid.head[:, 0] == OPS.index("BARRIER")), len(laid.head) - 1]
+    flat = laid.code.copy()
+    _weigh(flat, rates)
+    code = flat.reshape(-1, _WIDTH)
+    plain = plain_loops(code)
+    borders = np.flatnonzero(code[:, 0] == _BARRIER)[1:]
     ticks, counters = np.zeros(len(program.kernels)), np.zeros((len(program.kernels), len(COUNTERS)))
-    tags, filled = np.zeros((PLACES, 3), dtype=np.int64), np.zeros(1)
+    tags, filled = np.zeros((PLACES, 4), dtype=np.int64), np.zeros(2)
     for number in range(len(program.kernels)):
         begin, end = int(borders[number]) + 1, int(borders[number + 1])
-        ticks[number] = kernel(begin, end, code, starts, values, rates, tags, filled, counters[number])
+        ticks[number] = kernel(begin, end, code, plain, starts, values, rates, tags, filled, counters[number])
     return Timing(
         ppu=ppu,
         names=tuple(each.name for each in program.kernels),
