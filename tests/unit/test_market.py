@@ -255,7 +255,7 @@ def test_the_twin_and_flags_of_a_plain_fleet_are_refused(file: Path) -> None:
         read_fleet(file)
     done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--tp", "2", *LOAD])
     assert "--fleet says that" in str(done.exception)
-    done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--perfetto", "x.json", *LOAD])
-    assert "--perfetto: not written for several models" in str(done.exception)
+    done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--html", "x.html", *LOAD])
+    assert "--html: not written for several models" in str(done.exception)
     with pytest.raises(SpecError, match="prefix_caching"):
         loads(MARKET.replace('chip = "h20"', 'chip = "h20"\nprefix_caching = 1'), MarketSpec)

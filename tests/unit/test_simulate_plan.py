@@ -25,7 +25,7 @@ def invoke(*words: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def planned() -> dict[str, Any]:
     flags = ("--chip", "h200", "--chips", "16", "--isl", "600", "--osl", "40", "--tpot-ms", "40")
-    return invoke("plan", "--model", "Qwen/Qwen3-30B-A3B", *flags, "--dtype", "fp8")
+    return invoke("plan", "--model", "Qwen/Qwen3-30B-A3B", *flags, "--dtype", "fp8", "--pools", "mixed")
 
 
 @pytest.fixture
@@ -54,6 +54,19 @@ def test_the_best_plan_is_the_fleet(file: Path, planned: dict[str, Any]) -> None
     assert other["engines"][0]["kv_blocks_total"] < told["engines"][0]["kv_blocks_total"]
 
 
+def test_the_best_plan_may_have_two_pools(tmp_path: Path) -> None:
+    flags = ("--chip", "h200", "--chips", "16", "--isl", "600", "--osl", "40", "--tpot-ms", "40")
+    planned = invoke("plan", "--model", "Qwen/Qwen3-30B-A3B", *flags, "--pools", "split")
+    (tmp_path / "plan.json").write_text(json.dumps(planned))
+    told = invoke("simulate", "--plan", str(tmp_path / "plan.json"), *LOAD)
+    pools = planned["best"]["plan"]["pools"]
+    assert (
+        [pool["role"] for pool in told["pools"]] == [pool["role"] for pool in pools] == ["prefill", "decode"]
+    )
+    assert [pool["plan"]["replicas"] for pool in told["pools"]] == [pool["replicas"] for pool in pools]
+    assert told["report"]["succeeded"] == 60
+
+
 def refused(*words: str) -> str:
     done = CliRunner().invoke(build(), ["simulate", *words, *LOAD])
     assert isinstance(done.exception, InputError), done.output
@@ -71,7 +84,15 @@ def test_what_a_plan_says_is_not_said_again(file: Path) -> None:
     [
         ({"best": None, "limit": "no memory"}, "best: there is no plan: no memory"),
         ({"best": {"plan": 3}}, "best.plan: expected an object, got 3"),
-        ({"best": {"plan": {"tp": 0}}}, "best.plan.tp: expected a whole number ≥ 1, got 0"),
+        ({"best": {"plan": {"pools": []}}}, "best.plan.pools: expected a list of pools, got []"),
+        (
+            {"best": {"plan": {"pools": [{"role": "mixed", "tp": 0}]}}},
+            "best.plan.pools.0.tp: expected a whole number ≥ 1, got 0",
+        ),
+        (
+            {"best": {"plan": {"pools": [{"role": "both"}]}}},
+            "best.plan.pools.0.role: unknown value 'both'; accepted: decode, mixed, prefill",
+        ),
         ({"chips": "many"}, "chips: expected a whole number ≥ 1, got 'many'"),
         ({"model": "Qwen/Qwen3-8C"}, "did you mean"),
         ({"precision": {"weights": "bf17"}}, "precision: 'bf17'"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tongyun.errors import InputError, SpecError
+from tongyun.errors import InputError, SpecError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,21 +86,21 @@ def read_fleet(
         prefix_caching=spec.prefix_caching,
         tiers=tiers,
         experts=experts,
+        classes=spec.classes,
+        aging_s=spec.class_aging_s,
+        migration=spec.migration,
     )
 
 
 def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:
     """The best plan that `tongyun plan --json` wrote to the file `given["plan"]`, and what it was for."""
     from tongyun.cli.plan import ask
-    from tongyun.codesign.plan import Plan
-    from tongyun.model.shard import Shard
 
     file = given["plan"]
     told = _read_answer(file)
     if told["best"] is None:
         raise SpecError(file, "best", f"there is no plan: {told.get('limit')}")
     cut = _under(file, told["best"], "best", "plan")
-    tp, pp, ep, dp = (_whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp"))
     price = given["usd_per_chip_hour"]
     question = ask(
         {
@@ -119,14 +119,47 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
     for key, name in (("model", question.model.name), ("chip", question.chip.name)):
         if told[key] != name:
             raise SpecError(file, key, f"the plan is for {told[key]}, not {name}")
-    plan = Plan(
-        shard=Shard(tp=tp, pp=pp, ep=ep, dp=dp),
-        batch=_whole(file, cut, "batch"),
-        step_tokens=_whole(file, cut, "step_tokens"),
-        replicas=_whole(file, cut, "replicas"),
-        idle_chips=_whole(file, cut, "idle_chips", least=0),
-    )
-    return question, plan
+    return question, _deployed(file, cut)
+
+
+def _deployed(file: Path, cut: Mapping[str, Any]) -> Plan:
+    """The plan as the search had it, from its pools."""
+    from dataclasses import replace
+
+    pools = cut.get("pools")
+    if not isinstance(pools, list) or not pools:
+        raise SpecError(file, "best.plan.pools", f"expected a list of pools, got {pools!r}")
+    kinds = [_kind(file, pool, f"best.plan.pools.{i}") for i, pool in enumerate(pools)]
+    roles = [role for role, _ in kinds]
+    prefill = [kind for role, kind in kinds if role == "prefill"]
+    decode = [kind for role, kind in kinds if role == "decode"]
+    mixed = tuple(kind for role, kind in kinds if role == "mixed")
+    if len(prefill) != len(decode) or len(prefill) > 1:
+        raise SpecError(
+            file,
+            "best.plan.pools",
+            f"their roles are {', '.join(roles)}; accepted: mixed, or one prefill and one decode",
+        )
+    main, others = (decode[0], mixed) if decode else (mixed[0], mixed[1:])
+    idle = _whole(file, cut, "idle_chips", least=0)
+    return replace(main, idle_chips=idle, prefill=prefill[0] if prefill else None, others=others)
+
+
+def _kind(file: Path, pool: object, where: str) -> tuple[str, Plan]:
+    """One pool's replicas, and their task."""
+    from tongyun.codesign.answer import Plan
+    from tongyun.model.shard import Shard
+    from tongyun.specs.fleet import ROLES
+
+    if not isinstance(pool, dict):
+        raise SpecError(file, where, f"expected an object, got {pool!r}")
+    if pool.get("role") not in ROLES:
+        raise SpecError(file, f"{where}.role", unknown("value", str(pool.get("role")), ROLES))
+    names = ("tp", "pp", "ep", "dp", "batch", "step_tokens", "replicas")
+    tp, pp, ep, dp, batch, tokens, replicas = (_whole(file, pool, name, under=f"{where}.") for name in names)
+    shard = Shard(tp=tp, pp=pp, ep=ep, dp=dp)
+    kind = Plan(shard=shard, batch=batch, step_tokens=tokens, replicas=replicas, idle_chips=0)
+    return str(pool["role"]), kind
 
 
 def _read_answer(file: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def simulate(
 
     given_flags = typed(given["context"])
     refuse_told(given_flags, (*TOLD, "plan"))
-    refuse_told(given_flags, ("html", "perfetto", "window"), "not written for several models")
+    refuse_told(given_flags, ("html",), "not written for several models")
     find_router(spec.router)
     market = read_market(
         given["fleet"], spec, arrivals, slo=slo, usd_per_chip_hour=given["usd_per_chip_hour"]

@@ -65,7 +65,7 @@ def simulate(
     pools: Annotated[
         str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
     ] = "mixed",
-    router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
+    router: Annotated[str, typer.Option(help="round-robin, least-load, prefix or freeness.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
     tpot_ms: Annotated[float | None, typer.Option(help="Limit on the mean time between tokens.")] = None,
@@ -88,6 +88,7 @@ def simulate(
     from tongyun.cli import market
     from tongyun.cloud.record import Recorder
     from tongyun.cloud.sched.router import find_router
+    from tongyun.codesign.classes import headroom
     from tongyun.specs import find_market
 
     for place in (html, perfetto):
@@ -104,7 +105,7 @@ def simulate(
     begun = time.perf_counter()
     played = asked.play(
         arrivals,
-        find_router(router),
+        find_router(router, headroom=headroom(asked.classes)),
         chip=asked.question.chip.at(),
         seed=seed,
         slo=slo,

@@ -41,6 +41,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "usd_per_mtoken": played.usd_per_mtoken,
         "classes": _groups_json(played.classes, played),
         "models": _groups_json(played.models, played),
+        "moves": played.moves,
         "engines": played.engines,
         "series": [] if played.recording is None else _series_json(played.recording),
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
@@ -140,10 +141,11 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ),
         *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
+        *_moves(played),
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
-    if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
+    if done.slo.ttft_s is not None or done.slo.tpot_s is not None or done.slo.classes:
         rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
@@ -161,6 +163,25 @@ def _occupied(played: Played) -> list[tuple[str, str]]:
             f"{part.mean:.1%}, {part.p99:.1%}, {part.most:.1%}",
         )
         for one, part in pairs
+    ]
+
+
+def _moves(played: Played) -> list[list[str]]:
+    """What became of requests that were moved between engines, where the fleet moves any."""
+    from tongyun.report import NOTHING, number
+    from tongyun.units import GB, MS
+
+    moves = played.moves
+    if moves is None:
+        return []
+    pause = moves.downtime_s
+    told = NOTHING if pause is None else f"{number(pause.p50 / MS)} and {number(pause.p99 / MS)}"
+    return [
+        ["requests moved while decoding", f"{moves.migrated:,}"],
+        ["  while they waited", f"{moves.rescheduled:,}"],
+        ["  called off; computed again", f"{moves.called_off:,}; {moves.recomputed:,}"],
+        ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
+        ["  pause ms, p50 and p99", told],
     ]
 
 

@@ -31,9 +31,12 @@ def twin_gateway(
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.sched.router import LeastLoad, find_router
+    from tongyun.codesign.classes import headroom
     from tongyun.specs import find_model
 
     spec, fleet = read_fleet(file)
+    if fleet.migration is not None:
+        raise InputError(f"{file}: migration: the twin moves no running requests; leave the table out")
     own = fleet.question.model.name
     if model is not None and find_model(model)[1] != own:
         raise InputError(f"{file}: model: the fleet serves {own}, not {model}; leave MODEL out or name it")
@@ -47,7 +50,7 @@ def twin_gateway(
 
         pools = [fleet.engines(pool, chip, words=words) for pool in fleet.pools]
         grace_s = min(GRACE_S, min(pool.shortest_s for pool in pools) / 2)
-        routers = [find_router(spec.router), LeastLoad()]
+        routers = [find_router(spec.router, headroom=headroom(fleet.classes)), LeastLoad()]
         hand_over_s = fleet.hand_over(chip) if len(pools) == 2 else lambda _: 0.0
         loops = [(pool.loops, policy) for pool, policy in zip(pools, routers, strict=False)]
         return Twin(loops, hand_over_s, sink, grace_s=grace_s)

@@ -6,8 +6,8 @@ prediction and a measurement are summed up by the same arithmetic. Knows neither
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -70,9 +70,14 @@ class Slo:
     ttft_s: float | None = None
     tpot_s: float | None = None
     latency_s: float | None = None
+    classes: Mapping[str, Slo] = field(default_factory=dict)
+    """Limits of classes of service that have their own."""
 
     def met_by(self, record: RequestRecord) -> bool:
         """Whether a successful request stayed within every limit; one token has no TPOT to miss."""
+        own = self.classes.get(record.priority_class or "") if self.classes else None
+        if own is not None:
+            return own.met_by(record)
         pairs = (
             (self.ttft_s, record.ttft_s),
             (self.tpot_s, record.tpot_s),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -277,13 +277,19 @@ def sample(workload: Workload) -> list[Arrival]:
 
 
 def requests(
-    arrivals: Iterable[Arrival], *, vocabulary: int, seed: int = 0, name: str = "r"
+    arrivals: Iterable[Arrival],
+    *,
+    vocabulary: int,
+    seed: int = 0,
+    name: str = "r",
+    priorities: Mapping[str, int] | None = None,
 ) -> Iterator[Request]:
-    """Arrivals as requests with made-up tokens below `vocabulary`, one at a time.
+    """Arrivals as requests with made-up tokens below `vocabulary`, one at a time; priorities by class.
 
     Tokens that arrivals share are equal, all others are unrelated. The requests ignore the
     end-of-text token: each produces exactly its `output_tokens`.
     """
+    given = priorities or {}
     for index, arrival in enumerate(arrivals):
         yield Request(
             id=f"{name}{index}",
@@ -292,6 +298,7 @@ def requests(
             output_tokens=arrival.output_tokens,
             arrival_s=arrival.time_s,
             ignore_eos=True,
+            priority=given.get(arrival.priority_class or "", 0) if given else 0,
             model=arrival.model,
             priority_class=arrival.priority_class,
         )

@@ -7,7 +7,7 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,12 +19,15 @@ from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.migration import Moves, play_migrating
 from tongyun.cloud.record import Recorder, Recording
+from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.answer import Plan
+from tongyun.codesign.classes import migration_policy, own_limits, priorities
 from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
@@ -35,6 +38,7 @@ from tongyun.errors import InputError
 from tongyun.model.shard import slice_of
 from tongyun.model.steps import kv_bytes
 from tongyun.specs import Chip
+from tongyun.specs.classes import ClassSpec, MigrationSpec
 from tongyun.units import Source
 
 BLOCK_TOKENS = 64
@@ -58,6 +62,8 @@ class Played:
     models: Mapping[str, Group] = field(default_factory=dict)
     recording: Recording | None = None
     """Over time, where it was asked for."""
+    moves: Moves | None = None
+    """Of running requests between engines, where the fleet moves any."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -178,6 +184,12 @@ class Fleet:
     block_tokens: int = BLOCK_TOKENS
     tiers: CacheTiers | None = None
     """Memories behind the KV cache."""
+    classes: tuple[ClassSpec, ...] = ()
+    """Classes of service that have a priority or limits of their own."""
+    aging_s: float | None = None
+    """Seconds of waiting that outweigh one step of priority; None: strict."""
+    migration: MigrationSpec | None = None
+    """How running requests move between the replicas of the one pool, if they do."""
     experts: ExpertLoads | None = None
     """How unevenly experts are picked; the pools' cuts know it already."""
 
@@ -213,6 +225,7 @@ class Fleet:
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
             tiers=None if self.tiers is None else self.tiers.blocks(held.block_bytes),
+            aging_s=self.aging_s,
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
@@ -246,7 +259,7 @@ class Fleet:
         )
 
     def hand_over(self, chip: Chip) -> Callable[[int], float]:
-        """Seconds for the keys and values of so many tokens from a prefill to a decode replica.
+        """Seconds for the keys and values of so many tokens from one replica to another.
 
         Every rank sends its share at once, when the prompt is computed, and the side whose
         ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
@@ -265,6 +278,18 @@ class Fleet:
             return link.latency_s + share / rate
 
         return seconds
+
+    def _play_mixed(
+        self, load: Iterable[Request], pool: Engines, router: Router, chip: Chip
+    ) -> tuple[list[Simulated], Moves | None]:
+        """One pool, and the requests that moved in it where the fleet moves any."""
+        if self.migration is None:
+            return play_fleet(load, pool.loops, router), None
+        policy = migration_policy(self.migration, self.classes)
+        results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
+        model, shard = self.question.model, pool.pool.plan.shard
+        each = float(kv_bytes(model, 1, self.question.precision, slice_of(model, shard)))
+        return results, Moves.of(log, each * shard.tp)
 
     def play(
         self,
@@ -287,7 +312,13 @@ class Fleet:
         if recorder is not None:
             for pool in pools:
                 pool.tell(recorder)
-        load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
+        limits, moves = own_limits(self.classes, slo), None
+        load = requests(
+            arrivals,
+            vocabulary=question.model.vocab,
+            seed=seed,
+            priorities=priorities(self.classes, arrivals),
+        )
         results: Sequence[Sequence[Simulated]]
         if len(pools) == 2:
             prefill, decode = pools
@@ -299,9 +330,10 @@ class Fleet:
                 lambda request: hand_over_s(len(request.prompt)),
             )
         else:
-            results = [play_fleet(load, pools[0].loops, router)]
+            played, moves = self._play_mixed(load, pools[0], router, chip)
+            results = [played]
             records = tuple(record for result in results[0] for record in result.records)
-        report = summarise(records, slo)
+        report = summarise(records, limits)
         joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
             pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
             for pool, result in zip(pools, results, strict=True)
@@ -319,7 +351,8 @@ class Fleet:
                 frozenset() if self.experts is None else self.experts.sources,
                 *(pool.table.sources for pool in pools),
             ),
-            classes=grouped(records, lambda record: record.priority_class, slo),
-            models=grouped(records, lambda record: record.model, slo),
+            classes=grouped(records, lambda record: record.priority_class, limits),
+            models=grouped(records, lambda record: record.model, limits),
+            moves=moves,
             recording=None if recorder is None else recorder.recording(records),
         )

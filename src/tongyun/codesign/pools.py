@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 from tongyun.codesign.places import domain_of
 from tongyun.codesign.space import Question
-from tongyun.codesign.speculate import Drafts, draft_bytes
+from tongyun.codesign.speculate import Drafts
 from tongyun.codesign.steady import (
+    Holdings,
     Memory,
+    Pricing,
     activation_bytes,
     decoding_at,
     distinct_stages,
@@ -35,7 +37,6 @@ from tongyun.codesign.steady import (
 from tongyun.cost import StepPrices
 from tongyun.model.graph import Sequences, StepShape
 from tongyun.model.shard import Shard
-from tongyun.model.steps import kv_bytes, weight_bytes
 from tongyun.specs import Chip, Link
 from tongyun.units import Source
 
@@ -74,9 +75,9 @@ class PoolPrices:
         batch: Array,
         budget: Array,
         *,
-        decode: tuple[StepPrices, Drafts] | None = None,
+        mixed: Pricing | None = None,
     ) -> None:
-        """`decode` prices the step of these batches, where somebody did already."""
+        """`mixed` has priced the decode steps of these batches, where somebody did already."""
         self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
         computed = question.computed
         self.chunks = np.ceil(computed / budget)
@@ -88,7 +89,8 @@ class PoolPrices:
         positions = 1 + question.draft_tokens
         self.decode_shape = StepShape(decode=decoding_at(question, batch), sampled=positions * batch)
         self._prefill = self._prices(self.prefill_shape)
-        self._decode = decode or self._prices(self.decode_shape)
+        self._decode = self._prices(self.decode_shape) if mixed is None else mixed.decode
+        self.held = Holdings(question) if mixed is None else mixed.held
 
     def _prices(self, shape: StepShape) -> tuple[StepPrices, Drafts]:
         question, chip = self.question, self.chip
@@ -138,20 +140,24 @@ class PoolPrices:
         link = hand_over_link(self.question, self.chip)
         if link is None:
             return np.inf
-        model, precision = self.question.model, self.question.precision
-        share = max(
-            float(kv_bytes(model, self.question.isl, precision, part))
-            + draft_bytes(self.question, part, self.question.isl)[1]
-            for part in distinct_stages(model, shard)
-        )
+        share = max(held.prompt for held in self.held.at(shard))
         return link.latency_s + share / (link.bytes_per_s * link.achieved)
 
     # ── memory ───────────────────────────────────────────────────────────────────────
 
     def prefill_bytes(self, shard: Shard) -> Array:
         """Of the fullest rank: weights, prompts being computed and as many being handed over, activations."""
-        held = 2 * shard.pp * self.prompts
-        return _fullest(self._memories(shard, held, self.question.isl, (self.budget, self.prompts)))
+        count = 2 * shard.pp * self.prompts
+        return _fullest(
+            [
+                Memory(
+                    weights=held.weights,
+                    kv=count * held.prompt,
+                    activations=activation_bytes(self.question, held.part, self.budget, self.prompts),
+                )
+                for held in self.held.at(shard)
+            ]
+        )
 
     def decode_bytes(self, shard: Shard) -> Array:
         """Of the fullest rank: weights, every sequence at full length, activations."""
@@ -160,24 +166,14 @@ class PoolPrices:
     def decode_memories(self, shard: Shard) -> list[Memory]:
         """Of one rank of each different stage."""
         rows = (1 + self.question.draft_tokens) * self.batch
-        length = self.question.isl + self.question.osl
-        return self._memories(shard, shard.pp * self.batch, length, (rows, rows))
-
-    def _memories(self, shard: Shard, held: Array, length: int, rows: tuple[Array, Array]) -> list[Memory]:
-        """`held` sequences of a length; `rows` are a step's tokens, and those that go through the head."""
-        model, precision = self.question.model, self.question.precision
-        found = []
-        for part, (stage, _) in distinct_stages(model, shard).items():
-            drafting, drafted = draft_bytes(self.question, part, length)
-            kv = float(kv_bytes(model, length, precision, part)) + drafted
-            found.append(
-                Memory(
-                    weights=weight_bytes(model, shard, precision, stage=stage) + drafting,
-                    kv=held * kv,
-                    activations=activation_bytes(self.question, part, *rows),
-                )
+        return [
+            Memory(
+                weights=held.weights,
+                kv=shard.pp * self.batch * held.sequence,
+                activations=activation_bytes(self.question, held.part, rows, rows),
             )
-        return found
+            for held in self.held.at(shard)
+        ]
 
 
 def _fullest(memories: list[Memory]) -> Array:

@@ -63,14 +63,12 @@ class Drafts:
         return self._known[flat]
 
 
-def draft_bytes(question: Question, part: Slice, sequences_tokens: float) -> tuple[float, float]:
-    """Weights, and KV for a sequence of so many tokens, that the draft module holds on a rank of `part`."""
+def draft_bytes(question: Question, part: Slice) -> tuple[float, float]:
+    """Weights, and KV for a token of a sequence, that the draft module holds on a rank of `part`."""
     if not (question.draft_tokens and part.last):
         return 0.0, 0.0
     flat = replace(part.shard, pp=1)
-    shape = StepShape.decoding(1, 0)
-    weights = sum(
-        float(op.resident_bytes) for op in draft_operators(question.model, shape, flat, question.precision)
-    )
+    module = draft_operators(question.model, StepShape.decoding(1, 0), flat, question.precision)
     layer = replace(slice_of(question.model, flat), full_layers=1, window_layers=0)
-    return weights, float(kv_bytes(question.model, sequences_tokens, question.precision, layer))
+    each = float(kv_bytes(question.model, 1, question.precision, layer))
+    return sum(float(op.resident_bytes) for op in module), each

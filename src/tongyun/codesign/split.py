@@ -98,7 +98,7 @@ class Split:
         question = mixed.question
         self.domain = domain_of(mixed.chip)
         budgets = np.asarray(CHUNKS, dtype=np.float64)
-        self.prices = PoolPrices(question, mixed.chip, BATCHES, budgets, decode=mixed.decode)
+        self.prices = PoolPrices(question, mixed.chip, BATCHES, budgets, mixed=mixed)
         room = Room.of(question.chips, self.domain)
         of_shard = [room.place(shard) for shard in shards]
         self.places = sorted(set(of_shard))

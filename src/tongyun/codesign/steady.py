@@ -106,12 +106,51 @@ def decoding_at(question: Question, batch: Array) -> Sequences:
     return Sequences(new=1 + question.draft_tokens, context=context, count=batch)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Bytes on one rank of a stage, those of the draft module among them."""
+
+    part: Slice
+    weights: float
+    sequence: float
+    """KV of one sequence at full length."""
+    prompt: float
+    """KV of its input alone."""
+
+
+class Holdings:
+    """What ranks hold for a question; each cut is looked up once for all loads and tasks."""
+
+    def __init__(self, question: Question) -> None:
+        self._question = question
+        self._known: dict[Shard, list[Held]] = {}
+
+    def at(self, shard: Shard) -> list[Held]:
+        """One rank of each different stage."""
+        if shard not in self._known:
+            stages = distinct_stages(self._question.model, shard).items()
+            self._known[shard] = [self._held(part, stage) for part, (stage, _) in stages]
+        return self._known[shard]
+
+    def _held(self, part: Slice, stage: int) -> Held:
+        question = self._question
+        model, precision = question.model, question.precision
+        drafting, drafted = draft_bytes(question, part)
+        each = [
+            float(kv_bytes(model, length, precision, part)) + length * drafted
+            for length in (question.isl + question.osl, question.isl)
+        ]
+        weights = weight_bytes(model, part.shard, precision, stage=stage) + drafting
+        return Held(part=part, weights=weights, sequence=each[0], prompt=each[1])
+
+
 class Pricing:
     """A grid of loads on one chip, ready for any number of cuts."""
 
     def __init__(self, question: Question, chip: Chip, batch: Array, budget: Array) -> None:
         self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
         self.load = load_at(question, batch, budget)
+        self.held = Holdings(question)
         self.decode, self.mixed = (
             (StepPrices(question.model, shape, chip, question.precision), Drafts(question, shape, chip))
             for shape in (self.load.decode, self.load.mixed)
@@ -158,22 +197,16 @@ class Pricing:
 
     def memory_by_stage(self, shard: Shard) -> list[Memory]:
         """The memory of one rank of each different stage."""
-        model, precision = self.question.model, self.question.precision
         sequences = self.batch + self.load.prompts
         rows = (1 + self.question.draft_tokens) * self.batch + self.load.prompts
-        length = self.question.isl + self.question.osl
-        found = []
-        for part, (stage, _) in distinct_stages(model, shard).items():
-            drafting, drafted = draft_bytes(self.question, part, length)
-            each = float(kv_bytes(model, length, precision, part)) + drafted
-            found.append(
-                Memory(
-                    weights=weight_bytes(model, shard, precision, stage=stage) + drafting,
-                    kv=shard.pp * sequences * each,
-                    activations=activation_bytes(self.question, part, self.budget, rows),
-                )
+        return [
+            Memory(
+                weights=held.weights,
+                kv=shard.pp * sequences * held.sequence,
+                activations=activation_bytes(self.question, held.part, self.budget, rows),
             )
-        return found
+            for held in self.held.at(shard)
+        ]
 
 
 def stage_cost(prices: tuple[StepPrices, Drafts], shard: Shard, stage: int) -> Cost:

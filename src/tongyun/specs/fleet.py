@@ -10,8 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.classes import ClassSpec, MigrationSpec
 from tongyun.specs.experts import ExpertsSpec
-from tongyun.specs.form import Flag, Section, Sections, Text, Whole, has
+from tongyun.specs.form import Flag, Number, Section, Sections, Text, Whole, has
 
 ROLES = ("mixed", "prefill", "decode")
 
@@ -48,9 +49,21 @@ class FleetSpec:
     prefix_caching: bool = has(Flag(), default=True)
     cache: CacheSpec | None = has(Section(CacheSpec), default=None)
     experts: ExpertsSpec | None = has(Section(ExpertsSpec), default=None)
+    classes: tuple[ClassSpec, ...] = has(Sections(ClassSpec), key="class", default=())
+    class_aging_s: float | None = has(Number(least=1e-3), default=None)
+    """Seconds of waiting that outweigh one step of priority; left out, priorities are strict."""
+    migration: MigrationSpec | None = has(Section(MigrationSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
 
     def problem(self) -> str | None:
+        names = [each.name for each in self.classes]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            return f"class: '{twice}' is there twice"
+        if self.class_aging_s is not None and not self.classes:
+            return "class_aging_s says how [[class]] tables age, and there is none"
+        if self.migration is not None and [pool.role for pool in self.pool] != ["mixed"]:
+            return "migration: requests move between replicas of one mixed pool; leave it out or make it one"
         if self.cache is not None and not self.prefix_caching:
             return "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
         roles = [pool.role for pool in self.pool]

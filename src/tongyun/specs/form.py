@@ -124,6 +124,29 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A plain number within bounds that needs no source: a choice."""
+
+    least: float = 0.0
+    most: float = math.inf
+    whole: bool = False
+
+    def read(self, raw: object, where: Where) -> float:
+        whole = isinstance(raw, int) and not isinstance(raw, bool)
+        if not (whole or (isinstance(raw, float) and not self.whole)) or not self._within(raw):
+            upper = "" if self.most == math.inf else f" to {self.most:g}"
+            what = "a whole number" if self.whole else "a number"
+            raise where.wrong(f"expected {what} from {self.least:g}{upper}, got {shown(raw)}")
+        return cast(float, raw) if self.whole else float(cast(float, raw))
+
+    def _within(self, raw: Any) -> bool:
+        return bool(self.least <= raw <= self.most and raw < math.inf)
+
+    def plain(self, value: float) -> float:
+        return value
+
+
+@dataclass(frozen=True)
 class Flag:
     """True or false."""
 
@@ -334,9 +357,15 @@ def _scalar(raw: object, where: Where) -> Scalar:
     raise where.wrong(f"expected a text or a number, got {shown(raw)}")
 
 
-def has(form: Form, **more: Any) -> Any:
-    """A schema field of this form; give `default` to make it optional."""
-    return dataclasses.field(metadata={"form": form}, **more)
+def has(form: Form, *, key: str | None = None, **more: Any) -> Any:
+    """A schema field of this form; give `default` to make it optional, `key` where a file calls it
+    what Python cannot."""
+    return dataclasses.field(metadata={"form": form} if key is None else {"form": form, "key": key}, **more)
+
+
+def _key(field: dataclasses.Field[Any]) -> str:
+    """What a file calls it."""
+    return str(field.metadata.get("key", field.name))
 
 
 def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
@@ -345,16 +374,17 @@ def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
     A schema whose fields depend on each other has a `problem()` that says what is wrong.
     """
     fields = dataclasses.fields(cast(Any, schema))
-    accepted = [f.name for f in fields]
+    accepted = [_key(f) for f in fields]
     for key in raw:
         if key not in accepted:
             raise (where / key).wrong(unknown("key", key, accepted))
     values = {}
     for f in fields:
-        if f.name in raw:
-            values[f.name] = f.metadata["form"].read(raw[f.name], where / f.name)
+        key = _key(f)
+        if key in raw:
+            values[f.name] = f.metadata["form"].read(raw[key], where / key)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise (where / f.name).wrong("missing")
+            raise (where / key).wrong("missing")
     filled = schema(**values)
     problem = getattr(filled, "problem", None)
     if problem is not None and (found := problem()) is not None:
@@ -399,5 +429,5 @@ def plain_fields(value: Any) -> dict[str, Any]:
         field_value = getattr(value, f.name)
         if field_value is None or (f.default is not dataclasses.MISSING and field_value == f.default):
             continue
-        plain[f.name] = f.metadata["form"].plain(field_value)
+        plain[_key(f)] = f.metadata["form"].plain(field_value)
     return plain

@@ -12,6 +12,7 @@ import operator
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ class Memory:
 
     @classmethod
     def of(cls, size: int) -> Memory:
-        raw = torch.zeros((size + 63) // 64 * 64, dtype=torch.uint8)
+        # NumPy leaves pages that nobody touches to the system; torch writes its zeros.
+        raw = torch.from_numpy(np.zeros((size + 63) // 64 * 64, dtype=np.uint8))
         return cls(raw, {kind: raw.view(dtype) for kind, dtype in TORCH.items()})
 
     def tile(self, at: int, shape: tuple[int, int], stride: int, type: Type) -> torch.Tensor:
@@ -201,9 +203,8 @@ class _Run:
                 yield here
             self._do(core, here)
             token: Any = core.races.end(here.opcode.engine) if core.races is not None else None
-            for bit in range(SEMAPHORES):
-                if here.signal >> bit & 1:
-                    core.tokens[bit].append(token)
+            for bit in _bits(here.signal):
+                core.tokens[bit].append(token)
             if here.op not in {"LOOP", "ENDLOOP"}:
                 core.at += 1
 
@@ -225,11 +226,10 @@ class _Run:
 
     def _begin(self, core: _Core, here: Instruction) -> None:
         tokens = []
-        for bit in range(SEMAPHORES):
-            if here.wait >> bit & 1:
-                if not core.tokens[bit]:
-                    raise self._fault(f"deadlock: nothing has signalled semaphore {bit}")
-                tokens.append(core.tokens[bit].popleft())
+        for bit in _bits(here.wait):
+            if not core.tokens[bit]:
+                raise self._fault(f"deadlock: nothing has signalled semaphore {bit}")
+            tokens.append(core.tokens[bit].popleft())
         if core.races is not None:
             core.races.begin(here.opcode.engine, tokens)
 
@@ -365,6 +365,11 @@ class _Run:
             if problem:
                 raise Fault(problem)
         return tile
+
+
+@cache
+def _bits(mask: int) -> tuple[int, ...]:
+    return tuple(bit for bit in range(SEMAPHORES) if mask >> bit & 1)
 
 
 def _alu(fn: int, a: int, b: int) -> int:

@@ -167,12 +167,16 @@ class EngineLoop:
     def depart(self, request_id: str) -> Traveller:
         """Let a request go that the scheduler calls movable, between two steps."""
         self._watched.discard(request_id)
+        if self.tape is not None:
+            self.tape.left(request_id, self.clock.now())
         return self._scheduler.depart(request_id)
 
     def arrive(self, traveller: Traveller) -> bool:
         """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
         if traveller.request.stop_token_ids:
             self._watched.add(traveller.request.id)
+        if self.tape is not None:
+            self.tape.queued(traveller.request)
         return self._scheduler.arrive(traveller)
 
     def produced(self, request_id: str) -> int:

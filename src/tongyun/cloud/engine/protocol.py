@@ -6,8 +6,9 @@ Nothing here knows a tensor, HTTP or a price.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -210,3 +211,25 @@ class EngineStats:
     """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""
     switched: Mapping[str, Switched] = field(default_factory=dict)
     """By model, where several share the engine."""
+
+
+def summed(parts: Sequence[EngineStats]) -> EngineStats:
+    """Of several engines together; there must be one."""
+    apart = ("finished", "tier_hit_tokens", "switched")
+    numbers = {
+        one.name: sum(getattr(part, one.name) for part in parts)
+        for one in fields(EngineStats)
+        if one.name not in apart
+    }
+    finished: Counter[Finish] = Counter()
+    for part in parts:
+        finished.update(part.finished)
+    names = dict.fromkeys(name for part in parts for name in part.switched)
+    return EngineStats(
+        **numbers,
+        finished=dict(finished),
+        tier_hit_tokens=tuple(map(sum, zip(*(part.tier_hit_tokens for part in parts), strict=True))),
+        switched={
+            name: total(part.switched[name] for part in parts if name in part.switched) for name in names
+        },
+    )

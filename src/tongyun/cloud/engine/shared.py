@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Leap, Turn
-from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent
+from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent, summed
 from tongyun.cloud.engine.simulated import DecodeCosts
 from tongyun.cloud.sched.freeness import EMPTY, Room
 from tongyun.cloud.sched.request import Finish, Request
@@ -186,16 +186,8 @@ class SharedLoop:
 
     def stats(self) -> EngineStats:
         """Sums over the models."""
-        every = [loop.stats() for loop in self._loops.values()]
-        numbers = {
-            field.name: sum(getattr(one, field.name) for one in every)
-            for field in fields(EngineStats)
-            if field.name not in ("finished", "tier_hit_tokens", "switched")
-        }
-        finished: Counter[Finish] = Counter()
-        for one in every:
-            finished.update(one.finished)
-        return EngineStats(**numbers, finished=dict(finished), switched=dict(self._switched))
+        whole = summed([loop.stats() for loop in self._loops.values()])
+        return replace(whole, switched=dict(self._switched))
 
     # ── what turns are made of ───────────────────────────────────────────────────────
 
