@@ -62,8 +62,14 @@ def test_nothing_is_faster_than_its_roofline(chip: str, shape: tuple[int, int, i
 
 
 # Requests that change places at a shared server, which serves them as they come, may cost a later one some
-# cycles; a faster clock has not been seen to. `docs/chip.md` says what a fixed order would cost.
-MORE = {"clock_hz": 0.0, "hbm_bytes_per_s": 0.005, "l2_rate": 0.005, "port_bytes": 0.01, "vector_lanes": 0.01}
+# cycles; a faster clock by 0.003 %. `docs/chip.md` says what a fixed order would cost.
+MORE = {
+    "clock_hz": 1e-4,
+    "hbm_bytes_per_s": 0.005,
+    "l2_rate": 0.005,
+    "port_bytes": 0.01,
+    "vector_lanes": 0.01,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)

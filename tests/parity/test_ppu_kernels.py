@@ -12,7 +12,7 @@ from torch.nn import functional
 from tongyun.chip.ppu.emit import attention as attend
 from tongyun.chip.ppu.emit import experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul
+from tongyun.chip.ppu.emit.matmul import Tiling, matmul, split_matmul
 from tongyun.chip.ppu.functional import Chip, Counts
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Tensor
@@ -209,3 +209,13 @@ def test_a_mixture_of_experts(tokens: int) -> None:
     touched = len(set(chosen.flatten().tolist()))
     weights = counts.loaded_bytes[3] - 2 * tokens * top * hidden * 2
     assert weights <= touched * 2 * inner * hidden * 2 * tokens + 10_000
+
+
+@pytest.mark.parametrize(("m", "n", "k", "parts"), [(33, 40, 1000, 3), (16, 64, 512, 4), (65, 70, 2050, 8)])
+def test_a_product_cut_over_k_is_the_same_product(m: int, n: int, k: int, parts: int) -> None:
+    a, w = bf16(m, k), bf16(n, k)
+    bench = Bench(a=a, w=w)
+    split_matmul(bench.builder, bench.tensors["a"], bench.tensors["w"], bench.out("out", m, n), parts, "cut")
+    chip, counts = bench.run()
+    assert error(chip.view("out"), a.float() @ w.float().T) < BF16
+    assert sum(counts.flops.values()) == 2 * m * n * k

@@ -48,6 +48,8 @@ class CoreSpec:
     sram: Figure = has(Fact(BYTES))
     port: Figure = has(Fact(BYTES_PER_CYCLE))
     """Bytes a cycle between one core and the L2, each way."""
+    tensor_achieved: Figure | None = has(Fact(FRACTION), default=None)
+    """What a stream of products reaches of `tensor` at `clock`: the clock falls under load, operands wait."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +131,9 @@ class Ppu:
     tile_n: int
     tile_k: int
     tensor_flops: Mapping[DType, float]
-    """FLOPs a cycle and core."""
+    """FLOPs a cycle and core, as reached."""
+    tensor_peak: float
+    """What the tensor unit would do, as a multiple of what it reaches."""
     tensor_latency_s: float
     vector_lanes: float
     special_lanes: float
@@ -166,7 +170,7 @@ class Ppu:
         return hash((self.name, self.corner, self.cores, self.clock_hz, self.hbm_bytes_per_s))
 
     def peak_flops_per_s(self, dtype: DType = DType.BF16) -> float:
-        return self.cores * self.clock_hz * self.tensor_flops[dtype]
+        return self.cores * self.clock_hz * self.tensor_flops[dtype] * self.tensor_peak
 
 
 def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
@@ -177,6 +181,7 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         return figure.at(corner, more_is_better=False)
 
     core, shared, icn, energy = spec.core, spec.shared, spec.icn, spec.energy
+    reached = 1.0 if core.tensor_achieved is None else more(core.tensor_achieved)
     return Ppu(
         name=spec.name,
         corner=corner,
@@ -185,7 +190,8 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         tile_m=int(less(core.tile_m)),
         tile_n=int(less(core.tile_n)),
         tile_k=int(less(core.tile_k)),
-        tensor_flops={dtype: more(figure) for dtype, figure in core.tensor.items()},
+        tensor_flops={dtype: more(figure) * reached for dtype, figure in core.tensor.items()},
+        tensor_peak=1 / reached,
         tensor_latency_s=less(core.tensor_latency),
         vector_lanes=more(core.vector),
         special_lanes=more(core.special),

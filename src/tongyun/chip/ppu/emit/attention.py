@@ -132,9 +132,14 @@ def _tile(b: Builder, s: Attention) -> tuple[int, int]:
     tokens = max(1, min(s.tokens, 128 // s.group))
     while tokens > 1 and s.sequences * s.kv_heads * -(-s.tokens // tokens) < b.ppu.cores:
         tokens = -(-tokens // 2)
-    m, wide = tokens * s.group, s.width * 2
-    fixed = 2 * m * (2 * wide + 2 * wide + 8) + 4096
+    wide = s.width * 2
+
+    def fixed() -> int:
+        return 2 * tokens * s.group * (2 * wide + 2 * wide + 8) + 4096
+
+    while tokens > 1 and fixed() + 4 * 16 * wide > b.ppu.sram_bytes:
+        tokens = -(-tokens // 2)
     size = 256
-    while size > 16 and fixed + 4 * size * wide > b.ppu.sram_bytes:
+    while size > 16 and fixed() + 4 * size * wide > b.ppu.sram_bytes:
         size //= 2
     return tokens, min(size, max(16, -(-s.room // 16) * 16))

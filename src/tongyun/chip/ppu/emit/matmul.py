@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tongyun.chip.ppu.emit.builder import Buffers, Builder
+from tongyun.chip.ppu.emit.rows import join
 from tongyun.chip.ppu.isa import Alu, At, Epilogue, Flag, Type
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.traffic import pieces, tiled
@@ -30,6 +31,17 @@ class Matmul:
     residual: bool = False
     bias: bool = False
     out_bytes: int = 2
+    splits: int = 1
+    """Parts of k that are multiplied side by side, each into an f32 result of its own."""
+
+    @property
+    def inner(self) -> int:
+        """k of one part, a multiple of 32 where there are several."""
+        return self.k if self.splits == 1 else -(-self.k // (32 * self.splits)) * 32
+
+    @property
+    def parts(self) -> list[int]:
+        return pieces(self.k, self.inner)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +52,8 @@ class Tiling:
 
     def steps(self, matmul: Matmul) -> int:
         """Products of one tile in all."""
-        return -(-matmul.m // self.m) * -(-matmul.n // self.n) * -(-matmul.k // self.k)
+        tiles = -(-matmul.m // self.m) * -(-matmul.n // self.n)
+        return tiles * matmul.splits * -(-matmul.inner // self.k)
 
     def sram_bytes(self, matmul: Matmul) -> int:
         """What the kernel's double buffers take."""
@@ -56,7 +69,7 @@ def tilings(matmul: Matmul, ppu: Ppu) -> Iterator[Tiling]:
     """Every tiling that fits, powers of two from the tensor unit's tile upwards."""
     for m in _sizes(matmul.m, ppu.tile_m, 256):
         for n in _sizes(matmul.n, ppu.tile_n, 256):
-            for k in _sizes(matmul.k, max(ppu.tile_k, 32), 1024):
+            for k in _sizes(matmul.inner, max(ppu.tile_k, 32), 1024):
                 tiling = Tiling(m=m, n=n, k=k)
                 if tiling.sram_bytes(matmul) <= ppu.sram_bytes:
                     yield tiling
@@ -93,7 +106,7 @@ def traffic(matmul: Matmul, tiling: Tiling, cores: int) -> tuple[int, ...]:
     Each column of tiles reads a, each row of tiles the weights; each core reads the gain once.
     """
     m, n = pieces(matmul.m, tiling.m), pieces(matmul.n, tiling.n)
-    k = [2 * step for step in pieces(matmul.k, tiling.k)]
+    k = [2 * step for part in matmul.parts for step in pieces(part, tiling.k)]
     wide = 2 * matmul.k
     weight = len(m) * tiled(n, k, wide)
     beside = tiled(m, [2 * step for step in n], 2 * matmul.n)
@@ -105,7 +118,7 @@ def traffic(matmul: Matmul, tiling: Tiling, cores: int) -> tuple[int, ...]:
         cores * tiled([1], [wide], 0) * matmul.norm,
         beside * matmul.residual,
         len(m) * tiled([1], [2 * step for step in n], 0) * matmul.bias,
-        out,
+        out * matmul.splits,
     )
 
 
@@ -129,12 +142,13 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     """
     products = 2 if matmul.gate else 1
     rows, cols = -(-matmul.m // tiling.m), -(-matmul.n // tiling.n)
-    steps = -(-matmul.k // tiling.k)
-    rounds = -(-rows * cols // ppu.cores)
-    busy = min(rows * cols, ppu.cores)
-    m, n, k = min(tiling.m, matmul.m), min(tiling.n, matmul.n), min(tiling.k, matmul.k)
-    tiles = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-k // ppu.tile_k)
-    tensor = products * tiles * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / ppu.tensor_flops[DType.BF16]
+    steps = -(-matmul.inner // tiling.k)
+    tiles = rows * cols * matmul.splits
+    rounds = -(-tiles // ppu.cores)
+    busy = min(tiles, ppu.cores)
+    m, n, k = min(tiling.m, matmul.m), min(tiling.n, matmul.n), min(tiling.k, matmul.inner)
+    smallest = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-k // ppu.tile_k)
+    tensor = products * smallest * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / ppu.tensor_flops[DType.BF16]
     moved = 2 * k * (m + products * n)
     hbm_rate = ppu.hbm_bytes_per_s / ppu.clock_hz
     latency = (ppu.hbm_latency_s + ppu.l2_latency_s) / 2 * ppu.clock_hz
@@ -146,6 +160,40 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     drain = products * m * n / ppu.vector_lanes
     once = 2 * (matmul.m * matmul.k + products * matmul.n * matmul.k + matmul.m * matmul.n)
     return max(rounds * max(steps * step, drain), once / hbm_rate) + way + drain
+
+
+@lru_cache(maxsize=4096)
+def splits(matmul: Matmul, ppu: Ppu) -> int:
+    """Into how many parts of k to cut a plain product: where its tiles leave cores idle, parts fill them.
+
+    The parts are then read once more and summed, by a kernel behind another barrier.
+    """
+    least, best = estimate(matmul, mapped(matmul, ppu), ppu), 1
+    for parts in SPLITS:
+        shape = replace(matmul, splits=parts, out_bytes=4)
+        if len(shape.parts) != parts or shape.inner < 128:
+            break
+        size = matmul.m * matmul.n * (4 * parts + matmul.out_bytes)
+        rate = ppu.l2_rate if size < ppu.l2_bytes else ppu.hbm_bytes_per_s / ppu.clock_hz
+        join = (ppu.barrier_s + ppu.hbm_latency_s + ppu.l2_latency_s) * ppu.clock_hz + size / rate
+        needed = estimate(shape, mapped(shape, ppu), ppu) + join
+        if needed < least:
+            least, best = needed, parts
+    return best
+
+
+SPLITS = (2, 3, 4, 6, 8, 12, 16)
+"""Parts of k that a product may be cut into."""
+
+
+def split_matmul(b: Builder, a: Tensor, weight: Tensor, out: Tensor, parts: int, name: str) -> None:
+    """Two kernels: `parts` products of a part of k each, into f32, and their sum."""
+    (m, _), n = a.shape, weight.shape[0]
+    held = b.layout.place(f"{out.name}.parts", (parts * m, n), Type.F32, "scratch")
+    with b.kernel("matmul", name):
+        matmul(b, a, weight, held, splits=parts)
+    with b.kernel("join", name):
+        join(b, held, out, parts)
 
 
 def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
@@ -160,15 +208,19 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
     residual: Tensor | None = None,
     bias: Tensor | None = None,
     tiling: Tiling | None = None,
+    splits: int = 1,
 ) -> None:
-    """Emit one product, inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k]."""
+    """Emit one product, inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k].
+
+    With `splits` the product of each part of k goes to m rows of `out` of its own.
+    """
     (m, k), n = a.shape, weight.shape[0]
     shape = Matmul(
         m=m, n=n, k=k, norm=gain is not None, gate=up is not None, residual=residual is not None,
-        bias=bias is not None, out_bytes=out.type.bytes,
+        bias=bias is not None, out_bytes=out.type.bytes, splits=splits,
     )  # fmt: skip
     t = tiling or mapped(shape, b.ppu)
-    rows, cols, steps = -(-m // t.m), -(-n // t.n), -(-k // t.k)
+    rows, cols, steps = -(-m // t.m), -(-n // t.n), -(-shape.inner // t.k)
     products = 2 if up is not None else 1
     into = Operands.of(b, t, shape, out.type)
     moved = traffic(shape, t, b.ppu.cores)
@@ -180,13 +232,21 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
         # The queue is in order: whoever waits for the first operands has the gain as well.
         near_gain = b.sram(k * 2)
         b.load(gain.type, At(gain.at), near_gain, rows=1, cols=k, stride=0, sram_stride=0)
-    with b.units(rows * cols) as unit:
+    with b.units(rows * cols * splits) as unit:
         row = b.alu(Alu.MOD, unit, imm=rows)
         col = b.alu(Alu.DIV, unit, imm=rows)
+        part = None
+        if splits > 1:
+            part = b.alu(Alu.DIV, col, imm=cols)
+            b.alu(Alu.MOD, col, imm=cols, into=col)
         m_left, n_left = At(t.m, b.left(m, row, t.m)), At(t.n, b.left(n, col, t.n))
-        k_left = b.register(k)
-        far_a = b.address(a, (row, t.m * k * 2))
-        far_b = b.address(weight, (col, t.n * k * 2))
+        k_left = b.register(k) if part is None else b.left(k, part, shape.inner)
+        along = []
+        if part is not None:
+            b.alu(Alu.MIN, k_left, imm=shape.inner, into=k_left)
+            along = [(part, shape.inner * 2)]
+        far_a = b.address(a, (row, t.m * k * 2), *along)
+        far_b = b.address(weight, (col, t.n * k * 2), *along)
         far_up = None if up is None else At(up.at, far_b.reg)
         far_gain = b.register(0)
         k_count = At(t.k, k_left)
@@ -249,7 +309,8 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
             with b.loop(steps - 1, onward):
                 step(first=False)
         b.sync("tensor", signal=["acc_full"])
-        place = b.address(out, (row, t.m * n * out.type.bytes), (col, t.n * out.type.bytes))
+        below = [] if part is None else [(part, m * n * out.type.bytes)]
+        place = b.address(out, (row, t.m * n * out.type.bytes), (col, t.n * out.type.bytes), *below)
         waits = ["acc_full", "out_free"]
         fn = Epilogue.SCALE if gain is not None else Epilogue.PLAIN
         fn |= Epilogue.GATE if up is not None else Epilogue.PLAIN

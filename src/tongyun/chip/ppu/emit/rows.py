@@ -225,6 +225,30 @@ def rotate(
     rows_kernel(b, given, [out], body, scratch=[x.width] if norm is not None else [])
 
 
+def join(b: Builder, held: Tensor, out: Tensor, parts: int) -> None:
+    """out = the sum of `parts` f32 tensors of its shape, one behind the other in `held`, rounded once."""
+    each = held.bytes // parts
+    whole = out.bytes // out.type.bytes
+    # Columns few enough that every core has some rows, however flat the result.
+    width = next(w for w in (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1) if whole % w == 0)
+    count = whole // width
+    given = [
+        Rows(tensor=held, rows=count, cols=width, stride=width * 4, offset=part * each)
+        for part in range(parts)
+    ]
+
+    def body(rows: At, near: Sequence[At], made: Sequence[At], _: Sequence[int]) -> None:
+        for number, other in enumerate(near[1:], 1):
+            last = number == parts - 1
+            b.emit(
+                "VEC", Type.F32, Type.F32, out.type if last else Type.F32, fn=Vec.ADD, a=near[0], b=other,
+                out=made[0] if last else near[0], rows=rows, cols=At(width), lda=width * 4, ldb=width * 4,
+                ldo=width * (out.type.bytes if last else 4),
+            )  # fmt: skip
+
+    rows_kernel(b, given, [Rows.of(out, width)], body)
+
+
 def copy(b: Builder, source: Rows, target: Rows) -> None:
     """Rows from one place to another, with a change of type where the tensors differ."""
 
@@ -346,6 +370,7 @@ __all__ = [
     "copy",
     "elementwise",
     "embed",
+    "join",
     "keep",
     "position_register",
     "rmsnorm",
