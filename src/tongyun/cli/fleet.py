@@ -6,6 +6,7 @@ requests at its pace.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def read_fleet(
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
+    from tongyun.codesign.upkeep import Upkeep
     from tongyun.specs import find_fleet
 
     spec = find_fleet(path)
@@ -64,7 +66,12 @@ def read_fleet(
         usd_per_chip_hour=usd_per_chip_hour,
     )
     tiers = None if spec.cache is None else CacheTiers(spec=spec.cache)
-    return spec, Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
+    fleet = Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
+    if spec.failures is None and not spec.autoscale:
+        return spec, fleet
+    upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(path))
+    upkeep.check(fleet.sites(), question.chip.at())
+    return spec, replace(fleet, upkeep=upkeep)
 
 
 def typed(context: typer.Context) -> set[str]:

@@ -21,12 +21,13 @@ from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import play_fleet, play_pools
+from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.codesign.tiers import CacheTiers
+from tongyun.codesign.upkeep import Kept, Site, Upkeep
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.shard import slice_of
@@ -48,11 +49,13 @@ class Played:
     joules: float
     """Of all chips from the first arrival to the last end, idle ones included."""
     usd_per_mtoken: float | None
-    """Of output tokens, all chips asked for paid over that time."""
+    """Of output tokens, all chips asked for paid over that time; where replicas are scaled, while held."""
     sources: frozenset[Source]
     classes: Mapping[str, Group] = field(default_factory=dict)
     """By class of service; empty where no request names one, as are `models`."""
     models: Mapping[str, Group] = field(default_factory=dict)
+    kept: Kept | None = None
+    """Where replicas come and go: what that did."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -116,6 +119,12 @@ class Engines:
         resting_s = sum(max(duration_s - each_s, 0.0) for each_s in busy_s)
         return busy + chip.idle_w * shard.ranks / shard.dp * resting_s
 
+    def busy(self, results: Sequence[Simulated]) -> tuple[float, float]:
+        """Joules and chip-seconds of the pool's steps."""
+        shard = self.pool.plan.shard
+        busy_s = sum(one.stats.busy_s for one in results)
+        return sum(one.joules for one in self.executors) / shard.dp, busy_s * shard.ranks / shard.dp
+
 
 def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
     """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode."""
@@ -145,6 +154,8 @@ class Fleet:
     block_tokens: int = BLOCK_TOKENS
     tiers: CacheTiers | None = None
     """Memories behind the KV cache."""
+    upkeep: Upkeep | None = None
+    """Failures and autoscaling."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -223,6 +234,20 @@ class Fleet:
             table=table,
         )
 
+    def sites(self) -> list[Site]:
+        """The pools as failures and autoscaling see them."""
+        model, precision = self.question.model, self.question.precision
+        return [
+            Site(
+                role=pool.role,
+                replicas=pool.plan.replicas,
+                ranks=pool.plan.shard.ranks,
+                groups=pool.plan.shard.dp,
+                rank_bytes=weight_bytes(model, pool.plan.shard, precision),
+            )
+            for pool in self.pools
+        ]
+
     def hand_over(self, chip: Chip) -> Callable[[int], float]:
         """Seconds for the keys and values of so many tokens from a prefill to a decode replica.
 
@@ -260,7 +285,16 @@ class Fleet:
         pools = [self.engines(pool, chip) for pool in self.pools]
         load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
         results: Sequence[Sequence[Simulated]]
-        if len(pools) == 2:
+        kept = None
+        if self.upkeep is not None:
+            fleet = self._put_together(pools, router, chip)
+            running = self.upkeep.attach(fleet, self.sites(), chip, seed=seed)
+            records = tuple(running.play(load))
+            results, kept = (
+                [[one.result() for one in each.instances] for each in fleet.fronts],
+                running.kept(records),
+            )
+        elif len(pools) == 2:
             prefill, decode = pools
             hand_over_s = self.hand_over(chip)
             records, results = play_pools(
@@ -273,10 +307,17 @@ class Fleet:
             results = [play_fleet(load, pools[0].loops, router)]
             records = tuple(record for result in results[0] for record in result.records)
         report = summarise(records, slo)
-        joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
-            pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
-            for pool, result in zip(pools, results, strict=True)
-        )
+        if kept is None:
+            chips = float(question.chips)
+            joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
+                pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
+                for pool, result in zip(pools, results, strict=True)
+            )
+        else:
+            chips = self.idle_chips + kept.held_chip_s / report.duration_s
+            busy = [pool.busy(result) for pool, result in zip(pools, results, strict=True)]
+            resting_s = chips * report.duration_s - sum(busy_s for _, busy_s in busy)
+            joules = sum(each for each, _ in busy) + chip.idle_w * max(resting_s, 0.0)
         price = question.price
         return Played(
             report=report,
@@ -284,11 +325,24 @@ class Fleet:
             joules=joules,
             usd_per_mtoken=None
             if price is None or not report.output_tokens
-            else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
+            else float(usd_per_mtoken(report.output_tokens_per_s, chips, price.chip_hour.value)),
+            kept=kept,
             sources=frozenset().union(
+                frozenset() if self.upkeep is None else self.upkeep.sources(chip),
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
                 *(pool.table.sources for pool in pools),
             ),
             classes=grouped(records, lambda record: record.priority_class, slo),
             models=grouped(records, lambda record: record.model, slo),
+        )
+
+    def _put_together(self, pools: Sequence[Engines], router: Router, chip: Chip) -> Front | Relay:
+        if len(pools) == 1:
+            return Front(pools[0].loops, router)
+        prefill, decode = pools
+        hand_over_s = self.hand_over(chip)
+        return Relay(
+            (prefill.loops, decode.loops),
+            (router, LeastLoad()),
+            lambda request: hand_over_s(len(request.prompt)),
         )

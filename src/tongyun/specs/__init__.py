@@ -27,19 +27,23 @@ from tongyun.specs.schema import (
     PriceSpec,
     StorageSpec,
 )
+from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec, OutageSpec
 from tongyun.specs.workload import WorkloadSpec
 from tongyun.specs.write import dumps, save
 
 __all__ = [
+    "AutoscaleSpec",
     "CacheSpec",
     "Calibration",
     "Chip",
     "ChipSpec",
     "Corner",
     "FabricSpec",
+    "FailureSpec",
     "Figure",
     "FleetSpec",
     "Link",
+    "OutageSpec",
     "PoolSpec",
     "Ppu",
     "PpuSpec",

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
-from tongyun.specs.form import Flag, Section, Sections, Text, Whole, has
+from tongyun.specs.form import Flag, OneOrMore, Section, Sections, Text, Whole, has
+from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec
 
 ROLES = ("mixed", "prefill", "decode")
 
@@ -47,6 +48,8 @@ class FleetSpec:
     prefix_caching: bool = has(Flag(), default=True)
     cache: CacheSpec | None = has(Section(CacheSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
+    failures: FailureSpec | None = has(Section(FailureSpec), default=None)
+    autoscale: tuple[AutoscaleSpec, ...] = has(OneOrMore(AutoscaleSpec), default=())
 
     def problem(self) -> str | None:
         if self.cache is not None and not self.prefix_caching:

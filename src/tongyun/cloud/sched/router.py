@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from tongyun.cloud.sched.prefix import block_keys
 from tongyun.cloud.sched.request import Request
@@ -30,6 +30,8 @@ class Load(NamedTuple):
     """In flight: waiting, in prefill and decoding."""
     prompt_tokens: int
     """Of requests that have no first token yet."""
+    engine: int | None = None
+    """Which engine it is, where some of them are not up; by default they are numbered as they stand."""
 
 
 class Router(Protocol):
@@ -37,6 +39,14 @@ class Router(Protocol):
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         """The index of an engine in `loads`."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A router that counts on what engines hold."""
+
+    def forget(self, engine: int) -> None:
+        """That engine has lost what it held."""
 
 
 class RoundRobin:
@@ -68,25 +78,31 @@ class PrefixAware:
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         keys = block_keys(request.prompt, PREFIX_TOKENS)
-        holders = self._holders(keys, len(loads))
+        engines = [index if load.engine is None else load.engine for index, load in enumerate(loads)]
+        holders = self._holders(keys, engines)
         least = _least(loads, range(len(loads)))
         chosen = _least(loads, holders) if holders else least
         ahead = loads[chosen].requests - loads[least].requests
         if ahead > SLACK and loads[chosen].requests > IMBALANCE * loads[least].requests:
             chosen = least
-        self._remember(keys, chosen)
+        self._remember(keys, engines[chosen])
         return chosen
 
-    def _holders(self, keys: Sequence[bytes], engines: int) -> list[int]:
-        """The engines that were sent the longest known beginning; none where nobody was."""
-        found = 0
+    def forget(self, engine: int) -> None:
+        """No prefix is there any more."""
+        others = ~(1 << engine)
+        self._sent = OrderedDict((key, left) for key, sent in self._sent.items() if (left := sent & others))
+
+    def _holders(self, keys: Sequence[bytes], engines: Sequence[int]) -> list[int]:
+        """Which of these engines were sent the longest known beginning; none where nobody was."""
+        found, up = 0, sum(1 << engine for engine in engines)
         for key in keys:
-            sent = self._sent.get(key, 0)
+            sent = self._sent.get(key, 0) & up
             left = sent & found if found else sent
             if not left:
                 break
             found = left
-        return [engine for engine in range(engines) if found >> engine & 1]
+        return [index for index, engine in enumerate(engines) if found >> engine & 1]
 
     def _remember(self, keys: Sequence[bytes], engine: int) -> None:
         for key in keys:

@@ -163,6 +163,18 @@ class Scheduler:
             self._waiting.left()
         return True
 
+    def evict(self, request_id: str) -> Series[int]:
+        """End a request in flight between two turns, as `abort` does; returns every token known of it."""
+        self.settle()
+        known = self._sequences[request_id].history
+        self.abort(request_id)
+        return known
+
+    def clear(self) -> None:
+        """Forget what is cached; no request may hold a block."""
+        self.settle()
+        self.pool.clear()
+
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
         self.settle()
