@@ -69,6 +69,7 @@ def simulate(
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cloud.retries import LOST
     from tongyun.cloud.sched.router import find_router
 
     slo = _slo(ttft_ms, tpot_ms)
@@ -85,8 +86,10 @@ def simulate(
     else:
         show(asked, played, router)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
-    if played.report.failed:
-        raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+    # What is lost by a failure is an outcome; what no engine takes is a question that had no answer.
+    refused = [(why, count) for why, count in played.report.errors if not why.startswith(LOST)]
+    if refused:
+        raise Infeasible(f"{sum(count for _, count in refused)} requests could not run: {refused[0][0]}")
 
 
 def _slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo:
@@ -257,6 +260,10 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
+    if played.kept is not None:
+        from tongyun.cli.kept import lines
+
+        rows += lines(fleet, played.kept)
     if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
         rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
@@ -315,6 +322,8 @@ def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
 
 def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
     """Everything in SI."""
+    from tongyun.cli.kept import kept_json
+
     done, question = played.report, fleet.question
     rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
     return {
@@ -333,5 +342,6 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "classes": _groups_json(played.classes, played),
         "models": _groups_json(played.models, played),
         "engines": played.engines,
+        "kept": None if played.kept is None else kept_json(played.kept),
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }
