@@ -7,7 +7,7 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,8 @@ from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
-from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
+from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
@@ -284,40 +285,9 @@ class Fleet:
         question = self.question
         pools = [self.engines(pool, chip) for pool in self.pools]
         load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
-        results: Sequence[Sequence[Simulated]]
-        kept = None
-        if self.upkeep is not None:
-            fleet = self._put_together(pools, router, chip)
-            running = self.upkeep.attach(fleet, self.sites(), chip, seed=seed)
-            records = tuple(running.play(load))
-            results, kept = (
-                [[one.result() for one in each.instances] for each in fleet.fronts],
-                running.kept(records),
-            )
-        elif len(pools) == 2:
-            prefill, decode = pools
-            hand_over_s = self.hand_over(chip)
-            records, results = play_pools(
-                load,
-                (prefill.loops, decode.loops),
-                (router, LeastLoad()),
-                lambda request: hand_over_s(len(request.prompt)),
-            )
-        else:
-            results = [play_fleet(load, pools[0].loops, router)]
-            records = tuple(record for result in results[0] for record in result.records)
+        records, results, kept = self._served(load, pools, router, chip, seed)
         report = summarise(records, slo)
-        if kept is None:
-            chips = float(question.chips)
-            joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
-                pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
-                for pool, result in zip(pools, results, strict=True)
-            )
-        else:
-            chips = self.idle_chips + kept.held_chip_s / report.duration_s
-            busy = [pool.busy(result) for pool, result in zip(pools, results, strict=True)]
-            resting_s = chips * report.duration_s - sum(busy_s for _, busy_s in busy)
-            joules = sum(each for each, _ in busy) + chip.idle_w * max(resting_s, 0.0)
+        chips, joules = self._spent(pools, results, kept, chip, report.duration_s)
         price = question.price
         return Played(
             report=report,
@@ -335,6 +305,47 @@ class Fleet:
             classes=grouped(records, lambda record: record.priority_class, slo),
             models=grouped(records, lambda record: record.model, slo),
         )
+
+    def _served(
+        self, load: Iterable[Request], pools: Sequence[Engines], router: Router, chip: Chip, seed: int
+    ) -> tuple[tuple[RequestRecord, ...], Sequence[Sequence[Simulated]], Kept | None]:
+        """A record of every request, what each engine of each pool did, and who came and went."""
+        if self.upkeep is not None:
+            fleet = self._put_together(pools, router, chip)
+            running = self.upkeep.attach(fleet, self.sites(), chip, seed=seed)
+            records = tuple(running.play(load))
+            results = [[one.result() for one in front.instances] for front in fleet.fronts]
+            return records, results, running.kept(records)
+        if len(pools) == 2:
+            prefill, decode = pools
+            hand_over_s = self.hand_over(chip)
+            return *play_pools(
+                load,
+                (prefill.loops, decode.loops),
+                (router, LeastLoad()),
+                lambda request: hand_over_s(len(request.prompt)),
+            ), None
+        result = play_fleet(load, pools[0].loops, router)
+        return tuple(record for one in result for record in one.records), [result], None
+
+    def _spent(
+        self,
+        pools: Sequence[Engines],
+        results: Sequence[Sequence[Simulated]],
+        kept: Kept | None,
+        chip: Chip,
+        duration_s: float,
+    ) -> tuple[float, float]:
+        """Chips paid for over that time, their mean where they come and go, and joules of all of these."""
+        if kept is None:
+            return self.question.chips, chip.idle_w * self.idle_chips * duration_s + sum(
+                pool.joules(chip, [one.stats.busy_s for one in result], duration_s)
+                for pool, result in zip(pools, results, strict=True)
+            )
+        busy = [pool.busy(result) for pool, result in zip(pools, results, strict=True)]
+        chips = self.idle_chips + kept.held_chip_s / duration_s
+        resting_s = chips * duration_s - sum(busy_s for _, busy_s in busy)
+        return chips, sum(joules for joules, _ in busy) + chip.idle_w * max(resting_s, 0.0)
 
     def _put_together(self, pools: Sequence[Engines], router: Router, chip: Chip) -> Front | Relay:
         if len(pools) == 1:
