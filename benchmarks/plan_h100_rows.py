@@ -13,6 +13,11 @@ of two public scripts made it:
                (full-sweep-tmpl.yml), 8192 tokens a step, steps planned ahead (ad4f6a4,
                benchmarks/*_h100_*.sh; from vLLM 0.14 on by default)
 
+The second script had a slip: from d22bf9c (21 November 2025) to 4e135fd (8 December) its Docker form for
+gpt-oss-120b on H100 asked with `--max-concurrency 512`, while the engine had `--max-num-seqs=$CONC` and
+questions were 10 · CONC. A result is filed under the former (utils/process_result.py), so that
+rows of these days name 512 users and what CONC was is lost: one of those of nvidia-master.yaml.
+
 Checkpoints in fp8 with one scale a tensor are NVIDIA's, which keep KV in fp8 too, and InferenceX
 asks for that; block-scaled ones are the model maker's, with KV in bf16. No row says so. What speaks for
 it: 64 users of 4096 + 512 tokens on one chip, Qwen3-32B, would need 77 GB of keys and values in bf16.
@@ -38,6 +43,9 @@ from tongyun.specs import find_chip, find_model
 SYSTEM = "h100_sxm"
 STEP_TOKENS = 8192
 TYPES = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "mxfp4"}
+SLIP = ("2025-11-21", "2025-12-08")
+"""Days between which one of InferenceX's scripts asked with `SLIPPED` users."""
+SLIPPED = 512
 FITTED_TP = (2, 8)
 """Of the first campaign; see `fitted`."""
 
@@ -50,6 +58,8 @@ class Row:
     question: Question
     shard: Shard
     users: Users
+    loads: tuple[Users, ...]
+    """What it may have been measured with, one of them, where `users` is known to be wrong; else none."""
     step_tokens: int
     engine: str
     """A name of `engines.toml`."""
@@ -117,12 +127,26 @@ def _row(raw: dict[str, str]) -> Row:
             rounds=20 if "gtl_job_id" in source else 10,
             shortest=0.8 if inferencex else 1.0,
         ),
+        loads=tuple(_loads(raw, source)),
         step_tokens=STEP_TOKENS if plain else users + question.isl + 1500,
         engine="vllm-async" if inferencex and raw["backend"] == "vllm" else raw["backend"],
         fitted=_first_campaign(source) and raw["tp_size"] in map(str, FITTED_TP) and not has_experts,
         ttft_s=float(raw["silicon_ttft_ms"]) / 1e3,
         tpot_s=float(raw["silicon_tpot_ms"]) / 1e3,
     )
+
+
+def _loads(raw: dict[str, str], source: str) -> Iterator[Users]:
+    """All that may have been asked in the days of the slip; 10 · CONC questions at once, or 512 of them."""
+    day = source.partition("measured=")[2][:10]
+    slipped = raw["backend"] == "vllm" and "gpt-oss-120b" in raw["model_path"] and SLIP[0] <= day <= SLIP[1]
+    if not slipped or int(raw["batch_size"]) != SLIPPED:
+        return
+    most = 16 if raw["isl"] == "8192" and raw["tp_size"] == "8" else 64
+    for seats in (4, 8, 16, 32, 64):
+        if seats <= most:
+            count = min(SLIPPED, 10 * seats)
+            yield Users(count=count, rounds=10 * seats / count, shortest=0.8, seats=seats)
 
 
 def _first_campaign(source: str) -> bool:

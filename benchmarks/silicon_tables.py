@@ -51,7 +51,7 @@ class Case:
     """0–9; 7 and up are held out."""
     measured_s: Array
     least_s: Array
-    """Roofline: operations over peak rate or compulsory bytes over peak bandwidth."""
+    """Roofline with the datasheet's peaks: operations over rate, or compulsory bytes over bandwidth."""
     price: Price
     dropped: str = ""
 
@@ -176,14 +176,18 @@ def _attention(t: Columns, kind: str, types: tuple[str, str], chip: str, engine:
     kv_s = batch * key * length * width * 2 * cache.bytes / s.memory_bytes_per_s
     measured_s = q.number("latency") * 1e-3
     if kind == "context":
-        flops = 2 * batch * query * length**2 * width
-        least_s = np.maximum(kv_s, flops / s.peak_flops_per_s[compute])
+        # Queries are read and results written in bf16, a number each for a query head.
+        rows, pairs = batch * query * length, batch * query * length * (length + 1) / 2
+        peak = s.peak_flops_per_s[compute]
         possible = np.ones(len(kv_s), dtype=bool)
     else:
-        least_s = kv_s
+        rows, pairs = batch * query, batch * query * length
+        peak = s.peak_flops_per_s[DType.BF16]
         # A cache larger than the chip's own cannot be read faster than its memory: such rows
         # reuse blocks between sequences.
         possible = (kv_s * s.memory_bytes_per_s < CACHE_BYTES[chip]) | (measured_s > kv_s)
+    passing_s = rows * width * 2 * 2.0 / s.memory_bytes_per_s
+    least_s = np.maximum(kv_s + passing_s, 4 * pairs * width / peak)
 
     def price(s: Silicon, lib: Library, i: Array) -> Array:
         heads = attention.Heads.grouped(query[keep][i], key[keep][i], width[keep][i])
@@ -236,10 +240,12 @@ def _latent(q: Columns, kind: str, name: str, chip: str, engine: str) -> Case:
     if kind == "generation":
         length = q.number("step") + 1
     s = silicon(chip)
+    peak = s.peak_flops_per_s[DType.BF16]
     if kind == "context":
-        least_s = batch * query * length**2 * 320 / s.peak_flops_per_s[DType.BF16]
+        least_s = batch * query * length * (length + 1) * 320 / peak
     else:
-        least_s = batch * length * 576 * cache.bytes / s.memory_bytes_per_s
+        read_s = batch * length * 576 * cache.bytes / s.memory_bytes_per_s
+        least_s = np.maximum(read_s, 2 * batch * query * length * (576 + 512) / peak)
 
     def price(s: Silicon, lib: Library, i: Array) -> Array:
         if kind == "context":
@@ -298,7 +304,7 @@ def _experts(q: Columns, name: str, chip: str, engine: str, dropped: str) -> Cas
     gates = np.asarray([1.0 if "nongated" in str(k) else 2.0 for k in q["kernel_source"]])
     rows = routed_rows(q)
     touched = np.minimum(rows, 1.0).mean(-1) * experts
-    bytes_ = touched * hidden * inner * (gates + 1) * weight.bytes
+    bytes_ = touched * hidden * inner * (gates + 1) * weight.bytes + tokens * hidden * 2 * 2.0
     flops = 2 * tokens * chosen * hidden * inner * (gates + 1)
 
     def price(s: Silicon, lib: Library, i: Array) -> Array:

@@ -51,6 +51,13 @@ def step_cost(
     return Cost(seconds=seconds, joules=joules, sources=sources_of(operators, chip))
 
 
+def ranks_cost(operators: tuple[Operator, ...], chip: Chip, ranks: int) -> Cost:
+    """Seconds of operators that one rank runs within a step, and joules of so many ranks at it."""
+    timing = steps_s(operators, chip)
+    joules = ranks * (chip.idle_w * timing.seconds + (chip.tdp_w - chip.idle_w) * timing.busy_s)
+    return Cost(seconds=timing.seconds, joules=joules, sources=sources_of(operators, chip))
+
+
 class StepPrices:
     """What one load costs on many cuts of a model: layers are priced once for all pipeline depths.
 

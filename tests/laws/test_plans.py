@@ -78,12 +78,18 @@ def test_an_answer_keeps_its_limits(question: Question) -> None:
     for offer in (answer.best, *answer.pareto):
         shard, found = offer.plan.shard, offer.figures
         assert broken_rule(question.model, shard) is None
-        assert offer.plan.replicas * shard.ranks + offer.plan.idle_chips == question.chips
-        group = np.array([offer.plan.batch / (shard.dp * shard.pp)])
-        budget = np.array([float(offer.plan.step_tokens)])
-        assert memory_bytes(question, shard, group, budget)[0] <= room
-        again = steady(question, question.chip.at(), shard, group, budget)
-        assert found.tpot_s == pytest.approx(float(again.tpot_s[0]), rel=1e-9)
+        assert offer.plan.chips + offer.plan.idle_chips == question.chips
+        assert bool(offer.plan.idle_chips) == bool(offer.plan.idle_reason)
+        rate, slowest_s = 0.0, 0.0
+        for _, kind in offer.plan.kinds:
+            group = np.array([kind.batch / (kind.shard.dp * kind.shard.pp)])
+            budget = np.array([float(kind.step_tokens)])
+            assert memory_bytes(question, kind.shard, group, budget)[0] <= room
+            again = steady(question, question.chip.at(), kind.shard, group, budget)
+            rate += kind.replicas * float(again.tokens_per_s[0])
+            slowest_s = max(slowest_s, float(again.tpot_s[0]))
+        assert found.tpot_s == pytest.approx(slowest_s, rel=1e-9)
+        assert found.tok_s_per_chip == pytest.approx(rate / question.chips, rel=1e-9)
         assert question.ttft_s is None or found.ttft_s <= question.ttft_s
         assert offer.meets == (question.tpot_s is None or found.tpot_s <= question.tpot_s)
         assert found.usd_per_mtoken is not None and found.usd_per_mtoken_total is not None
@@ -96,7 +102,7 @@ def test_an_answer_keeps_its_limits(question: Question) -> None:
             )
         if offer.meets:
             assert offer.figures.tok_s_per_chip <= answer.best.figures.tok_s_per_chip
-    left = answer.evaluated - sum(count for reason, count in answer.cut.items() if reason != "legality")
+    left = answer.evaluated - sum(answer.cut[reason] for reason in ("memory", "prefill", "ttft", "tpot"))
     assert left > 0
 
 
@@ -144,11 +150,16 @@ def test_a_range_in_the_spec_is_a_range_in_the_answer() -> None:
 
 
 def test_leftover_chips_become_replicas_and_the_rest_is_said() -> None:
+    """Seven chips: what a replica of four leaves over serves as well, or why not is in words."""
     answer = plan(ask("Qwen/Qwen3-32B", "a100", chips=7, tpot_s=0.1))
     assert answer.best is not None
     plans = [offer.plan for offer in answer.pareto]
-    assert any(p.shard.ranks == 4 and p.replicas == 1 and p.idle_chips == 3 for p in plans)
-    assert all(p.replicas == 7 // p.shard.ranks for p in plans)
+    filled = [p for p in plans if p.shard.ranks == 4 and p.others]
+    assert any(p.chips >= 6 for p in filled)
+    for p in plans:
+        assert p.replicas == 7 // p.shard.ranks
+        assert p.chips + p.idle_chips == 7
+        assert ("the smallest replica as quick takes" in p.idle_reason) == (p.idle_chips > 0)
 
 
 @pytest.mark.parametrize(
@@ -191,3 +202,10 @@ def test_a_lone_chip_is_never_cut() -> None:
     found = cuts(question.model, alone, 8)
     assert found.legal == (Shard(),)
     assert found.refused > 0
+
+
+def test_what_a_demand_needs_counts_the_main_kind_alone() -> None:
+    answer = plan(ask("Qwen/Qwen3-32B", "a100", chips=7, tpot_s=0.1))
+    mixed = next(offer for offer in answer.pareto if offer.plan.others)
+    alone = mixed.replica_tokens_per_s * mixed.plan.replicas
+    assert alone < mixed.figures.tok_s_per_chip * 7

@@ -61,15 +61,21 @@ def test_nothing_is_faster_than_its_roofline(chip: str, shape: tuple[int, int, i
     assert result.total("hbm_bytes") >= 2 * (m * k + n * k)
 
 
+# Requests that change places at a shared server, which serves them as they come, may cost a later one some
+# cycles; a faster clock has not been seen to. `docs/chip.md` says what a fixed order would cost.
+MORE = {"clock_hz": 0.0, "hbm_bytes_per_s": 0.005, "l2_rate": 0.005, "port_bytes": 0.01, "vector_lanes": 0.01}
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("field", ["hbm_bytes_per_s", "clock_hz", "port_bytes", "l2_rate", "vector_lanes"])
-def test_more_is_never_slower(shape: tuple[int, int, int], field: str) -> None:
-    program = product(*shape)
-    before = simulate(program, PPU).seconds
-    for factor in (1.1, 1.5, 3.0):
-        more = dataclasses.replace(PPU, **{field: getattr(PPU, field) * factor})
-        # Requests that overtake each other at a shared server may cost a later one a few cycles.
-        assert simulate(program, more).seconds <= before * 1.002
+@pytest.mark.parametrize("field", MORE)
+@pytest.mark.parametrize("chip", ["zhenwu-810e", "a100", "h100"])
+def test_more_is_never_slower(shape: tuple[int, int, int], field: str, chip: str) -> None:
+    ppu = find_ppu(chip).at()
+    program = product(*shape, ppu)
+    before = simulate(program, ppu).seconds
+    for factor in (1.02, 1.1, 1.5, 2.0, 3.0):
+        more = dataclasses.replace(ppu, **{field: getattr(ppu, field) * factor})
+        assert simulate(program, more).seconds <= before * (1 + MORE[field])
 
 
 @pytest.mark.parametrize("shape", SHAPES)

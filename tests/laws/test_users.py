@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def ask(kernels: str, isl: int = 1024, osl: int = 64) -> Question:
     )
 
 
-def play(q: Question, habits: Engine, users: int, rounds: int, budget: int = 8192, **kw: float) -> Felt:
+def play(q: Question, habits: Engine, users: int, rounds: int, budget: int = 8192, **kw: Any) -> Felt:
     return play_users(Table(q, Shard(), Users(count=users, rounds=rounds, **kw), budget), habits)
 
 
@@ -92,6 +93,32 @@ def test_a_front_end_that_cannot_keep_up_sets_the_pace_of_tokens() -> None:
     slow = replace(BARE["trtllm"], token_s=5e-3)
     felt = play(q, slow, 32, 2)
     assert felt.tpot_s.mean() == pytest.approx(32 * 5e-3, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_ten_times_more_users_than_seats_are_answered_in_ten_waves(name: str) -> None:
+    """All ask at once: the mean first token waits for (0 + 1 + … + 9) / 10 whole answers."""
+    q = ask(name, isl=128, osl=512)
+    felt = play(q, BARE[name], 40, 1, seats=4)
+    answer_s = felt.tpot_s.mean() * (q.osl - 1)
+    assert felt.ttft_s.mean() == pytest.approx(4.5 * answer_s, rel=0.05)
+    assert felt.tpot_s.mean() == pytest.approx(play(q, BARE[name], 4, 10).tpot_s.mean(), rel=0.05)
+
+
+@given(st.sampled_from(ENGINES), st.integers(1, 24), st.integers(1, 30))
+@settings(max_examples=20, deadline=None)
+def test_fewer_seats_lose_no_request_and_more_than_users_change_nothing(
+    name: str, users: int, seats: int
+) -> None:
+    q, habits = ask(name, isl=512), engine(name)
+    bounded, free = play(q, habits, users, 2, seats=seats), play(q, habits, users, 2)
+    assert len(bounded.ttft_s) == len(free.ttft_s) == 2 * users
+    if seats >= users:
+        assert np.array_equal(bounded.ttft_s, free.ttft_s) and np.array_equal(bounded.tpot_s, free.tpot_s)
+
+
+def test_questions_need_not_be_a_multiple_of_users() -> None:
+    assert len(Users(count=512, rounds=1.25).lengths(100, 0)) == 640
 
 
 def test_lengths_are_the_same_in_every_run_and_within_their_bounds() -> None:

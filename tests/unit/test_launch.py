@@ -64,6 +64,7 @@ def deployed(
         figures=FIGURES,
         slow=slow,
         fast=FIGURES,
+        replica_tokens_per_s=1000.0,
         meets=True,
         sources=frozenset({Source.ANALYTIC, Source.ASSUMED}),
     )

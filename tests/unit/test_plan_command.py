@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +61,7 @@ def test_json_holds_the_contract() -> None:
     assert found["best"]["ttft_s"] <= 2 and found["best"]["tpot_s"] <= 0.03
     assert found["best"]["meets"]
     assert found["evaluated"] > 1000
-    assert set(found["cut"]) == {"legality", "memory", "prefill", "ttft", "tpot"}
+    assert set(found["cut"]) == {"legality", "depth", "memory", "prefill", "ttft", "tpot", "beaten"}
     assert found["seconds"] > 0
     pools = found["best"]["plan"]["pools"]
     assert sum(pool["chips"] for pool in pools) + found["best"]["plan"]["idle_chips"] == 8
@@ -141,3 +143,65 @@ def test_planning_needs_neither_torch_nor_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["best"]["plan"]["tp"] >= 1
+
+
+def test_two_processes_print_the_same_bytes() -> None:
+    """Whatever order their sets have."""
+    words = [word for pair in QUESTION.items() for word in pair]
+    printed = [
+        subprocess.run(
+            [sys.executable, "-m", "tongyun", "plan", *words, "--json", "--explain"],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    drop = re.compile(rb'\n  "seconds": [0-9.e-]+,?')
+    first, second = (drop.sub(b"", text) for text in printed)
+    assert first == second
+    assert 10_000 < len(first) < len(printed[0])
+
+
+def test_pools_are_searched_unless_told_otherwise() -> None:
+    both, alone, apart = answer(), answer(pools="mixed"), answer(pools="split")
+    assert {pool["role"] for pool in alone["best"]["plan"]["pools"]} == {"mixed"}
+    assert [pool["role"] for pool in apart["best"]["plan"]["pools"]] == ["prefill", "decode"]
+    rates = [found["best"]["tok_s_per_chip"] for found in (both, alone, apart)]
+    assert rates[0] == max(rates)
+    assert "unknown pools 'splt'" in refused(InputError, pools="splt")
+    assert "--launch writes replicas that do both" in refused(InputError, pools="split", launch="x")
+
+
+def test_drafts_and_hits_are_asked_for_in_full() -> None:
+    plain, drafted = answer(), answer(draft_tokens="2", acceptance="0.8")
+    assert drafted["tokens_per_step"] == pytest.approx(1 + 0.8 + 0.64)
+    assert drafted["best"]["tok_s_per_chip"] > plain["best"]["tok_s_per_chip"]
+    assert answer(prefix_hit="0.5")["best"]["tok_s_per_chip"] > plain["best"]["tok_s_per_chip"]
+    assert "go together" in refused(InputError, draft_tokens="2")
+    assert "for equal requests" in refused(InputError, prefix_hit="0.5", rate="2")
+    assert "prefix_hit must be a share" in refused(InputError, prefix_hit="1")
+
+
+def test_idle_chips_say_why_in_text_json_and_html(tmp_path: Path) -> None:
+    page = tmp_path / "plan.html"
+    asked = {"model": "Qwen/Qwen3-235B-A22B", "chips": "11", "tpot_ms": "60", "pools": "mixed"}
+    found = answer(**asked)["best"]["plan"]
+    assert found["idle_chips"] == 3
+    assert found["idle_reason"] == "3 chips stay idle: the smallest replica as quick takes 4"
+    shown = run(**asked, html=str(page)).stdout
+    assert found["idle_reason"] in " ".join(shown.split())
+    assert found["idle_reason"] in page.read_text()
+
+
+def test_a_chip_in_twenty_lines_plans_a_large_model_with_ranges(tmp_path: Path) -> None:
+    """The file is the one that the documentation shows."""
+    docs = Path(__file__).parents[2] / "docs" / "plan.md"
+    text = re.search(r"```toml\n(.*?)```", docs.read_text(), re.DOTALL)
+    assert text is not None and len(text[1].splitlines()) <= 20
+    (tmp_path / "ours.toml").write_text(text[1])
+    found = answer(model="Qwen/Qwen3-235B-A22B", chip=str(tmp_path / "ours.toml"), chips="16", tpot_ms="60")
+    for key in ("ttft_s", "tpot_s", "tok_s_per_chip", "joules_per_token"):
+        low, high = found["best"]["range"][key]
+        assert low < found["best"][key] < high, key
+    assert "assumed" in found["best"]["source"]

@@ -48,6 +48,14 @@ def test_without_a_cut_the_best_plan_is_taken_and_is_within_its_limits() -> None
     assert told["attainment"] > 0.9
 
 
+def test_bursts_make_the_first_token_wait() -> None:
+    flags = ("--rate", "6", "--isl", "2000", "--osl", "50", "--requests", "300", *CUT)
+    even, bursty = run(*flags), run(*flags, "--variation", "4")
+    assert bursty["report"]["ttft_s"]["p99"] > 2 * even["report"]["ttft_s"]["p99"]
+    occupied = bursty["kv_occupancy"][0]
+    assert 0 < occupied["mean"] < occupied["p99"] <= occupied["most"] <= 1
+
+
 def test_conversations_of_a_trace_find_their_prefixes(tmp_path: Path) -> None:
     lines = [
         {"timestamp": 1000 * i, "input_length": 2048, "output_length": 20, "hash_ids": [i % 5, 10, 11, 12]}
@@ -68,6 +76,8 @@ def test_what_cannot_be_simulated_is_refused_by_name(tmp_path: Path) -> None:
     assert "--rate, --workload and --trace" in str(refused(*CUT))
     assert "not --rate and --workload" in str(refused("--rate", "1", "--workload", "smoke"))
     assert "least-load" in str(refused("--rate", "1", "--router", "least-lod", *CUT))
+    assert "--stretch is about --trace" in str(refused("--rate", "1", "--stretch", "2", *CUT))
+    assert "--variation is about --rate" in str(refused("--workload", "smoke", "--variation", "2", *CUT))
     assert "takes 8" in str(refused("--rate", "1", "--tp", "8"))
     bad = tmp_path / "bad.csv"
     bad.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,ten,44\n")
@@ -90,7 +100,14 @@ def test_bad_lines_are_left_out_and_counted_where_asked(tmp_path: Path) -> None:
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
     flags = ["simulate", "--model", "Qwen/Qwen3-235B-A22B", "--chip", "h200", "--rate", "1", "--tp", "1"]
     told = CliRunner().invoke(build(), flags).exception
-    assert isinstance(told, Infeasible) and "GB" in str(told)
+    assert isinstance(told, Infeasible)
+    # 470 GB of bf16 weights: to the byte, and what would hold them.
+    assert "lacks 341,025,783,296 bytes (341 GB)" in str(
+        told
+    ) and "470,187,269,120 bytes (470 GB) of weights" in str(told)
+    assert "Would fit: tp4 pp1 ep1 dp1, 4 chips a replica" in str(told)
+    fits = CliRunner().invoke(build(), [*flags[:-1], "4", "--chips", "4", "--requests", "3"])
+    assert fits.exit_code == 0
 
 
 def test_results_are_told_by_class_and_model_and_add_up(tmp_path: Path) -> None:

@@ -147,3 +147,74 @@ def test_its_header_is_refused_by_what_is_accepted(write):
     for header in ("arrival_s,prompt_tokens", "arrival_s,prompt_tokens,output_tokens,colour"):
         with pytest.raises(TraceError, match=r"accepted: .*arrival_s"):
             read_trace(write("t.csv", f"{header}\n"))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    from pyarrow import parquet as files
+
+    def make(**columns):
+        path = tmp_path / "t.parquet"
+        files.write_table(pyarrow.table(columns), path)
+        return path
+
+    return make
+
+
+def test_parquet_has_the_columns_of_the_csv(parquet):
+    path = parquet(
+        prompt_tokens=[600, 20],
+        arrival_s=[3.5, 1.0],
+        output_tokens=[7.0, 5.0],
+        hash_ids=[[4, 5], None],
+        model=["a", None],
+        **{"class": [None, "batch"]},
+    )
+    assert read_trace(path) == [
+        Arrival(0.0, 20, 5, priority_class="batch"),
+        Arrival(2.5, 600, 7, hash_ids=(4, 5), model="a"),
+    ]
+    assert read_trace(parquet(arrival_s=[0], prompt_tokens=[600], output_tokens=[1], hash_ids=["4 5"])) == [
+        Arrival(0.0, 600, 1, hash_ids=(4, 5))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"arrival_s": [0.0, -1.0]}, ":2: arrival_s: '-1.0' is no number of seconds"),
+        ({"arrival_s": [0.0, None]}, ":2: arrival_s: 'None' is no number"),
+        ({"prompt_tokens": [5, 0]}, ":2: prompt_tokens: 0 is no positive"),
+        ({"prompt_tokens": [5.0, 1.5]}, ":2: prompt_tokens: 1.5 is no positive"),
+        ({"output_tokens": ["1", "x"]}, ":1: output_tokens: '1' is no positive"),
+        ({"hash_ids": [[1], [1, 2]]}, ":2: hash_ids: 2 blocks are more than 5 tokens fill"),
+        ({"hash_ids": [[1], [-1]]}, ":2: hash_ids: [-1] are no whole numbers"),
+        ({"class": [None, 3]}, ":2: class: 3 is no text"),
+        ({"tokens": [1, 2]}, ":1: columns are "),
+    ],
+)
+def test_parquet_rows_are_refused_by_number(parquet, columns, message):
+    rows = {"arrival_s": [0.0, 1.0], "prompt_tokens": [5, 5], "output_tokens": [1, 1]}
+    with pytest.raises(TraceError) as caught:
+        read_trace(parquet(**{**rows, **columns}))
+    assert message in str(caught.value)
+
+
+def test_bad_parquet_rows_are_left_out_and_counted(parquet):
+    skipped: list[TraceError] = []
+    path = parquet(arrival_s=[0.0, 1.0, 2.0], prompt_tokens=[5, 0, 5], output_tokens=[1, 1, 0])
+    assert read_trace(path, skipped=skipped) == [Arrival(0.0, 5, 1)]
+    assert [error.line for error in skipped] == [2, 3]
+
+
+def test_what_is_no_parquet_is_refused_by_file(parquet, write):
+    path = write("t.parquet", "arrival_s,prompt_tokens\n" * 10)
+    with pytest.raises(InputError, match=r"t\.parquet: not a Parquet file"):
+        read_trace(path)
+
+
+def test_without_pyarrow_the_extra_is_named(write, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"t\.parquet: .*pip install 'tongyun\[parquet\]'"):
+        read_trace(write("t.parquet", "x"))

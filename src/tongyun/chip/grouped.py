@@ -6,11 +6,12 @@ tiles, and the weights of experts without a row are not read. A layer is two suc
 products (gate and up in one, then down), an activation between them and the sum over
 the chosen experts, plus the library's launches for routing and sorting.
 
-Routing is given as rows for each local expert, compressed to `BINS` equal shares of the
-experts sorted by load: enough to see both the empty and the crowded ones, few enough
-for a whole plan in one pass. `balanced_rows` spreads evenly; `power_law_rows` follows
-x^-alpha between 1 and 0.8 of the tokens, the skew of the tables it is judged by. It
-does not know which token goes where, nor the exchange between ranks (see `exchange`).
+Routing is given as rows for each local expert, compressed to equal shares of the
+experts, `BINS` of them where all are alike: enough to see both the empty and the crowded
+ones, few enough for a whole plan in one pass. `balanced_rows` spreads evenly, `picked_rows`
+has a chance for each expert, and `power_law_rows` follows x^-alpha between 1 and 0.8 of the
+tokens, the skew of the tables it is judged by. It does not know which token goes where, nor
+the exchange between ranks (see `exchange`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from tongyun.units import DType, Number
 Array = NDArray[np.float64]
 
 BINS = 32
+CLASSES = 8
+"""Groups of experts that are told apart by how often they are picked."""
 TILES = ((16, 64), (16, 128), (32, 64), (32, 128), (64, 64), (64, 128), (64, 256), (128, 128), (128, 256))
 HEIGHTS = tuple(dict.fromkeys(tall for tall, _ in TILES))
 LARGEST_SHARE = 0.8
@@ -58,23 +61,44 @@ def random_rows(tokens: Number, chosen: int, experts: int) -> Array:
     share of that distribution, so that the bins conserve the choices. Fractions of tokens
     lie between whole ones. Last axis: bins.
     """
+    return _picked(np.asarray(tokens, dtype=np.float64), chosen / experts)
+
+
+def picked_rows(tokens: Number, picks: Sequence[float]) -> Array:
+    """Rows of experts that a token picks with these chances, each by itself; see `random_rows`.
+
+    Experts fall into at most `CLASSES` of equal size by their chance, an expert on a border
+    into both. Last axis: equal shares of the experts, `BINS` where they are alike.
+    """
     tokens = np.asarray(tokens, dtype=np.float64)
-    known, table = _binomial_bins(chosen, experts)
+    chances = np.sort(np.asarray(picks, dtype=np.float64))
+    if chances[0] == chances[-1]:
+        return _picked(tokens, float(chances[0]))
+    classes = min(len(chances), CLASSES)
+    edges = np.linspace(0, len(chances), classes + 1)
+    below = np.interp(edges, np.arange(len(chances) + 1), np.concatenate([[0.0], np.cumsum(chances)]))
+    means = np.diff(below) / np.diff(edges)
+    kept = BINS // CLASSES
+    bins = [_picked(tokens, float(chance)).reshape((*tokens.shape, kept, -1)).mean(-1) for chance in means]
+    return np.concatenate(bins, axis=-1)
+
+
+def _picked(tokens: Array, share: float) -> Array:
+    known, table = _binomial_bins(share)
     place = np.clip(np.searchsorted(known, tokens, side="right") - 1, 0, len(known) - 2)
     part = ((tokens - known[place]) / (known[place + 1] - known[place]))[..., None]
     near = table[place] * (1 - part) + table[place + 1] * part
     many = np.maximum(tokens, known[-1])[..., None]
-    return np.where(tokens[..., None] < known[-1], near, _normal_bins(many, chosen / experts))
+    return np.where(tokens[..., None] < known[-1], near, _normal_bins(many, share))
 
 
 FEW_ROWS = 200.0
 """Mean rows beyond which the binomial distribution is as good as normal."""
 
 
-@lru_cache(maxsize=64)
-def _binomial_bins(chosen: int, experts: int) -> tuple[Array, Array]:
+@lru_cache(maxsize=256)
+def _binomial_bins(share: float) -> tuple[Array, Array]:
     """Token counts from 0 up to `FEW_ROWS` a mean expert, and the bins at each."""
-    share = chosen / experts
     last = max(2.0, math.ceil(FEW_ROWS / share))
     known = np.unique(np.round(np.concatenate([[0.0, 1.0, 2.0], np.geomspace(1.0, last, 48)])))
     return known, np.stack([_binomial_bin(int(tokens), share) for tokens in known])
@@ -183,7 +207,7 @@ class _Filled:
 
     @classmethod
     def of(cls, rows: Array, experts: Number) -> _Filled:
-        each = np.asarray(experts, dtype=np.float64) / BINS
+        each = np.asarray(experts, dtype=np.float64) / rows.shape[-1]
         tall = np.asarray(HEIGHTS, dtype=np.float64).reshape(-1, *(1 for _ in rows.shape))
         # An expert that expects less than a row has a tile as often as it has one.
         heights = np.where(rows < 1, rows, np.ceil(rows / tall)).sum(-1) * each
@@ -287,6 +311,10 @@ def experts_parts_s(
         efficiency=kept,
         stream=library.moe_stream,
     )
+    # Bringing operands from bf16 into their type is among these passes, and each product's own.
+    narrowed = filled.total * max(2.0 - compute.bytes, 0.0)
+    own_s = [narrowed * width / silicon.stream_bytes_per_s for width in (hidden, inner)]
     passing = (filled.total * (up + inner) + (filled.total + tokens) * hidden) * 2.0 * passes
+    passing_s = passing / silicon.stream_bytes_per_s - own_s[0] - own_s[1]
     start_s = experts_launches(compute, library) * (library.launch_s + silicon.fill_s)
-    return one, np.asarray(passing / silicon.stream_bytes_per_s), two, start_s
+    return one + own_s[0], np.asarray(passing_s), two + own_s[1], start_s

@@ -3,9 +3,10 @@
 `Kernels` takes the operators of a step to `matmul`, `grouped`, `attention` and `exchange`,
 as they run in one serving engine on one chip, and splits each price into the starts of
 its kernels and the rest. Norms and element-wise work are a pass over memory and a
-start. Nothing is below its roofline. Equal shapes are priced once: a plan asks for the
-same products on every cut. Routing is random and even, every expert as likely as
-the next. Calibrated machines and chips that are no accelerators are not priced here.
+start. Nothing is below its roofline: that is the form of the models, not a bound put on
+them. Equal shapes are priced once: a plan asks for the same products on every cut.
+Routing is random, every expert as likely as the next or as the cut says. Calibrated
+machines and chips that are no accelerators are not priced here.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from numpy.typing import NDArray
 from tongyun.chip import exchange
 from tongyun.chip.attention import Heads, decode_s, prefill_s
 from tongyun.chip.collective import collective_s, link_share
-from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, random_rows
+from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, picked_rows, random_rows
 from tongyun.chip.matmul import matmul_s, quantising_launches
-from tongyun.chip.rates import PRODUCTS, rate_dtype
+from tongyun.chip.rates import rate_dtype
 from tongyun.chip.silicon import Silicon, is_measured, library, silicon_of
 from tongyun.model.graph import COLLECTIVES, Attends, Kind, Operator, Routed
 from tongyun.specs import Chip
@@ -60,21 +61,12 @@ class Kernels:
             key = ("way", op.kind, op.ranks)
             (way_s,) = self._once(key, op.payload_bytes, lambda payload: self._way_s(op, payload))
             return np.maximum(way_s - self.library.launch_s, 0.0), self.library.launch_s
-        work_s, start_s = self._priced(op)
-        return np.maximum(work_s, self._least_s(op)), start_s
+        return self._priced(op)
 
     @property
     def sources(self) -> frozenset[Source]:
         """Of the fitted numbers: derived from measurements of this chip, or assumed to be like another's."""
         return frozenset({Source.DERIVED if is_measured(self.chip) else Source.ASSUMED})
-
-    def _least_s(self, op: Operator) -> Number:
-        """The roofline at peak rates."""
-        moving_s = op.moved_bytes / self.chip.memory_bytes_per_s
-        if op.kind not in PRODUCTS:
-            return moving_s
-        peak = self.chip.peak_flops_per_s[rate_dtype(self.chip, op.compute)]
-        return np.maximum(moving_s, op.flops / peak)
 
     def _priced(self, op: Operator) -> Parts:
         if op.kind is Kind.MATMUL:
@@ -86,7 +78,8 @@ class Kernels:
         if op.attends is not None:
             return self._attention(op, op.attends)
         if op.is_fused:
-            return 0.0, 0.0
+            # Its bytes pass in another operator's kernel, beside that one's own.
+            return op.moved_bytes / self.silicon.memory_bytes_per_s, 0.0
         passing_s = op.moved_bytes / self.silicon.stream_bytes_per_s
         return self.silicon.fill_s + passing_s, self.library.launch_s
 
@@ -131,15 +124,16 @@ class Kernels:
 
     def _experts(self, op: Operator, routed: Routed) -> Parts:
         """The expert layer is one chain of kernels; its starts are counted with the first product."""
-        dtype = rate_dtype(self.chip, op.compute)
+        dtype = rate_dtype(self.chip, routed.compute)
         # A rank sums a fixed share of the tokens routed.
         share = float(np.max(np.asarray(routed.mine) / routed.tokens))
         key = ("experts", routed.per_token, routed.count, routed.local, routed.hidden, routed.inner)
+        picks = routed.picks
         up_s, passing_s, down_s = self._once(
-            (*key, dtype, op.stored, share),
+            (*key, picks, dtype, op.stored, share),
             routed.tokens,
             lambda tokens: experts_parts_s(
-                random_rows(tokens, routed.per_token, routed.count),
+                picked_rows(tokens, picks) if picks else random_rows(tokens, routed.per_token, routed.count),
                 routed.hidden,
                 routed.inner,
                 self.silicon,

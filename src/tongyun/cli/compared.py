@@ -45,7 +45,7 @@ def compare_table(answers: list[Answer]) -> Table:
             continue
         best, plan = answer.best, answer.best.plan
         idle = f", {plan.idle_chips} idle" if plan.idle_chips else ""
-        text = f"{plan.replicas} × ({plan.shard}) batch {plan.batch}{idle}"
+        text = f"{plan} batch {plan.batch}{idle}"
         cells = [_cell(best, key, factor) for _, key, factor in COLUMNS]
         rows.append([label, text, *cells, source_tag(best.sources)])
     columns = [

@@ -70,6 +70,14 @@ def tables(explanation: Explanation) -> list[RenderableType]:
     share = explanation.prefill_share
     parts = explanation.tpot_s
     place = f" (stage {explanation.stage}, the slowest of {shard.pp})" if shard.pp > 1 else ""
+    if explanation.plan.prefill is not None:
+        summary = (
+            f"[bold]Where the time goes[/]{place}: TPOT {sum(parts.values()) * 1e3:.3g} ms = "
+            f"{parts['decode'] * 1e3:.3g} ms in decode steps + {parts['hand_over'] * 1e3:.3g} ms of the "
+            f"hand-over; a prompt takes {explanation.chunks} steps of the prefill pool, "
+            f"{explanation.use:.0%} in use"
+        )
+        return [summary, *(_table(step) for step in (explanation.decode, explanation.prefill))]
     summary = (
         f"[bold]Where the time goes[/]{place}: TPOT {sum(parts.values()) * 1e3:.3g} ms = "
         f"{parts['decode'] * 1e3:.3g} ms in decode steps + {parts['prefill'] * 1e3:.3g} ms in steps that "

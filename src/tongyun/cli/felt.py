@@ -36,6 +36,7 @@ def _trial(trial: Trial) -> dict[str, Any]:
         "batch": trial.plan.batch,
         "step_tokens": trial.plan.step_tokens,
         "replicas": trial.plan.replicas,
+        "pools": [dict(pool) for pool in trial.plan.pools],
         "chips": trial.chips,
         "free_chips": trial.plan.idle_chips,
         "ttft_s": asdict(trial.ttft_s),
@@ -56,7 +57,7 @@ def show(felt: Tails) -> None:
     rows = []
     for trial in felt.trials:
         times = (trial.ttft_s.p50, trial.ttft_s.p99, trial.tpot_s.p50, trial.tpot_s.p99)
-        place = [f"{trial.plan.replicas} × ({trial.plan.shard})", str(trial.plan.batch), str(trial.chips)]
+        place = [str(trial.plan), str(trial.plan.batch), str(trial.chips)]
         money = number(trial.usd_per_mtoken)
         rows.append([*place, *(number(t / MS) for t in times), f"{trial.attainment:.1%}", money])
     heads = ("batch", "chips", "TTFT p50 ms", "p99", "TPOT p50 ms", "p99", "within", "$/Mtok")

@@ -1,4 +1,4 @@
-"""What a fleet file names, looked up: the model, the chip, the cuts of the pools.
+"""What a fleet file or a plan names, looked up: the model, the chip, the cuts of the pools.
 
 Shared by `simulate`, which plays a load on the fleet, and `serve --twin`, which answers
 requests at its pace.
@@ -6,18 +6,23 @@ requests at its pace.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tongyun.errors import InputError
+from tongyun.errors import InputError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import typer
 
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet, Pool
+    from tongyun.codesign.plan import Plan
+    from tongyun.codesign.space import Question
+    from tongyun.model.graph import Precision
     from tongyun.specs import FleetSpec, PoolSpec
 
 TOLD = (
@@ -37,6 +42,9 @@ TOLD = (
 )
 """Flags whose part a fleet file takes over."""
 
+PLANNED = ("chips", "tp", "ep", "dp", "batch", "step_tokens", "dtype", "kv_dtype")
+"""And those that a plan's file takes over; --model and --chip may say where its files are."""
+
 
 def read_fleet(
     path: Path, *, isl: int = 1, osl: int = 2, usd_per_chip_hour: float | None = None
@@ -44,19 +52,22 @@ def read_fleet(
     """A fleet file and the fleet it describes, which has to hold a request of `isl` and `osl` tokens."""
     from tongyun.cli.plan import ask
     from tongyun.cloud.sched.router import find_router
+    from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
     from tongyun.codesign.upkeep import Upkeep
-    from tongyun.specs import find_fleet
+    from tongyun.specs import find_fleet, find_market
 
+    if find_market(path) is not None:
+        raise InputError(f"{path}: model: several of them are played by `tongyun simulate` alone")
     spec = find_fleet(path)
     find_router(spec.router)
-    pools = tuple(_pool(each) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    chips = sum(each.replicas * each.tp * each.dp for each in spec.pool)
     question = ask(
         {
             "model": spec.model,
             "chip": spec.chip,
-            "chips": sum(pool.chips for pool in pools),
+            "chips": chips,
             "isl": isl,
             "osl": osl,
         },
@@ -66,12 +77,122 @@ def read_fleet(
         usd_per_chip_hour=usd_per_chip_hour,
     )
     tiers = None if spec.cache is None else CacheTiers(spec=spec.cache)
-    fleet = Fleet(question=question, pools=pools, prefix_caching=spec.prefix_caching, tiers=tiers)
-    if spec.failures is None and not spec.autoscale:
-        return spec, fleet
-    upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(path))
-    upkeep.check(fleet.sites(), question.chip.at())
-    return spec, replace(fleet, upkeep=upkeep)
+    experts = None
+    if spec.experts is not None:
+        experts = ExpertLoads(spec=spec.experts, model=question.model, file=path)
+    pools = (pool_of(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
+    upkeep = None
+    if spec.failures is not None or spec.autoscale:
+        upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(path))
+    fleet = Fleet(
+        question=question,
+        pools=tuple(pools),
+        prefix_caching=spec.prefix_caching,
+        tiers=tiers,
+        experts=experts,
+        upkeep=upkeep,
+    )
+    if upkeep is not None:
+        upkeep.check(fleet.sites(), question.chip.at())
+    return spec, fleet
+
+
+def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:
+    """The best plan that `tongyun plan --json` wrote to the file `given["plan"]`, and what it was for."""
+    from tongyun.cli.plan import ask
+    from tongyun.codesign.plan import Plan
+    from tongyun.model.shard import Shard
+
+    file = given["plan"]
+    told = _read_answer(file)
+    if told["best"] is None:
+        raise SpecError(file, "best", f"there is no plan: {told.get('limit')}")
+    cut = _under(file, told["best"], "best", "plan")
+    tp, pp, ep, dp = (_whole(file, cut, axis) for axis in ("tp", "pp", "ep", "dp"))
+    price = given["usd_per_chip_hour"]
+    question = ask(
+        {
+            "model": given["model"] or told["model"],
+            "chip": given["chip"] or told["chip"],
+            "chips": _whole(file, told, "chips", under=""),
+            "isl": isl,
+            "osl": osl,
+        },
+        ttft_s=None,
+        tpot_s=None,
+        dtypes=(None, None),
+        usd_per_chip_hour=told.get("usd_per_chip_hour") if price is None else price,
+        precision=_stored(file, told),
+    )
+    for key, name in (("model", question.model.name), ("chip", question.chip.name)):
+        if told[key] != name:
+            raise SpecError(file, key, f"the plan is for {told[key]}, not {name}")
+    plan = Plan(
+        shard=Shard(tp=tp, pp=pp, ep=ep, dp=dp),
+        batch=_whole(file, cut, "batch"),
+        step_tokens=_whole(file, cut, "step_tokens"),
+        replicas=_whole(file, cut, "replicas"),
+        idle_chips=_whole(file, cut, "idle_chips", least=0),
+    )
+    return question, plan
+
+
+def _read_answer(file: Path) -> dict[str, Any]:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text: {error}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    keys = ("model", "chip", "chips", "best", "precision")
+    lacking = [key for key in keys if not isinstance(told, dict) or key not in told]
+    if lacking:
+        raise SpecError(
+            file, lacking[0], "missing; accepted: what `tongyun plan --chip … --json` wrote, whole"
+        )
+    for key in ("model", "chip"):
+        if not isinstance(told[key], str):
+            raise SpecError(file, key, f"expected a text, got {told[key]!r}")
+    return dict(told)
+
+
+def _under(file: Path, told: object, where: str, key: str) -> Mapping[str, Any]:
+    found = told.get(key) if isinstance(told, dict) else None
+    if not isinstance(found, dict):
+        raise SpecError(file, f"{where}.{key}", f"expected an object, got {found!r}")
+    return found
+
+
+def _whole(
+    file: Path, told: Mapping[str, Any], key: str, *, least: int = 1, under: str = "best.plan."
+) -> int:
+    value = told.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise SpecError(file, f"{under}{key}", f"expected a whole number ≥ {least}, got {value!r}")
+    return value
+
+
+def _stored(file: Path, told: Mapping[str, Any]) -> Precision:
+    """The plan's types, each under the name of its field."""
+    import dataclasses
+
+    from tongyun.model.graph import Precision
+    from tongyun.units import DType
+
+    fields = _under(file, told, "", "precision")
+    names = [field.name for field in dataclasses.fields(Precision)]
+    strange = [key for key in fields if key not in names]
+    if strange:
+        raise SpecError(file, f"precision.{strange[0]}", f"unknown; accepted: {', '.join(names)}")
+    try:
+        told_types: dict[str, Any] = {
+            key: DType(value) if isinstance(value, str) else value for key, value in fields.items()
+        }
+        return Precision(**told_types)
+    except ValueError as error:
+        raise SpecError(file, "precision", str(error)) from error
 
 
 def typed(context: typer.Context) -> set[str]:
@@ -87,13 +208,15 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
-def _pool(spec: PoolSpec) -> Pool:
+def pool_of(spec: PoolSpec, experts: ExpertLoads | None = None) -> Pool:
+    """A pool as its table says."""
     from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
     from tongyun.model.shard import Shard
 
+    picks = () if experts is None else experts.picks(spec.ep)
     plan = Plan(
-        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp),
+        shard=Shard(tp=spec.tp, ep=spec.ep, dp=spec.dp, expert_picks=picks),
         batch=spec.batch,
         step_tokens=spec.step_tokens,
         replicas=spec.replicas,

@@ -15,6 +15,8 @@ import typer
 from tongyun.cli.planned import as_json, show
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from tongyun.codesign.demand import Demand
     from tongyun.codesign.explain import Explanation
     from tongyun.codesign.plan import Answer
@@ -65,6 +67,22 @@ def plan(
         str | None, typer.Option(help="Arrivals and lengths: a catalogue name or a TOML file.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Azure CSV or Mooncake JSONL.")] = None,
+    pools: Annotated[
+        str | None,
+        typer.Option(
+            help="Replicas that do both (mixed), prefill and decode apart (split), or both kinds; "
+            "default both, with --launch mixed."
+        ),
+    ] = None,
+    prefix_hit: Annotated[
+        float | None, typer.Option(help="Share of input tokens found in the prefix cache, 0 to 1.")
+    ] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens drafted for each step (MTP, EAGLE); default none.")
+    ] = None,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Probability that a drafted token is right, with --draft-tokens.")
+    ] = None,
 ) -> None:
     """Plan a deployment: best and Pareto under limits on TTFT and TPOT."""
     given = dict(locals())
@@ -117,6 +135,10 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
     for flag in ("engine", "checkpoint"):
         if given[flag] is not None and given["launch"] is None:
             raise InputError(f"--{flag} says what --launch writes, which is not given")
+    if (given["draft_tokens"] is None) != (given["acceptance"] is None):
+        raise InputError("--draft-tokens and --acceptance go together: how many, and how often one is right")
+    if given["launch"] is not None and given["pools"] not in (None, "mixed"):
+        raise InputError(f"--launch writes replicas that do both: --pools {given['pools']} has no files yet")
     rest = [] if compare is None else named(compare, chips)
     return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
 
@@ -137,6 +159,12 @@ def _demand(given: dict[str, Any]) -> Demand | None:
         return None
     if given["chip"] is None:
         raise InputError("--rate, --workload and --trace are about one chip's plan: name it with --chip")
+    for flag, why in (
+        ("draft_tokens", "drafts are not played request by request"),
+        ("prefix_hit", "a demand's requests bring their own prefixes"),
+    ):
+        if given[flag] is not None:
+            raise InputError(f"--{flag.replace('_', '-')} is for equal requests: {why}; leave it out")
     from tongyun.codesign.demand import of_rate, of_trace, of_workload
 
     if given["workload"] is not None:
@@ -168,13 +196,18 @@ def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
     ttft_ms, tpot_ms = given["ttft_ms"], given["tpot_ms"]
     return search(
         ask(
-            {**given, "chip": chip, "chips": chips},
+            {**given, "chip": chip, "chips": chips, "pools": given["pools"] or _pools(given)},
             ttft_s=None if ttft_ms is None else ttft_ms * MS,
             tpot_s=None if tpot_ms is None else tpot_ms * MS,
             dtypes=(given["dtype"], given["kv_dtype"]),
             usd_per_chip_hour=given["usd_per_chip_hour"],
         )
     )
+
+
+def _pools(given: dict[str, Any]) -> str:
+    """Both kinds of deployment, unless files are written, which know one."""
+    return "both" if given["launch"] is None else "mixed"
 
 
 def _explanation(answer: Answer | None) -> Explanation | None:
@@ -250,6 +283,10 @@ def _write_launch(given: dict[str, Any], answer: Answer) -> None:
         typer.echo(f"wrote {place}", err=True)
     for name, why in found.refused.items():
         typer.echo(f"no {name}: {why}", err=True)
+    if answer.question.draft_tokens:
+        typer.echo("the files do not draft tokens: add the engine's own flag for its draft module", err=True)
+    for kind in answer.best.plan.others:
+        typer.echo(f"no files for {kind}: they are written for the main kind of replica", err=True)
 
 
 def _refuse(main: Answer | None, answers: list[Answer]) -> None:
@@ -264,11 +301,11 @@ def _refuse(main: Answer | None, answers: list[Answer]) -> None:
     raise Infeasible(f"no plan for {question.model.name} on {on}: {failed[0].limit}")
 
 
-def command(given: dict[str, Any]) -> str:
-    """The command line that these flags come from, in their order, defaults left out."""
-    words = ["tongyun", "plan"]
-    for name, value in given.items():
-        flag = f"--{name.replace('_', '-')}"
+def command(given: Mapping[str, Any], name: str = "plan") -> str:
+    """The command line that these flags come from, in their order; those that are off are left out."""
+    words = ["tongyun", name]
+    for key, value in given.items():
+        flag = f"--{key.replace('_', '-')}"
         if isinstance(value, bool):
             words += [flag] if value else []
         elif value is not None:
@@ -284,8 +321,12 @@ def ask(
     tpot_s: float | None,
     dtypes: tuple[str | None, str | None],
     usd_per_chip_hour: float | None,
+    precision: Precision | None = None,
 ) -> Question:
-    """The question behind the flags; wrong names raise `InputError` with near ones."""
+    """The question behind the flags; wrong names raise `InputError` with near ones.
+
+    A whole `precision`, where it is known, stands for `dtypes`.
+    """
     from tongyun.codesign.space import Question
     from tongyun.model.config import ModelConfig
     from tongyun.specs import find_chip, find_model
@@ -300,10 +341,14 @@ def ask(
         chips=given["chips"],
         isl=given["isl"],
         osl=given["osl"],
-        precision=_precision(config, spec, dtype, kv_dtype),
+        precision=precision or _precision(config, spec, dtype, kv_dtype),
         ttft_s=ttft_s,
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),
+        pools=given.get("pools") or "mixed",
+        prefix_hit=given.get("prefix_hit") or 0.0,
+        draft_tokens=given.get("draft_tokens") or 0,
+        acceptance=given.get("acceptance") or 0.0,
     )
 
 

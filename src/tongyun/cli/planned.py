@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from tongyun.codesign.plan import Answer, Offer
+    from tongyun.codesign.space import Question
 
 SHOWN = 12
 """Rows of the Pareto table; the plot and --json have them all."""
@@ -16,7 +17,10 @@ TERMS = (
     "TTFT: prefill of a prompt beside the decoding batch, with the mean wait behind other prompts. "
     "TPOT: mean time between tokens, interleaved prefill included. "
     "tok/s/chip and $/Mtok: output tokens over all chips asked for, idle ones too. "
-    "batch: sequences decoding at once on a replica. tokens/step: the engine's token budget of a step."
+    "idle: chips that no replica as quick finds room on. "
+    "batch: sequences decoding at once on a replica, the main kind's. "
+    "tokens/step: the engine's token budget of a step. "
+    "prefill, decode: pools of their own; keys and values are handed over."
 )
 
 
@@ -41,6 +45,13 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "chips": question.chips,
         "isl": question.isl,
         "osl": question.osl,
+        "precision": question.precision,
+        "usd_per_chip_hour": None if question.price is None else question.price.chip_hour.value,
+        "prefix_hit": question.prefix_hit,
+        "draft_tokens": question.draft_tokens,
+        "acceptance": question.acceptance,
+        "tokens_per_step": question.step_tokens,
+        "pools": question.pools,
         "best": None if answer.best is None else _offer_json(answer.best),
         "pareto": [_offer_json(offer) for offer in answer.pareto],
         "limit": answer.limit,
@@ -64,6 +75,7 @@ def _offer_json(offer: Offer) -> dict[str, Any]:
             "step_tokens": plan.step_tokens,
             "replicas": plan.replicas,
             "idle_chips": plan.idle_chips,
+            "idle_reason": plan.idle_reason or None,
             "pools": [dict(pool) for pool in plan.pools],
         },
         **{key: getattr(offer.figures, key) for key in _RANGED},
@@ -90,7 +102,7 @@ def show(answer: Answer, seconds: float) -> None:
     from tongyun.report import show as put
 
     question, best = answer.question, answer.best
-    load = f"{question.isl} tokens in, {question.osl} out"
+    load = said(question)
     put(f"[bold]{question.model.name} on {question.chips} × {question.chip.title}, {load}[/]")
     if best is not None:
         put(_best_table(best))
@@ -106,15 +118,32 @@ def show(answer: Answer, seconds: float) -> None:
     put(f"{answer.evaluated} candidates in {seconds:.2f} s; cut: {cut or 'none'}")
 
 
+def said(question: Question) -> str:
+    """The load of equal requests, in words."""
+    load = f"{question.isl} tokens in, {question.osl} out"
+    if question.prefix_hit:
+        load += f", {question.prefix_hit:.0%} of the input cached"
+    if question.draft_tokens:
+        load += (
+            f", {question.draft_tokens} drafted of which each holds with {question.acceptance:.0%}: "
+            f"{question.step_tokens:.2f} a step"
+        )
+    return load
+
+
 def _best_table(best: Offer) -> Table:
     from tongyun.report import column, quantity, source_tag, table
 
     plan, figures = best.plan, best.figures
-    idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
     rows = [
-        ["plan", f"{plan.replicas} × ({plan.shard}){idle}"],
-        ["batch of a replica", f"{plan.batch} sequences, {plan.step_tokens} tokens a step"],
+        ["plan", str(plan)],
+        *(
+            [_BATCH[role], f"{kind.batch} sequences, {kind.step_tokens} tokens a step"]
+            for role, kind in plan.kinds
+        ),
     ]
+    if plan.idle_chips:
+        rows.append(["idle", plan.idle_reason])
     for key, name, unit in _FIGURES:
         low, high = _range(best, key) or (None, None)
         rows.append([name, quantity(getattr(figures, key), unit, low=low, high=high)])
@@ -123,6 +152,11 @@ def _best_table(best: Offer) -> Table:
     return table("", columns, rows, caption=None if best.slow is None else "(slow–fast corner of the spec)")
 
 
+_BATCH = {
+    "mixed": "batch of a replica",
+    "prefill": "batch of a prefill replica",
+    "decode": "batch of a decode replica",
+}
 _FIGURES = (
     ("ttft_s", "TTFT", "s"),
     ("tpot_s", "TPOT", "s"),
@@ -148,9 +182,9 @@ def _pareto_table(offers: tuple[Offer, ...]) -> Table:
             figures.joules_per_token,
         )
         meets = "yes" if offer.meets else "[dim]no[/]"
-        places = (str(plan.shard), str(plan.replicas), str(plan.batch), str(plan.step_tokens))
+        places = (str(plan), str(plan.idle_chips), str(plan.batch), str(plan.step_tokens))
         rows.append([*places, *(number(cell) for cell in cells), meets])
-    heads = ("replicas", "batch", "tokens/step", "TTFT ms", "TPOT ms", "tok/s/user", "tok/s/chip", "$/Mtok")
+    heads = ("idle", "batch", "tokens/step", "TTFT ms", "TPOT ms", "tok/s/user", "tok/s/chip", "$/Mtok")
     columns = [column("Pareto", left=True), *(column(head) for head in (*heads, "J/tok", "in limits"))]
     return table("", columns, rows, caption=TERMS)
 

@@ -8,18 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tongyun.cli.fleet import read_fleet, refuse_told, typed
-from tongyun.cli.plan import ask
+from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
+from tongyun.cli.plan import ask, command
+from tongyun.cli.simulated import as_json, show
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from rich.table import Table
-
-    from tongyun.cloud.latency import Group, Slo
+    from tongyun.cloud.latency import Slo
+    from tongyun.cloud.schedule import Schedule
     from tongyun.cloud.workload import Arrival
-    from tongyun.codesign.fleet import Fleet, Played, Pool
+    from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
     from tongyun.codesign.space import Question
     from tongyun.errors import TraceError
@@ -30,19 +28,26 @@ def simulate(
     fleet: Annotated[
         Path | None, typer.Option(help="TOML file: model, chip, pools, router; no flags for them then.")
     ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="What `tongyun plan --json` wrote: its best plan is the fleet.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Hugging Face id in the catalogue, or a directory.")
     ] = None,
     chip: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     chips: Annotated[int, typer.Option(help="Chips there are.")] = 1,
     rate: Annotated[
-        float | None, typer.Option(help="Requests a second, Poisson, of --isl and --osl.")
+        float | None, typer.Option(help="Requests a second, at random, of --isl and --osl.")
     ] = None,
+    variation: Annotated[
+        float, typer.Option(help="Of the time between requests, with --rate: 1 is Poisson, more is bursty.")
+    ] = 1.0,
     isl: Annotated[int, typer.Option(help="Prompt tokens of a request, with --rate.")] = 1024,
     osl: Annotated[int, typer.Option(help="Output tokens of a request, with --rate.")] = 256,
     workload: Annotated[str | None, typer.Option(help="Catalogue name, or a TOML file.")] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV of moments and lengths.")
+        Path | None,
+        typer.Option(help="Azure CSV, Mooncake JSONL, or a CSV or Parquet file of moments and lengths."),
     ] = None,
     stretch: Annotated[float, typer.Option(help="Play a trace over so many times its time.")] = 1.0,
     skip_bad: Annotated[
@@ -57,6 +62,9 @@ def simulate(
     prefill_replicas: Annotated[
         int, typer.Option(help="Replicas that only prefill; the others then only decode.")
     ] = 0,
+    pools: Annotated[
+        str, typer.Option(help="Without --tp, the best of: mixed, split (prefill and decode apart), both.")
+    ] = "mixed",
     router: Annotated[str, typer.Option(help="round-robin, least-load or prefix.")] = "least-load",
     prefix_caching: Annotated[bool, typer.Option(help="Share KV blocks of equal prompt beginnings.")] = True,
     ttft_ms: Annotated[float | None, typer.Option(help="Limit on the time to first token.")] = None,
@@ -66,18 +74,43 @@ def simulate(
     usd_per_chip_hour: Annotated[float | None, typer.Option(help="Your price.")] = None,
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
+    html: Annotated[Path | None, typer.Option(help="A report as one HTML file.")] = None,
+    perfetto: Annotated[
+        Path | None, typer.Option(help="The schedule as a trace for ui.perfetto.dev: steps and requests.")
+    ] = None,
+    window: Annotated[
+        str | None, typer.Option(help="FROM:TO, seconds of the run that --perfetto shows; default from 0.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
 ) -> None:
     """Simulate a fleet under a load, request by request, with the production scheduler."""
     given = dict(locals())
+    from tongyun.cli import market
+    from tongyun.cloud.record import Recorder
     from tongyun.cloud.retries import LOST
     from tongyun.cloud.sched.router import find_router
+    from tongyun.specs import find_market
 
+    for place in (html, perfetto):
+        if place is not None and place.exists() and not force:
+            raise InputError(f"{place}: already there; --force replaces")
+    schedule = _schedule(perfetto, window)
     slo = _slo(ttft_ms, tpot_ms)
     find_router(router)
     arrivals = _arrivals(given)
+    if fleet is not None and (several := find_market(fleet)) is not None:
+        market.simulate(given, several, arrivals, slo, schedule)
+        return
     router, asked = _fleet(given, arrivals, slo)
     begun = time.perf_counter()
-    played = asked.play(arrivals, find_router(router), chip=asked.question.chip.at(), seed=seed, slo=slo)
+    played = asked.play(
+        arrivals,
+        find_router(router),
+        chip=asked.question.chip.at(),
+        seed=seed,
+        slo=slo,
+        recorder=Recorder(None if schedule is None else schedule.pool),
+    )
     seconds = time.perf_counter() - begun
     if json:
         from tongyun.report import to_json
@@ -86,10 +119,57 @@ def simulate(
     else:
         show(asked, played, router)
         typer.echo(f"{len(arrivals):,} requests simulated in {seconds:.1f} s")
+    if html is not None:
+        from tongyun.codesign.launch import write_files
+        from tongyun.codesign.run_page import page
+
+        text = page(asked, played, router=router, command=_told(given))
+        write_files({html.name: text}, html.parent, force=force)
+        typer.echo(f"wrote {html}", err=True)
+    if perfetto is not None and schedule is not None:
+        assert played.recording is not None
+        write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
     # What is lost by a failure is an outcome; what no engine takes is a question that had no answer.
     refused = [(why, count) for why, count in played.report.errors if not why.startswith(LOST)]
     if refused:
         raise Infeasible(f"{sum(count for _, count in refused)} requests could not run: {refused[0][0]}")
+
+
+def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
+    """What takes the schedule down, where it is asked for."""
+    from tongyun.cloud.schedule import Schedule
+
+    if perfetto is None:
+        if window is not None:
+            raise InputError("--window says which part --perfetto shows, which is not given")
+        return None
+    if window is None:
+        return Schedule()
+    try:
+        begin_s, end_s = map(float, window.split(":"))
+    except ValueError as error:
+        raise InputError(f"--window {window}: accepted: FROM:TO in seconds, such as 0:60") from error
+    return Schedule(begin_s, end_s)
+
+
+def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
+    """And say which part of the run, which ended at `whole_s`, it holds."""
+    from tongyun.cloud.perfetto import save
+    from tongyun.report import number
+
+    count = save(schedule, place)
+    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
+    more = (
+        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
+    )
+    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)
+
+
+def _told(given: dict[str, Any]) -> str:
+    """The command line, without what was left at its default."""
+    names = typed(given["context"])
+    off = {f"no_{name}": True for name in names if given[name] is False}
+    return command({**{name: given[name] for name in given if name in names}, **off}, "simulate")
 
 
 def _slo(ttft_ms: float | None, tpot_ms: float | None) -> Slo:
@@ -119,6 +199,9 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
     if len(sources) != 1:
         told = " and ".join(f"--{name}" for name in sources) or "none"
         raise InputError(f"the load comes from one of --rate, --workload and --trace, not {told}")
+    for name, usual, source in (("stretch", 1.0, "trace"), ("variation", 1.0, "rate")):
+        if given[name] != usual and given[source] is None:
+            raise InputError(f"--{name} is about --{source}, which is not given")
     count = given["requests"]
     if count is not None and count < 1:
         raise InputError(f"--requests {count}: accepted: 1 or more")
@@ -133,9 +216,10 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
         if load.arrivals.users is not None:
             raise InputError(f"--workload {given['workload']}: a closed loop is not simulated on a fleet")
         return list(islice(sample(load), count))
+    process = Process.POISSON if given["variation"] == 1 else Process.GAMMA
     return sample(
         Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=given["rate"]),
+            arrivals=Arrivals(process=process, rate_per_s=given["rate"], variation=given["variation"]),
             prompt=Lengths.fixed(given["isl"]),
             output=Lengths.fixed(given["osl"]),
             requests=count or 1000,
@@ -146,26 +230,32 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, pools_of
+    from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
 
     isl, osl = _lengths(arrivals)
+    price = given["usd_per_chip_hour"]
     if given["fleet"] is not None:
+        if given["plan"] is not None:
+            raise InputError("the fleet comes from one of --fleet and --plan, not both")
         refuse_told(typed(given["context"]))
-        spec, fleet = read_fleet(
-            given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=given["usd_per_chip_hour"]
-        )
+        spec, fleet = read_fleet(given["fleet"], isl=isl, osl=osl, usd_per_chip_hour=price)
         return spec.router, fleet
+    if given["plan"] is not None:
+        refuse_told(typed(given["context"]), PLANNED, "--plan says that")
+        question, plan = read_plan(given, isl=isl, osl=osl)
+        pools = pools_of(of_a_group(plan), given["prefill_replicas"])
+        return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
     for name in ("model", "chip"):
         if given[name] is None:
-            raise InputError(f"--{name} is missing; or --fleet names a file that says it")
+            raise InputError(f"--{name} is missing; or --fleet or --plan names a file that says it")
     question = ask(
         {**given, "isl": isl, "osl": osl},
         ttft_s=slo.ttft_s,
         tpot_s=slo.tpot_s,
         dtypes=(given["dtype"], given["kv_dtype"]),
-        usd_per_chip_hour=given["usd_per_chip_hour"],
+        usd_per_chip_hour=price,
     )
-    plan = _given_plan(given, question) if given["tp"] is not None else _best_plan(question)
+    plan = _given_plan(given, question) if given["tp"] is not None else of_a_group(_best_plan(question))
     pools = pools_of(plan, given["prefill_replicas"])
     return given["router"], Fleet(question=question, pools=pools, prefix_caching=given["prefix_caching"])
 
@@ -195,153 +285,17 @@ def _given_plan(given: dict[str, Any], question: Question) -> Plan:
 
 
 def _best_plan(question: Question) -> Plan:
-    """The planner's best one without pipeline stages, inside the limits where any is."""
+    """The planner's best one of one kind of replica without pipeline stages, or of two pools of them,
+    inside the limits where any is. Its batch is a group's, as a fleet's is."""
     from tongyun.codesign.plan import plan
 
     answer = plan(question)
-    offers = [offer for offer in answer.pareto if offer.plan.shard.pp == 1]
+    offers = [
+        offer
+        for offer in answer.pareto
+        if not offer.plan.others and all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)
+    ]
     if not offers:
-        raise Infeasible(f"no plan without pipeline stages: {answer.limit}; --tp names one")
+        raise Infeasible(f"no plan of one kind without pipeline stages: {answer.limit}; --tp names one")
     within = [offer for offer in offers if offer.meets] or offers
     return max(within, key=lambda offer: offer.figures.tok_s_per_chip).plan
-
-
-# ── what is shown ────────────────────────────────────────────────────────────────────
-
-
-def show(fleet: Fleet, played: Played, router: str) -> None:
-    from tongyun import report
-
-    parts = [_latencies(fleet, played, router), _figures(fleet, played)]
-    for head, groups in (("class", played.classes), ("model", played.models)):
-        if groups:
-            parts.append(_groups(head, groups, played))
-    report.show(*parts)
-
-
-def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
-    from tongyun.report import NOTHING, column, number, table
-    from tongyun.units import MS
-
-    done, question = played.report, fleet.question
-    pools = " + ".join(_title(pool) for pool in fleet.pools)
-    title = f"{question.model.name} on {question.chips} × {question.chip.title}: {pools}, {router}"
-    rows = []
-    for name, one in (("TTFT ms", done.ttft_s), ("TPOT ms", done.tpot_s), ("end to end ms", done.latency_s)):
-        values = () if one is None else (one.mean, one.p50, one.p90, one.p99, one.p99_9, one.most)
-        rows.append([name, *([number(value / MS) for value in values] or [NOTHING] * 6)])
-    names = ("mean", "p50", "p90", "p99", "p99.9", "max")
-    return table(title, [column("", left=True), *map(column, names)], rows)
-
-
-def _title(pool: Pool) -> str:
-    plan, shard = pool.plan, pool.plan.shard
-    role = "" if pool.role == "mixed" else f"{pool.role} "
-    return (
-        f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), "
-        f"batch {plan.batch}, {plan.step_tokens} tokens a step"
-    )
-
-
-def _figures(fleet: Fleet, played: Played) -> Table:
-    from tongyun.report import NOTHING, column, number, source_tag, table
-    from tongyun.units import Source
-
-    done, question = played.report, fleet.question
-    money = NOTHING if played.usd_per_mtoken is None else f"${number(played.usd_per_mtoken)}"
-    rows = [
-        ["requests ended", f"{done.succeeded:,} of {done.requests:,} in {number(done.duration_s)} s"],
-        ["output tokens/s", number(done.output_tokens_per_s)],
-        ["per chip", number(done.output_tokens_per_s / question.chips)],
-        ["engines in a step", f"{played.use:.1%}"],
-        ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
-        *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
-        ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
-        ["per million output tokens", money],
-        ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
-    ]
-    if played.kept is not None:
-        from tongyun.cli.kept import lines
-
-        rows += lines(fleet, played.kept)
-    if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
-        rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
-        rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
-    tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
-    return table("", [column("", left=True), column("value")], rows, caption=tag)
-
-
-def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
-    """A line for each class or model, over the whole run's time."""
-    from tongyun.report import column, number, table
-    from tongyun.units import MS
-
-    rows = []
-    for name, group in groups.items():
-        done = group.report
-        spans = [
-            number(None if one is None else getattr(one, key) / MS)
-            for one in (done.ttft_s, done.tpot_s)
-            for key in ("p50", "p99")
-        ]
-        rows.append(
-            [
-                name or "(none)",
-                f"{done.succeeded:,} of {done.requests:,}",
-                *spans,
-                number(done.goodput_tokens_per_s),
-                f"{done.attainment:.1%}",
-                number(played.usd_per_mtoken_of(group)),
-                number(played.joules_per_token(group)),
-            ]
-        )
-    felt = ("TTFT ms p50", "TTFT ms p99", "TPOT ms p50", "TPOT ms p99", "goodput tokens/s", "within limits")
-    heads = ("requests ended", *felt, "$/Mtoken", "J/token")
-    caption = "simulated; money and energy by the share of tokens computed"
-    return table("", [column(head, left=True), *map(column, heads)], rows, caption=caption)
-
-
-def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
-    rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
-    return {
-        name: {
-            "report": group.report,
-            **{key: getattr(group.report, key) for key in (*rates, "attainment")},
-            "share": group.share,
-            "joules": group.share * played.joules,
-            "usd_per_mtoken": played.usd_per_mtoken_of(group),
-        }
-        for name, group in groups.items()
-    }
-
-
-def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
-    """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
-    return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
-
-
-def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
-    """Everything in SI."""
-    from tongyun.cli.kept import kept_json
-
-    done, question = played.report, fleet.question
-    rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
-    return {
-        "model": question.model.name,
-        "chip": question.chip.name,
-        "chips": question.chips,
-        "pools": fleet.pools,
-        "router": router,
-        "report": done,
-        **{name: getattr(done, name) for name in (*rates, "attainment")},
-        "use": played.use,
-        "prefix_hits": played.prefix_hits,
-        "tier_hits": _tier_hits(fleet, played),
-        "joules": played.joules,
-        "usd_per_mtoken": played.usd_per_mtoken,
-        "classes": _groups_json(played.classes, played),
-        "models": _groups_json(played.models, played),
-        "engines": played.engines,
-        "kept": None if played.kept is None else kept_json(played.kept),
-        "source": sorted({"simulated"} | {source.value for source in played.sources}),
-    }

@@ -6,13 +6,15 @@ and no other engine.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.cloud.sched.router import Load
 from tongyun.errors import RequestError
@@ -51,12 +53,19 @@ class _Progress:
         self.cached = 0
 
 
+class Passage(NamedTuple):
+    """A request between two engines: what the scheduler knows of it, and what came back of it so far."""
+
+    traveller: Traveller
+    progress: _Progress
+
+
 class Instance:
     """An engine, its requests in flight and the records of those that ended."""
 
     def __init__(
         self,
-        loop: EngineLoop,
+        loop: Engine,
         *,
         watch: Callable[[Turn], None] | None = None,
         ended: Callable[[RequestRecord], None] | None = None,
@@ -68,6 +77,7 @@ class Instance:
         self._watch, self._ended = watch, ended
         self.records: dict[str, RequestRecord | None] = {}
         self.in_flight: dict[str, _Progress] = {}
+        self._classes: Counter[str] = Counter()
         self.prompt_tokens_due = 0
         """Of requests in flight that have no first token yet."""
         self.ended_s = 0.0
@@ -84,8 +94,36 @@ class Instance:
         except RequestError as error:
             self.records[request.id] = _record(_Progress(request), request.arrival_s, None, str(error))
         else:
-            self.in_flight[request.id] = _Progress(request)
+            self._take(_Progress(request))
+
+    def depart(self, request_id: str) -> Passage:
+        """Let a request that the scheduler calls movable go to another engine, between two steps."""
+        passage = Passage(self.single.depart(request_id), self.in_flight[request_id])
+        self._drop(passage.progress)
+        del self.records[request_id]
+        return passage
+
+    def arrive(self, passage: Passage) -> bool:
+        """Go on with a request from another engine; whether it decodes at once (see `Scheduler.arrive`)."""
+        self.records[passage.progress.request.id] = None
+        self._take(passage.progress)
+        return self.single.arrive(passage.traveller)
+
+    def _take(self, progress: _Progress) -> None:
+        request = progress.request
+        self.in_flight[request.id] = progress
+        if progress.first_s is None:
             self.prompt_tokens_due += len(request.prompt)
+        if request.priority_class is not None:
+            self._classes[request.priority_class] += 1
+
+    def _drop(self, progress: _Progress) -> None:
+        request = progress.request
+        del self.in_flight[request.id]
+        if progress.first_s is None:
+            self.prompt_tokens_due -= len(request.prompt)
+        if request.priority_class is not None:
+            self._classes[request.priority_class] -= 1
 
     def abort(self, request_id: str) -> bool:
         """End a request between two steps; false if it is not in flight."""
@@ -94,8 +132,6 @@ class Instance:
             return False
         progress.count = self.loop.produced(request_id)
         self.loop.abort(request_id)
-        if progress.first_s is None:
-            self.prompt_tokens_due -= len(progress.request.prompt)
         self._end(progress, self.loop.clock.now(), Finish.ABORT)
         return True
 
@@ -103,7 +139,7 @@ class Instance:
         """Lose every request in flight, in the order of sending, and all that is cached."""
         torn = []
         for request_id, progress in self.in_flight.items():
-            request, known = progress.request, self.loop.evict(request_id)
+            request, known = progress.request, self.single.evict(request_id)
             tokens = len(known) - len(request.prompt)
             if tokens or request.handed_tokens:
                 left = request.output_tokens - tokens
@@ -113,8 +149,9 @@ class Instance:
             )
             del self.records[request_id]
         self.in_flight.clear()
+        self._classes.clear()
         self.prompt_tokens_due = 0
-        self.loop.clear()
+        self.single.clear()
         return torn
 
     def forget(self) -> None:
@@ -127,8 +164,17 @@ class Instance:
         return min(waiting, default=None)
 
     @property
+    def single(self) -> EngineLoop:
+        """The loop of one model, between whose like requests may move; several that share one have none."""
+        assert isinstance(self.loop, EngineLoop)
+        return self.loop
+
+    @property
     def load(self) -> Load:
-        return Load(len(self.in_flight), self.prompt_tokens_due)
+        loop = self.loop
+        return Load(
+            len(self.in_flight), self.prompt_tokens_due, loop.room, self._classes, self.up, loop.models
+        )
 
     def advance(self, until_s: float) -> None:
         """Work until `until_s` or, in the midst of a step then, until it ends; idle time is let pass."""
@@ -181,7 +227,7 @@ class Instance:
         self.ended_s = moment_s
         if finish is Finish.LENGTH:
             progress.count = progress.request.output_tokens
-        del self.in_flight[request_id]
+        self._drop(progress)
         self.records[request_id] = record = _record(progress, moment_s, finish, None)
         if self._ended is not None:
             self._ended(record)

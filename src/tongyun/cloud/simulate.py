@@ -11,8 +11,8 @@ from dataclasses import replace
 from heapq import heappop, heappush
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import EngineLoop, Turn
-from tongyun.cloud.engine.protocol import Executor
+from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
+from tongyun.cloud.engine.protocol import Executor, Tape
 from tongyun.cloud.instance import Instance, Simulated, Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.prefix import row
@@ -27,15 +27,17 @@ def simulate(
     executor: Executor,
     *,
     users: int | None = None,
+    tape: Tape | None = None,
 ) -> Simulated:
     """Every request from its arrival to its end, in virtual seconds.
 
     Requests come in order of `arrival_s` (open loop) and are taken one by one, so they may
     be generated. With `users`, a closed loop instead: that many are in flight at a time
     and the next arrives when one ends. A request the engine refuses is recorded as failed;
-    an executor that fails ends the simulation.
+    an executor that fails ends the simulation. A `tape` is told of every step.
     """
     run = Instance(EngineLoop(Scheduler(scheduler_config), executor, VirtualClock()))
+    run.loop.tape = tape
     if users is None:
         _play_open(run, iter(requests))
     else:
@@ -53,7 +55,7 @@ class Front:
 
     def __init__(
         self,
-        loops: Iterable[EngineLoop],
+        loops: Iterable[Engine],
         router: Router,
         *,
         watch: Callable[[Turn], None] | None = None,
@@ -90,14 +92,20 @@ class Front:
 
     def open(self, index: int) -> None:
         """Let an engine be given requests, those held first."""
-        self.instances[index].up = True
+        self._turn(index, True)
         held, self._held = self._held, []
         for request in held:
             self._place(request)
 
     def close(self, index: int) -> None:
         """Give an engine no further request; those it has go on."""
-        self.instances[index].up = False
+        self._turn(index, False)
+
+    def _turn(self, index: int, up: bool) -> None:
+        one = self.instances[index]
+        one.up = up
+        if one.loop.tape is not None:
+            one.loop.tape.turned(up, self._now_s)
 
     def tear(self, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed; its caches are empty from then on."""
@@ -176,7 +184,7 @@ class Relay:
 
     def __init__(
         self,
-        pools: tuple[Iterable[EngineLoop], Iterable[EngineLoop]],
+        pools: tuple[Iterable[Engine], Iterable[Engine]],
         routers: tuple[Router, Router],
         hand_over_s: Callable[[Request], float],
         *,
@@ -268,10 +276,7 @@ class Relay:
 
     def records(self, names: Iterable[str]) -> list[RequestRecord]:
         """Of these requests in their order, those that ended: one record for both pools."""
-        first, second = ([one.result() for one in front.instances] for front in self.fronts)
-        prefilled = {record.id: record for one in first for record in one.records}
-        decoded = {record.id: record for one in second for record in one.records}
-        return [_joined(prefilled[name], decoded.get(name)) for name in names if name in prefilled]
+        return list(joined(names, *self.results()))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is."""
@@ -279,6 +284,11 @@ class Relay:
         fronts = (self.first, self.second)
         if not any(one.abort(request_id) for front in fronts for one in front.instances):
             self._under_way = sorted(entry for entry in self._under_way if entry[2].id != request_id)
+
+    def results(self) -> tuple[list[Simulated], list[Simulated]]:
+        """What happened in each pool."""
+        first, second = ([one.result() for one in front.instances] for front in (self.first, self.second))
+        return first, second
 
     def next_s(self) -> float | None:
         """When the next request reaches the second pool; None where none is under way."""
@@ -296,7 +306,7 @@ class Relay:
             self.second.send(heappop(self._under_way)[2])
 
 
-def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router: Router) -> list[Simulated]:
+def play_fleet(requests: Iterable[Request], loops: Iterable[Engine], router: Router) -> list[Simulated]:
     """Every request through the engine that `router` gives it to; one result per engine."""
     front = Front(loops, router)
     for request in requests:
@@ -307,7 +317,7 @@ def play_fleet(requests: Iterable[Request], loops: Iterable[EngineLoop], router:
 
 def play_pools(
     requests: Iterable[Request],
-    pools: tuple[Iterable[EngineLoop], Iterable[EngineLoop]],
+    pools: tuple[Iterable[Engine], Iterable[Engine]],
     routers: tuple[Router, Router],
     hand_over_s: Callable[[Request], float],
 ) -> tuple[tuple[RequestRecord, ...], tuple[list[Simulated], list[Simulated]]]:
@@ -320,8 +330,17 @@ def play_pools(
         names.append(request.id)
         relay.send(request)
     relay.advance(float("inf"))
-    first, second = ([one.result() for one in front.instances] for front in relay.fronts)
-    return tuple(relay.records(names)), (first, second)
+    first, second = relay.results()
+    return joined(names, first, second), (first, second)
+
+
+def joined(
+    names: Iterable[str], first: Iterable[Simulated], second: Iterable[Simulated]
+) -> tuple[RequestRecord, ...]:
+    """A record for each of these requests that ended, from those of both pools."""
+    prefilled = {record.id: record for one in first for record in one.records}
+    decoded = {record.id: record for one in second for record in one.records}
+    return tuple(_joined(prefilled[name], decoded.get(name)) for name in names if name in prefilled)
 
 
 def prefill_part(request: Request) -> Request:

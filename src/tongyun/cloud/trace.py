@@ -1,21 +1,24 @@
 """Read recorded workloads.
 
 Two published formats: the Azure LLM inference CSV (moment, prompt and generated tokens)
-and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks); and a CSV of
-one's own, whose header names its columns. A line that
-is not what it should be is refused by file and number, or left out where the caller keeps
-count; nothing is repaired.
+and the Mooncake JSONL (the same and the hashes of 512-token prompt blocks); and a CSV or
+Parquet file of one's own, whose columns have names. A line, or row, that is not what it
+should be is refused by file and number, or left out where the caller keeps count; nothing
+is repaired.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
+from tongyun.cloud.parquet import rows as parquet_rows
 from tongyun.cloud.workload import HASH_BLOCK_TOKENS, Arrival
 from tongyun.errors import InputError, TraceError, unknown
 
@@ -32,7 +35,8 @@ def read_trace(
     path: Path, *, limit: int | None = None, skipped: list[TraceError] | None = None
 ) -> list[Arrival]:
     """Arrivals of a trace in order of time, the first at 0; `.jsonl` is Mooncake's format, `.csv`
-    Azure's or, by its header, one of seconds and lengths with optional model, class and hash ids.
+    Azure's or, by its header, one of seconds and lengths with optional model, class and hash ids,
+    and `.parquet` has the columns of the latter.
 
     `limit` keeps the first so many. With a list `skipped`, the errors of bad lines go there and
     the lines are left out; a bad header and a file that cannot be read are refused all the same.
@@ -43,15 +47,16 @@ def read_trace(
             raise error
         skipped.append(error)
 
-    readers: dict[str, Callable[[Path, Iterable[str], Refuse], Iterator[Arrival]]] = {
+    readers: dict[str, Callable[[Path, Refuse], Generator[Arrival]]] = {
         ".csv": _csv,
         ".jsonl": _mooncake,
+        ".parquet": _parquet,
     }
     if path.suffix not in readers:
         raise InputError(f"{path}: {unknown('trace format', path.suffix, readers)}")
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            arrivals = list(islice(readers[path.suffix](path, file, refuse), limit))
+        with closing(readers[path.suffix](path, refuse)) as read:
+            arrivals = list(islice(read, limit))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -64,59 +69,98 @@ def read_trace(
     return [arrival._replace(time_s=arrival.time_s - start_s) for arrival in arrivals]
 
 
-def _csv(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
-    rows = csv.reader(lines, strict=True)
-    try:
-        header = next(rows, [])
-        read = _azure_row if tuple(header) == _AZURE_COLUMNS else _own(path, header)
-        for row in rows:
-            if row:
+def _lines(path: Path) -> Generator[str]:
+    with path.open(encoding="utf-8", newline="") as file:
+        yield from file
+
+
+def _csv(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(_lines(path)) as lines:
+        rows = csv.reader(lines, strict=True)
+        try:
+            header = next(rows, [])
+            read = _azure_row if tuple(header) == _AZURE_COLUMNS else _own(path, header)
+            for row in filter(None, rows):
                 try:
                     arrival = read(path, rows.line_num, row)
                 except TraceError as error:
                     refuse(error)
                 else:
                     yield arrival
-    except csv.Error as error:
-        raise TraceError(path, rows.line_num, str(error)) from error
+        except csv.Error as error:
+            raise TraceError(path, rows.line_num, str(error)) from error
 
 
 def _own(path: Path, header: list[str]) -> Callable[[Path, int, list[str]], Arrival]:
     """How to read a row under a header that names its columns, in any order."""
-    lacking = [name for name in _NEEDED if name not in header]
-    strange = [name for name in header if name not in (*_NEEDED, *_OPTIONAL)]
-    if lacking or strange or len(set(header)) < len(header):
-        accepted = f"{', '.join(_AZURE_COLUMNS)}; or {', '.join(_NEEDED)} and any of {', '.join(_OPTIONAL)}"
-        raise TraceError(path, 1, f"columns are {header}; accepted: {accepted}")
+    _check_own(path, header, f"{', '.join(_AZURE_COLUMNS)}; or ")
 
     def read(path: Path, line: int, row: list[str]) -> Arrival:
         if len(row) != len(header):
             raise TraceError(path, line, f"{len(row)} fields, not {len(header)}")
-        cells = dict(zip(header, row, strict=True))
-        prompt, output = (
-            _positive(path, line, key, _whole(path, line, key, cells[key])) for key in _NEEDED[1:]
-        )
-        hash_ids = tuple(_whole(path, line, "hash_ids", one) for one in cells.get("hash_ids", "").split())
-        _check_blocks(path, line, hash_ids, prompt)
-        return Arrival(
-            _seconds(path, line, cells["arrival_s"]),
-            prompt,
-            output,
-            hash_ids=hash_ids,
-            model=cells.get("model") or None,
-            priority_class=cells.get("class") or None,
-        )
+        cells: dict[str, Any] = dict(zip(header, row, strict=True))
+        for key in _NEEDED[1:]:
+            cells[key] = _whole(path, line, key, cells[key])
+        return _own_row(path, line, cells)
 
     return read
 
 
-def _seconds(path: Path, line: int, text: str) -> float:
+def _parquet(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(parquet_rows(path, lambda names: _check_own(path, names))) as rows:
+        for number, cells in rows:
+            try:
+                arrival = _own_row(path, number, cells)
+            except TraceError as error:
+                refuse(error)
+            else:
+                yield arrival
+
+
+def _check_own(path: Path, header: Sequence[str], others: str = "") -> None:
+    lacking = [name for name in _NEEDED if name not in header]
+    strange = [name for name in header if name not in (*_NEEDED, *_OPTIONAL)]
+    if lacking or strange or len(set(header)) < len(header):
+        accepted = f"{others}{', '.join(_NEEDED)} and any of {', '.join(_OPTIONAL)}"
+        raise TraceError(path, 1, f"columns are {list(header)}; accepted: {accepted}")
+
+
+def _own_row(path: Path, line: int, cells: Mapping[str, Any]) -> Arrival:
+    prompt, output = (_positive(path, line, key, _integral(cells[key])) for key in _NEEDED[1:])
+    told = cells.get("hash_ids") or ()
+    if isinstance(told, str):
+        told = [_whole(path, line, "hash_ids", one) for one in told.split()]
+    if not isinstance(told, Sequence) or not all(_is_whole(one) and one >= 0 for one in told):
+        raise TraceError(path, line, f"hash_ids: {told!r} are no whole numbers")
+    _check_blocks(path, line, told, prompt)
+    return Arrival(
+        _seconds(path, line, cells["arrival_s"]),
+        prompt,
+        output,
+        hash_ids=tuple(told),
+        model=_label(path, line, "model", cells.get("model")),
+        priority_class=_label(path, line, "class", cells.get("class")),
+    )
+
+
+def _integral(value: object) -> object:
+    """Whole numbers of a column that also has empty cells are floats where others wrote them."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _label(path: Path, line: int, key: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise TraceError(path, line, f"{key}: {value!r} is no text")
+    return value or None
+
+
+def _seconds(path: Path, line: int, told: object) -> float:
     try:
-        moment_s = float(text)
+        moment_s = float(told) if isinstance(told, str) or _is_number(told) else -1.0  # type: ignore[arg-type]
     except ValueError:
         moment_s = -1.0
     if not 0 <= moment_s < float("inf"):
-        raise TraceError(path, line, f"arrival_s: '{text}' is no number of seconds")
+        raise TraceError(path, line, f"arrival_s: '{told}' is no number of seconds")
     return moment_s
 
 
@@ -149,15 +193,16 @@ def _whole(path: Path, line: int, key: str, text: str) -> int:
 _EPOCH = datetime(1970, 1, 1)
 
 
-def _mooncake(path: Path, lines: Iterable[str], refuse: Refuse) -> Iterator[Arrival]:
-    for line, text in enumerate(lines, start=1):
-        if text.strip():
-            try:
-                arrival = _mooncake_line(path, line, text)
-            except TraceError as error:
-                refuse(error)
-            else:
-                yield arrival
+def _mooncake(path: Path, refuse: Refuse) -> Generator[Arrival]:
+    with closing(_lines(path)) as lines:
+        for line, text in enumerate(lines, start=1):
+            if text.strip():
+                try:
+                    arrival = _mooncake_line(path, line, text)
+                except TraceError as error:
+                    refuse(error)
+                else:
+                    yield arrival
 
 
 def _mooncake_line(path: Path, line: int, text: str) -> Arrival:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
-from functools import reduce
+from dataclasses import replace
 from heapq import heappop, heappush
 from threading import Condition, Lock, Thread
 
 from tongyun.cloud.engine.live import Sink
 from tongyun.cloud.engine.loop import EngineLoop, Turn
-from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.simulate import Front, Relay, decode_part, prefill_part
@@ -122,7 +121,7 @@ class Twin:
     def stats(self) -> EngineStats:
         """Of all engines together; what the step in progress will have done counts as done."""
         with self._moving:
-            return reduce(_added, (one.loop.stats() for front in self._fronts for one in front.instances))
+            return summed([one.loop.stats() for front in self._fronts for one in front.instances])
 
     @property
     def failure(self) -> BaseException | None:
@@ -266,17 +265,3 @@ class Twin:
         self._fronts[0].instances[0].loop.check(prefill_part(request))
         if request.output_tokens > 1:
             self._fronts[1].instances[0].loop.check(decode_part(request, 0.0))
-
-
-def _added(one: EngineStats, other: EngineStats) -> EngineStats:
-    """Counts of both; requests by how they ended as well."""
-    counts = {
-        f.name: getattr(one, f.name) + getattr(other, f.name)
-        for f in fields(EngineStats)
-        if f.name != "finished"
-    }
-    ended = {
-        finish: one.finished.get(finish, 0) + other.finished.get(finish, 0)
-        for finish in {*one.finished, *other.finished}
-    }
-    return EngineStats(**counts, finished=ended)

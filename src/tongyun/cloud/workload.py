@@ -17,9 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.cloud.day import DAY_S, Curve, Steps, Wave
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError
-from tongyun.specs.workload import LengthSpec, PrefixSpec, WorkloadSpec
+from tongyun.specs.workload import DaySpec, LengthSpec, PrefixSpec, WorkloadSpec
 
 HASH_BLOCK_TOKENS = 512
 """Prompt tokens that one of `Arrival.hash_ids` stands for, as in the Mooncake traces."""
@@ -32,6 +33,7 @@ class Process(StrEnum):
     GAMMA = "gamma"
     CONSTANT = "constant"
     BURST = "burst"
+    DIURNAL = "diurnal"
     CLOSED = "closed"
 
 
@@ -42,12 +44,16 @@ class Arrivals:
     process: Process
     rate_per_s: float | None = None
     variation: float = 1.0
-    """Gamma only: standard deviation over mean of the gaps; 1 is Poisson."""
+    """Gamma and diurnal: standard deviation over mean of the gaps, a day's curve left out; 1 is Poisson."""
     burst: int = 1
     """Burst only: requests that come at the same moment."""
     users: int | None = None
+    day: Curve | None = None
+    """Diurnal only: how the rate, whose mean over the day is `rate_per_s`, rises and falls."""
 
     def __post_init__(self) -> None:
+        diurnal = self.process is Process.DIURNAL
+        _require((self.day is not None) == diurnal, "arrival.day", "a diurnal process's curve", self.day)
         if self.process is Process.CLOSED:
             _require(self.users is not None and self.users >= 1, "arrival.users", "at least 1", self.users)
             _require(self.rate_per_s is None, "arrival.rate_per_s", "none in a closed loop", self.rate_per_s)
@@ -70,10 +76,17 @@ class Arrivals:
             case Process.BURST:
                 return np.floor(np.arange(count, dtype=np.float64) / self.burst) * (self.burst / rate)
             case Process.GAMMA:
-                shape = self.variation**-2
-                return np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
+                return self._gamma(count, rate, rng)
+            case Process.DIURNAL:
+                # Of variation 1 this is the Poisson process of that rate, exactly.
+                assert self.day is not None
+                return self.day.stretch(self._gamma(count, rate, rng))
             case _:
                 return np.cumsum(rng.exponential(1 / rate, count))
+
+    def _gamma(self, count: int, rate: float, rng: np.random.Generator) -> NDArray[np.float64]:
+        shape = self.variation**-2
+        return np.cumsum(rng.gamma(shape, 1 / (rate * shape), count))
 
 
 class Distribution(StrEnum):
@@ -184,6 +197,7 @@ class Workload:
                 variation=1.0 if arrival.variation is None else arrival.variation.value,
                 burst=1 if arrival.burst is None else int(arrival.burst.value),
                 users=None if arrival.users is None else int(arrival.users.value),
+                day=None if arrival.day is None else _curve(arrival.day),
             ),
             prompt=_lengths(spec.input),
             output=_lengths(spec.output),
@@ -191,6 +205,17 @@ class Workload:
             requests=spec.requests,
             seed=spec.seed,
         )
+
+
+def _curve(spec: DaySpec) -> Curve:
+    period_s = DAY_S if spec.period is None else spec.period.value
+    # Hours of the file are those of a day of 24, however long it lasts here.
+    scale = period_s / DAY_S
+    begin_s = 0.0 if spec.begin is None else spec.begin.value * scale
+    if spec.hourly is not None:
+        return Steps(factors=spec.hourly.ratios, period_s=period_s, begin_s=begin_s)
+    assert spec.swing is not None and spec.peak is not None
+    return Wave(swing=spec.swing.value, peak_s=spec.peak.value * scale, period_s=period_s, begin_s=begin_s)
 
 
 def _shared(spec: PrefixSpec) -> SharedPrefix:

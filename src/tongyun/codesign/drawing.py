@@ -1,4 +1,4 @@
-"""Small drawings as inline SVG: points, a waterfall and stacked bars, in the page's own colours.
+"""Small drawings as inline SVG: points, curves, a waterfall and bars, in the page's own colours.
 
 Draws what it is given; knows nothing of plans. Colours are CSS variables, so that a page
 decides what is light and dark.
@@ -15,6 +15,8 @@ from tongyun.report import number
 
 WIDTH, HEIGHT = 720, 340
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 44
+PANEL, PANEL_HEIGHT, PANEL_LEFT = 470, 220, 50
+"""Of a drawing half as wide as the page."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +36,26 @@ class Bar:
     size: float
     label: str
     style: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A curve through points in order of x."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str
+    filled: bool = False
+    """Down to zero, for a level of which the area means something."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A vertical line at a value of x."""
+
+    x: float
+    name: str
 
 
 def points(marks: Sequence[Point], *, x: str, y: str) -> str:
@@ -57,6 +79,107 @@ def points(marks: Sequence[Point], *, x: str, y: str) -> str:
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, x, "end"))
     parts.append(_text(LEFT + 6, TOP + 4, y, "start"))
     return _svg(HEIGHT, parts, f"{y} over {x}")
+
+
+def curves(
+    lines: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    log: bool = False,
+    rules: Sequence[Rule] = (),
+    span: tuple[float, float] | None = None,
+) -> str:
+    """Lines from zero up over one axis, which is logarithmic with `log`; half as wide as the page.
+
+    The axis reaches as far as `span`, or as what is drawn.
+    """
+    begin = min(line.x[0] for line in lines) if span is None else span[0]
+    ends = [line.x[-1] for line in lines] + [rule.x for rule in rules]
+    end = max(ends) if span is None else span[1]
+    across = _Log(begin, end) if log else _Linear(begin, end)
+    y_most = _above(max(max(line.y, default=0.0) for line in lines) or 1.0)
+    floor = PANEL_HEIGHT - BOTTOM
+    up = (floor - TOP) / y_most
+    parts = []
+    for i in range(6):
+        at_y = floor - up * y_most * i / 5
+        parts.append(
+            f'<line class="grid" x1="{PANEL_LEFT}" x2="{PANEL - RIGHT}" y1="{at_y:.1f}" y2="{at_y:.1f}"/>'
+        )
+        parts.append(_text(PANEL_LEFT - 6, at_y + 4, _short(y_most * i / 5), "end"))
+    for tick in across.ticks():
+        at = across.place(tick)
+        anchor = "middle" if at < PANEL - RIGHT - 12 else "end"
+        parts.append(_text(min(at, PANEL - 2), floor + 16, _short(tick), anchor))
+    for line in lines:
+        parts.append(_path(line, [across.place(value) for value in line.x], floor, up))
+    for i, rule in enumerate(rules):
+        at = across.place(rule.x)
+        parts.append(f'<line class="rule" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{floor}"/>')
+        parts.append(_text(at - 4, TOP + 12 + 14 * i, rule.name, "end"))
+    parts.append(_text(PANEL - RIGHT, PANEL_HEIGHT - 6, x, "end"))
+    parts.append(_text(PANEL_LEFT + 4, TOP - 4, y, "start"))
+    return _svg(PANEL_HEIGHT, parts, f"{y} over {x}", width=PANEL)
+
+
+def _short(value: float) -> str:
+    """`25k` where an axis has no room for 25,000."""
+    factor, suffix = (1e6, "M") if value >= 1e6 else (1e3, "k") if value >= 1e4 else (1.0, "")
+    return f"{number(value / factor)}{suffix}"
+
+
+def _path(line: Line, places: Sequence[float], floor: float, up: float) -> str:
+    steps = [f"{at:.1f} {floor - up * value:.1f}" for at, value in zip(places, line.y, strict=True)]
+    drawn = "M" + "L".join(steps)
+    title = f"<title>{escape(line.name)}</title>"
+    area = ""
+    if line.filled:
+        ground = f"{drawn}L{places[-1]:.1f} {floor}L{places[0]:.1f} {floor}Z"
+        area = f'<path class="area {line.style}" d="{ground}">{title}</path>'
+    return f'{area}<path class="curve {line.style}" d="{drawn}">{title}</path>'
+
+
+@dataclass(frozen=True)
+class _Linear:
+    begin: float
+    end: float
+
+    def place(self, value: float) -> float:
+        span = (self.end - self.begin) or 1.0
+        return PANEL_LEFT + (PANEL - PANEL_LEFT - RIGHT) * (value - self.begin) / span
+
+    def ticks(self) -> list[float]:
+        """Three to seven round values."""
+        span = (self.end - self.begin) or 1.0
+        power = 10.0 ** math.floor(math.log10(span / 4))
+        step = next(times * power for times in (1, 2, 2.5, 5, 10) if span / (times * power) <= 6)
+        first = math.ceil(self.begin / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.end / step + 1e-9) + 1)]
+
+
+@dataclass(frozen=True)
+class _Log:
+    """Both ends above zero."""
+
+    begin: float
+    end: float
+
+    def place(self, value: float) -> float:
+        low, high = math.log10(self.begin), math.log10(self.end)
+        return PANEL_LEFT + (PANEL - PANEL_LEFT - RIGHT) * (math.log10(value) - low) / ((high - low) or 1.0)
+
+    def ticks(self) -> list[float]:
+        """Powers of ten, and between them as many as there is room for."""
+        low, high = math.floor(math.log10(self.begin)), math.ceil(math.log10(self.end))
+        found: list[float] = []
+        for times in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+            values = (n * 10.0**power for power in range(low, high + 1) for n in times)
+            tried = [v for v in values if self.begin * 0.999 <= v <= self.end * 1.001]
+            if found and len(tried) > 8:
+                break
+            found = tried
+        return found
 
 
 def waterfall(bars: Sequence[Bar], *, title: str) -> str:
@@ -118,6 +241,6 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _svg(height: float, parts: Sequence[str], label: str) -> str:
+def _svg(height: float, parts: Sequence[str], label: str, *, width: int = WIDTH) -> str:
     body = "".join(parts)
-    return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'

@@ -7,6 +7,7 @@ a test holds to the last bit. Prices nothing itself, and knows no other plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -14,16 +15,18 @@ import numpy as np
 
 from tongyun.chip.collective import Group, collective_s
 from tongyun.chip.rates import PRODUCTS, rate_dtype
-from tongyun.chip.roofline import parts_s, streamed_bytes
-from tongyun.codesign.plan import Plan
+from tongyun.chip.roofline import parts_s, steps_s, streamed_bytes
+from tongyun.codesign.answer import Plan
+from tongyun.codesign.pools import PoolPrices, Replicas, most_use_s, paired
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import Load, Memory, distinct_stages, load_at, memory_by_stage
+from tongyun.codesign.speculate import drafts
+from tongyun.codesign.steady import Memory, distinct_stages, load_at, memory_by_stage
 from tongyun.cost import host_s, step_cost
 from tongyun.model.graph import COLLECTIVES, Kind, Operator, StepShape
 from tongyun.model.shard import Shard
 from tongyun.model.steps import step
 from tongyun.specs import Chip, Link
-from tongyun.units import Source
+from tongyun.units import Number, Source
 
 BOUNDS = ("compute", "memory", "link", "launch", "host")
 """What the seconds of a line are spent on, if they are spent on one thing."""
@@ -90,6 +93,10 @@ class Explanation:
     """ρ: use of the prefill budget."""
     memory: Memory
     """Of one rank of the fullest stage."""
+    each: float = 1.0
+    """e: tokens that a sequence gets in a step, more than one where drafts are verified."""
+    hand_over_s: float = 0.0
+    """Of a request's keys and values between two pools, for each of its tokens."""
 
     @cached_property
     def step_s(self) -> float:
@@ -98,19 +105,25 @@ class Explanation:
 
     @property
     def tpot_s(self) -> dict[str, float]:
-        """TPOT by its parts: pp · (1 − f) · decode, and pp · f · prefill."""
-        pp, f = self.plan.shard.pp, self.prefill_share
+        """TPOT by its parts: pp · (1 − f) · decode / e, and pp · f · prefill / e; of two pools decode
+        and the hand-over."""
+        pp, f = self.plan.shard.pp / self.each, self.prefill_share
+        if self.plan.prefill is not None:
+            return {"decode": pp * self.decode.seconds, "hand_over": self.hand_over_s}
         return {"decode": pp * (1 - f) * self.decode.seconds, "prefill": pp * f * self.prefill.seconds}
 
 
 def explain(question: Question, plan: Plan) -> Explanation:
-    """Lay out the steps of one plan, at the nominal corner of the chip."""
+    """Lay out the steps of one plan, at the nominal corner of the chip; of several kinds of replica
+    those of the main one."""
+    if plan.prefill is not None:
+        return _explain_pools(question, plan, plan.prefill)
     shard = plan.shard
     chip = question.at()
     group = np.array([plan.batch / (shard.dp * shard.pp)])
     budget = np.array([float(plan.step_tokens)])
     load = load_at(question, group, budget)
-    stage = _slowest_stage(question, chip, shard, load)
+    stage = _slowest_stage(question, chip, shard, [(load.decode, 1 - load.share), (load.mixed, load.share)])
     memories = memory_by_stage(question, shard, group, budget)
     return Explanation(
         plan=plan,
@@ -121,24 +134,68 @@ def explain(question: Question, plan: Plan) -> Explanation:
         chunks=int(load.chunks[0]),
         use=float(load.use[0]),
         memory=max(memories, key=lambda memory: float(memory.total[0])),
+        each=question.step_tokens,
     )
 
 
-def _slowest_stage(question: Question, chip: Chip, shard: Shard, load: Load) -> int:
+def _explain_pools(question: Question, plan: Plan, first: Plan) -> Explanation:
+    """A step of the decode pool, and one of the prefill pool; memory is a decode replica's."""
+    chip, shard = question.at(), plan.shard
+    group = np.array([plan.batch / (shard.dp * shard.pp)])
+    prices = PoolPrices(question, chip, group, np.array([float(first.step_tokens)]))
+    shapes = (prices.decode_shape, prices.prefill_shape)
+    stages = [
+        _slowest_stage(question, chip, cut, [(shape, 1.0)])
+        for shape, cut in zip(shapes, (shard, first.shard), strict=True)
+    ]
+    pools = (prices.prefill(first.shard), prices.decode(shard))
+    sides = [
+        Replicas(pool=pool, at=0, shard=one.shard, count=one.replicas)
+        for pool, one in zip(pools, (first, plan), strict=True)
+    ]
+    use = float(most_use_s(pools[0].step_s, question.ttft_s)[0])
+    both = paired(question, chip, sides[0], sides[1], use)
+    memories = prices.decode_memories(shard)
+    return Explanation(
+        plan=plan,
+        stage=stages[0],
+        decode=_step(question, chip, (shard, stages[0]), "decode", shapes[0]),
+        prefill=_step(question, chip, (first.shard, stages[1]), "prefill", shapes[1]),
+        prefill_share=0.0,
+        chunks=int(prices.chunks[0]),
+        use=both.requests_per_s / sides[0].requests_per_s,
+        memory=max(memories, key=lambda memory: float(memory.total[0])),
+        each=question.step_tokens,
+        hand_over_s=max(pool.hand_over_s for pool in pools) / (question.osl - 1),
+    )
+
+
+def _slowest_stage(
+    question: Question, chip: Chip, shard: Shard, shapes: Sequence[tuple[StepShape, Number]]
+) -> int:
+    """The stage on which steps of these shapes, each as often as is given, take longest."""
+
     def mean_s(stage: int) -> float:
-        decode, mixed = (
-            step_cost(question.model, shape, chip, shard, question.precision, stage=stage).seconds
-            for shape in (load.decode, load.mixed)
-        )
-        return float(np.asarray((1 - load.share) * decode + load.share * mixed)[0])
+        mean: Number = 0.0
+        for shape, share in shapes:
+            cost = step_cost(question.model, shape, chip, shard, question.precision, stage=stage)
+            drafted = steps_s(_drafted(question, shape, shard, stage), chip)
+            mean = mean + share * (cost.seconds + drafted.seconds)
+        return _number(mean)
 
     stages = [stage for stage, _ in distinct_stages(question.model, shard).values()]
     return max(stages, key=mean_s)
 
 
+def _drafted(question: Question, shape: StepShape, shard: Shard, stage: int) -> tuple[Operator, ...]:
+    """Of a step, what drafts the next one's tokens; on the last stage."""
+    return drafts(question, shape, shard) if stage == shard.pp - 1 else ()
+
+
 def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, shape: StepShape) -> Step:
     shard, stage = place
     operators = step(question.model, shape, shard, question.precision, stage=stage)
+    operators += _drafted(question, shape, shard, stage)
     footprint = streamed_bytes(operators)
     parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
     rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]

@@ -19,22 +19,25 @@ from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
+from tongyun.cloud.record import Recorder, Recording
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
-from tongyun.codesign.plan import Plan
+from tongyun.codesign.answer import Plan
+from tongyun.codesign.experts import ExpertLoads
+from tongyun.codesign.fit import check_fit
+from tongyun.codesign.pools import hand_over_link
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.codesign.tiers import CacheTiers
 from tongyun.codesign.upkeep import Kept, Site, Upkeep
 from tongyun.cost import usd_per_mtoken
-from tongyun.errors import Infeasible, InputError
+from tongyun.errors import InputError
 from tongyun.model.shard import slice_of
 from tongyun.model.steps import kv_bytes, weight_bytes
 from tongyun.specs import Chip
-from tongyun.units import GB, Source
+from tongyun.units import Source
 
 BLOCK_TOKENS = 64
 """Tokens of a KV block: several of an engine's 16 at a time, so that a long prompt is named quickly."""
@@ -57,6 +60,8 @@ class Played:
     models: Mapping[str, Group] = field(default_factory=dict)
     kept: Kept | None = None
     """Where replicas come and go: what that did."""
+    recording: Recording | None = None
+    """Over time, where it was asked for."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -107,6 +112,14 @@ class Engines:
     executors: tuple[SimulatedExecutor, ...]
     table: StepTable
 
+    def tell(self, recorder: Recorder) -> None:
+        """Let a recorder know what the engines do."""
+        blocks = self.loops[0].stats().kv_blocks_total
+        for loop, tape in zip(
+            self.loops, recorder.pool(self.pool.role, len(self.loops), blocks), strict=True
+        ):
+            loop.tape = tape
+
     @property
     def shortest_s(self) -> float:
         """Seconds of a step in which one request decodes its first token."""
@@ -127,8 +140,28 @@ class Engines:
         return sum(one.joules for one in self.executors) / shard.dp, busy_s * shard.ranks / shard.dp
 
 
+def of_a_group(plan: Plan) -> Plan:
+    """A plan of the search with the batch of an attention group, which is what a fleet's engines have.
+
+    A prefill replica may hold as many prompts again as it computes, those being handed over.
+    """
+    batch = max(1, plan.batch // plan.shard.dp)
+    first = plan.prefill
+    if first is not None:
+        first = replace(first, batch=max(2, 2 * first.batch // first.shard.dp))
+    return replace(plan, batch=batch, prefill=first)
+
+
 def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
-    """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode."""
+    """A plan's replicas as one pool, or so many that only prefill and a pool of the others, which decode;
+    or the two pools that the plan has."""
+    if plan.others:
+        raise InputError(f"{plan}: replicas of several kinds are not simulated request by request")
+    if plan.prefill is not None:
+        if prefill_replicas:
+            raise InputError(f"{plan} has its pools already: leave prefill replicas out")
+        pools = {"prefill": plan.prefill, "decode": replace(plan, prefill=None)}
+        return tuple(Pool(role=role, plan=replace(each, idle_chips=0)) for role, each in pools.items())
     if not 0 <= prefill_replicas < max(plan.replicas, 1):
         raise InputError(
             f"{prefill_replicas} of {plan.replicas} replicas for prefill: accepted: "
@@ -157,6 +190,8 @@ class Fleet:
     """Memories behind the KV cache."""
     upkeep: Upkeep | None = None
     """Failures and autoscaling."""
+    experts: ExpertLoads | None = None
+    """How unevenly experts are picked; the pools' cuts know it already."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -181,28 +216,15 @@ class Fleet:
         Infeasible with the bytes that are missing, where weights and activations leave no room
         for one request of the question's lengths.
         """
-        question = self.question
-        model, precision, part = question.model, question.precision, slice_of(question.model, plan.shard)
-        room = USABLE_MEMORY * chip.memory_bytes - weight_bytes(model, plan.shard, precision)
-        tokens, sequences = np.array(plan.step_tokens), np.array(plan.batch)
-        room -= float(activation_bytes(question, part, tokens, sequences))
-        each = self.block_tokens * float(kv_bytes(model, 1, precision, part))
-        longest = -(-(question.isl + question.osl) // self.block_tokens)
-        if room < longest * each:
-            lacking = (longest * each - room) / GB
-            raise Infeasible(
-                f"{model.name} does not fit: a rank of {chip.name} lacks {lacking:.3g} GB "
-                f"for weights, activations and the keys and values of one request"
-            )
-        blocks = int(room // each)
+        held = check_fit(self.question, chip, plan, self.block_tokens)
         return SchedulerConfig(
-            blocks=blocks,
+            blocks=held.blocks,
             block_tokens=self.block_tokens,
-            max_context_tokens=min(model.max_positions, blocks * self.block_tokens),
+            max_context_tokens=min(self.question.model.max_positions, held.blocks * self.block_tokens),
             max_sequences=plan.batch,
             max_step_tokens=max(plan.step_tokens, plan.batch),
             prefix_caching=self.prefix_caching,
-            tiers=None if self.tiers is None else self.tiers.blocks(each),
+            tiers=None if self.tiers is None else self.tiers.blocks(held.block_bytes),
         )
 
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
@@ -254,10 +276,10 @@ class Fleet:
 
         Every rank sends its share at once, when the prompt is computed, and the side whose
         ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
-        scale-up links where the fleet is one node and over the network else.
+        scale-up links where one domain holds the fleet and over the network else.
         """
         question = self.question
-        link = chip.scale_up if question.chips <= chip.chips_per_node else chip.scale_out
+        link = hand_over_link(question, chip)
         if link is None:
             raise InputError(f"{chip.name}: no links between replicas; keys and values cannot be handed over")
         model, precision = question.model, question.precision
@@ -278,12 +300,19 @@ class Fleet:
         chip: Chip,
         seed: int = 0,
         slo: Slo | None = None,
+        recorder: Recorder | None = None,
     ) -> Played:
-        """Send `arrivals` through `router`; the same arguments give the same result to the last bit."""
+        """Send `arrivals` through `router`; the same arguments give the same result to the last bit.
+
+        A `recorder` takes down what happens over time, and changes nothing of it.
+        """
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
         question = self.question
         pools = [self.engines(pool, chip) for pool in self.pools]
+        if recorder is not None:
+            for pool in pools:
+                pool.tell(recorder)
         load = requests(arrivals, vocabulary=question.model.vocab, seed=seed)
         records, results, kept = self._served(load, pools, router, chip, seed)
         report = summarise(records, slo)
@@ -300,10 +329,12 @@ class Fleet:
             sources=frozenset().union(
                 frozenset() if self.upkeep is None else self.upkeep.sources(chip),
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
+                frozenset() if self.experts is None else self.experts.sources,
                 *(pool.table.sources for pool in pools),
             ),
             classes=grouped(records, lambda record: record.priority_class, slo),
             models=grouped(records, lambda record: record.model, slo),
+            recording=None if recorder is None else recorder.recording(records),
         )
 
     def _served(

@@ -11,10 +11,9 @@ from html import escape
 from tongyun.codesign.drawing import Bar, Point, points, ranges, waterfall
 from tongyun.codesign.explain import Explanation, Step
 from tongyun.codesign.plan import Answer, Figures, Offer
+from tongyun.codesign.sheet import card, chip_facts, document, key, table, tags
 from tongyun.codesign.steady import USABLE_MEMORY
 from tongyun.report import number, quantity
-from tongyun.specs import Figure
-from tongyun.specs.form import facts
 from tongyun.units import GB, Source
 
 FIGURES = (
@@ -42,13 +41,7 @@ def page(answers: Sequence[Answer], explanation: Explanation | None, *, command:
         _counted(main),
         _sources(main),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in parts if part)
-        + "\n</main></body></html>\n"
-    )
+    return document(title, parts)
 
 
 def _limits(answer: Answer) -> str:
@@ -66,19 +59,15 @@ def _best(answer: Answer) -> str:
     if best is None:
         return f"<h2>No plan</h2><p>{escape(answer.limit or '')}</p>"
     cards = "".join(
-        f'<div class="card"><b>{escape(_value(best, key, unit))}</b><em>{escape(_span(best, key, unit))}</em>'
-        f"<span>{escape(name)}</span><small>{escape(what)}</small></div>"
-        for name, key, unit, what in FIGURES
+        card(_value(best, attribute, unit), _span(best, attribute, unit), name, what)
+        for name, attribute, unit, what in FIGURES
     )
     plan = best.plan
-    idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
-    text = (
-        f"{plan.replicas} × ({plan.shard}){idle}: {plan.batch} sequences decoding on a replica, "
-        f"{plan.step_tokens} tokens a step"
-    )
+    loads = ", ".join(f"{kind.batch} sequences on {kind.step_tokens} tokens a step" for _, kind in plan.kinds)
+    text = f"{plan}: {loads}" + (f"; {plan.idle_reason}" if plan.idle_chips else "")
     span = " Ranges: slow to fast corner of the chip's spec." if best.slow else ""
     return (
-        f"<h2>Best plan</h2><p><b>{escape(text)}</b>. Sources: {_tags(best.sources)}.{span}</p>"
+        f"<h2>Best plan</h2><p><b>{escape(text)}</b>. Sources: {tags(best.sources)}.{span}</p>"
         f'<div class="cards">{cards}</div>'
     )
 
@@ -116,8 +105,8 @@ def _pareto(answer: Answer) -> str:
     drawn = points(marks, x="tokens/s per user", y="tokens/s per chip")
     rows = [
         [
-            str(offer.plan.shard),
-            str(offer.plan.replicas),
+            str(offer.plan),
+            str(offer.plan.idle_chips),
             str(offer.plan.batch),
             str(offer.plan.step_tokens),
             *(_ranged(offer, key, unit) for _, key, unit, _ in FIGURES),
@@ -125,19 +114,17 @@ def _pareto(answer: Answer) -> str:
         ]
         for offer in answer.pareto
     ]
-    heads = ["plan", "replicas", "batch", "tokens/step", *(name for name, _, _, _ in FIGURES), "in limits"]
+    heads = ["plan", "idle chips", "batch", "tokens/step", *(name for name, _, _, _ in FIGURES), "in limits"]
     return (
         "<h2>Pareto</h2><p>Plans within memory and TTFT that no other beats in both. "
-        '<span class="name"><i class="key best"></i>best</span> '
-        '<span class="name"><i class="key in"></i>within the limits</span> '
-        f'<span class="name"><i class="key out"></i>TPOT too long</span></p>{drawn}'
-        f"<details><summary>All {len(rows)} of them</summary>{_table(heads, rows)}</details>"
+        f"{key('best', 'best')} {key('in', 'within the limits')} {key('out', 'TPOT too long')}</p>{drawn}"
+        f"<details><summary>All {len(rows)} of them</summary>{table(heads, rows)}</details>"
     )
 
 
 def _point(offer: Offer, style: str) -> Point:
     figures = offer.figures
-    title = f"{offer.plan.shard}, batch {offer.plan.batch}: TPOT {quantity(figures.tpot_s, 's')}"
+    title = f"{offer.plan}, batch {offer.plan.batch}: TPOT {quantity(figures.tpot_s, 's')}"
     return Point(x=figures.tok_s_per_user, y=figures.tok_s_per_chip, title=title, style=style)
 
 
@@ -145,13 +132,20 @@ def _explained(explanation: Explanation) -> str:
     parts = explanation.tpot_s
     memory = explanation.memory
     sizes = (memory.weights, float(memory.kv[0]), float(memory.activations[0]))
+    of_pool = "" if explanation.plan.prefill is None else " of the decode pool"
     stage = f" of stage {explanation.stage}" if explanation.plan.shard.pp > 1 else ""
-    bounds = " ".join(f'<span class="name"><i class="key {bound}"></i>{bound}</span>' for bound in _BOUNDS)
+    if explanation.plan.prefill is None:
+        rest = (
+            f"{quantity(parts['prefill'], 's')} in steps that carry prefill, which are "
+            f"{explanation.prefill_share:.1%} of all"
+        )
+    else:
+        rest = f"{quantity(parts['hand_over'], 's')} of the hand-over from the prefill pool"
+    bounds = " ".join(key(bound, bound) for bound in _BOUNDS)
     return (
         "<h2>Where each microsecond goes</h2>"
         f"<p>TPOT {quantity(sum(parts.values()), 's')} = {quantity(parts['decode'], 's')} in decode steps + "
-        f"{quantity(parts['prefill'], 's')} in steps that carry prefill, which are "
-        f"{explanation.prefill_share:.1%} of all. The fullest chip holds {number(sizes[0] / GB)} GB of "
+        f"{rest}. The fullest chip{of_pool} holds {number(sizes[0] / GB)} GB of "
         f"weights, {number(sizes[1] / GB)} GB of KV and {number(sizes[2] / GB)} GB of activations. "
         f"Below, one rank{stage}, by what its time goes to: {bounds}</p>"
         + _step(explanation.decode)
@@ -192,7 +186,7 @@ def _step(step: Step) -> str:
     heads = ["operator", "×", "time", "share", "GFLOP", *sizes, "of roofline", "bound", "source"]
     return (
         f"<h3>{escape(head)}</h3>{waterfall(bars, title=head)}"
-        f"<details><summary>Line by line</summary>{_table(heads, rows)}</details>"
+        f"<details><summary>Line by line</summary>{table(heads, rows)}</details>"
     )
 
 
@@ -210,13 +204,13 @@ def _compared(answers: Sequence[Answer]) -> str:
             continue
         best = answer.best
         cells = [_ranged(best, key, unit) for _, key, unit, _ in FIGURES]
-        rows.append([label, f"{best.plan.replicas} × ({best.plan.shard})", *cells, Source.mix(best.sources)])
+        rows.append([label, str(best.plan), *cells, Source.mix(best.sources)])
         usd = [figures.usd_per_mtoken for figures in _corners(best) if figures.usd_per_mtoken is not None]
         if usd:
             prices[label] = (usd[0], min(usd), max(usd))
     heads = ["chips", "best plan", *(name for name, _, _, _ in FIGURES), "source"]
     drawn = f"<p>Dollars per million output tokens:</p>{ranges(prices, unit='$')}" if prices else ""
-    return f"<h2>Compared under the same limits</h2>{drawn}{_table(heads, rows)}{''.join(refused)}"
+    return f"<h2>Compared under the same limits</h2>{drawn}{table(heads, rows)}{''.join(refused)}"
 
 
 def _counted(answer: Answer) -> str:
@@ -226,71 +220,11 @@ def _counted(answer: Answer) -> str:
 
 def _sources(answer: Answer) -> str:
     question = answer.question
-    rows = [_figure_row(key, figure, dimension.si_unit) for key, figure, dimension in facts(question.chip)]
-    if question.price is not None:
-        rows.append(_figure_row(f"price.chip_hour ({question.price.basis})", question.price.chip_hour, "$/h"))
-    note = "" if question.chip.note is None else f"<p>{escape(question.chip.note)}</p>"
     return (
         "<h2>Sources and assumptions</h2>"
         "<p>Requests are alike and arrive at random; engines prefill in chunks beside decoding; operators do "
         "not overlap; "
         f"{1 - USABLE_MEMORY:.0%} of a chip's memory is left to the runtime. Everything else "
-        f"rests on these figures of {escape(question.chip.title)}:</p>{note}"
-        f"<details open><summary>Figures</summary>"
-        f"{_table(['figure', 'value and range', 'kind', 'source'], rows)}</details>"
+        f"rests on these figures of {escape(question.chip.title)}:</p>"
+        + chip_facts(question.chip, question.price)
     )
-
-
-def _figure_row(key: str, figure: Figure, unit: str) -> list[str]:
-    value = quantity(figure.value, unit, low=figure.low, high=figure.high)
-    return [key, value, figure.source.value, figure.reference]
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _tags(sources: frozenset[Source]) -> str:
-    return " ".join(f'<span class="tag">{name}</span>' for name in Source.mix(sources).split("+"))
-
-
-STYLE = """
-:root { color-scheme: light dark; --back: #fbfbf9; --text: #22262b; --soft: #6a7079; --line: #dcdcd6;
-  --card: #ffffff; --best: #c2410c; --in: #2563a8; --out: #a9afb8; --memory: #2f6fb3; --compute: #d97a1f;
-  --link: #7a56b5; --launch: #9aa1ab; --host: #4d8a57; }
-@media (prefers-color-scheme: dark) { :root { --back: #16181b; --text: #e6e6e3; --soft: #9aa0a8;
-  --line: #33373d; --card: #1f2226; --best: #f28a4b; --in: #6ea8e6; --out: #5d636c; --memory: #5b9bd8;
-  --compute: #e79a4c; --link: #a487dc; --launch: #737a84; --host: #74b380; } }
-body { margin: 0; background: var(--back); color: var(--text);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 32px 20px 80px; }
-h1 { font-size: 26px; line-height: 1.2; margin: 0 0 4px; } h2 { font-size: 19px; margin: 40px 0 8px; }
-h3 { font-size: 15px; margin: 24px 0 4px; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px;
-  white-space: pre-wrap; word-break: break-word; font-size: 13px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 12px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px;
-  display: flex; flex-direction: column; }
-.card b { font-size: 18px; } .card em { font-style: normal; font-size: 13px; color: var(--soft); }
-.card small { color: var(--soft); }
-.tag { border: 1px solid var(--line); border-radius: 10px; padding: 0 8px; font-size: 12px;
-  color: var(--soft); }
-.wide { overflow-x: auto; } .name { white-space: nowrap; }
-td { white-space: nowrap; } td:last-child { white-space: normal; min-width: 180px; }
-table { border-collapse: collapse; font-size: 13px; margin: 8px 0; font-variant-numeric: tabular-nums; }
-th { text-align: left; color: var(--soft); font-weight: 600; }
-th, td { padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-summary { cursor: pointer; color: var(--soft); margin: 8px 0; }
-svg { width: 100%; height: auto; } svg text { fill: var(--text); font-size: 12px; }
-.grid { stroke: var(--line); stroke-width: 1; } .whisker { stroke: var(--text); stroke-width: 1.5; }
-.best { fill: var(--best); } .in { fill: var(--in); } .out { fill: var(--out); }
-.memory { fill: var(--memory); } .compute { fill: var(--compute); } .link { fill: var(--link); }
-.launch { fill: var(--launch); } .host { fill: var(--host); }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 10px; }
-.key.best { background: var(--best); } .key.in { background: var(--in); } .key.out { background: var(--out); }
-.key.memory { background: var(--memory); } .key.compute { background: var(--compute); }
-.key.link { background: var(--link); } .key.launch { background: var(--launch); }
-.key.host { background: var(--host); }
-"""

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.errors import InputError
+from tongyun.codesign.places import Room, domain_of
+from tongyun.errors import InputError, unknown
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Precision
 from tongyun.model.shard import Shard, broken_rule
@@ -22,11 +22,11 @@ CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
 BATCHES = np.unique(np.round(np.geomspace(1, 4096, 109))).astype(np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
+POOLS = ("mixed", "split", "both")
+MOST_DRAFTED = 16
+"""Longest draft; published modules draft one to eight."""
 STAGES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Pipeline depths to try; deeper ones only add hand-overs to every token."""
-MOST_TP = 64
-MOST_GROUPS = 64
-"""Attention groups of one replica beyond which the all-to-all is all there is."""
+"""Pipeline depths to try; others are counted. Deeper ones only add hand-overs to every token."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,15 @@ class Question:
     price: PriceSpec | None = None
     engine: str = "any"
     """The serving engine whose kernels are priced; `any` is none in particular."""
+    pools: str = "mixed"
+    """Which deployments are searched: replicas that prefill and decode, `split` pools, or `both`."""
+    prefix_hit: float = 0.0
+    """Share of input tokens whose keys and values are in the cache already: attended to and held,
+    not computed."""
+    draft_tokens: int = 0
+    """Tokens drafted for each step that verifies them; 0: no speculative decoding."""
+    acceptance: float = 0.0
+    """Probability that a drafted token is right when those before it were."""
 
     def __post_init__(self) -> None:
         if self.chips < 1:
@@ -63,6 +72,27 @@ class Question:
         for name, limit in (("ttft", self.ttft_s), ("tpot", self.tpot_s)):
             if limit is not None and not 0 < limit < float("inf"):
                 raise InputError(f"{name} must be a positive time, got {limit} s")
+
+        if self.pools not in POOLS:
+            raise InputError(unknown("pools", self.pools, POOLS))
+        if not 0 <= self.prefix_hit < 1:
+            raise InputError(
+                f"prefix_hit must be a share from 0 up to, not including, 1; got {self.prefix_hit}"
+            )
+        if not 0 <= self.acceptance <= 1:
+            raise InputError(f"acceptance must be a probability from 0 to 1, got {self.acceptance}")
+        if not 0 <= self.draft_tokens <= MOST_DRAFTED:
+            raise InputError(f"draft_tokens must be from 0 to {MOST_DRAFTED}, got {self.draft_tokens}")
+
+    @property
+    def computed(self) -> float:
+        """Input tokens of a request that no cache holds; the last one is always computed."""
+        return max(1.0, self.isl * (1 - self.prefix_hit))
+
+    @property
+    def step_tokens(self) -> float:
+        """Expected tokens that a sequence gets in a step: 1 + a + … + a^k."""
+        return float(sum(self.acceptance**i for i in range(self.draft_tokens + 1)))
 
     def at(self, corner: Corner = Corner.NOMINAL) -> Chip:
         """The chip at one corner of its ranges, with the kernels of the engine asked for."""
@@ -83,39 +113,50 @@ def released_dtype(config: ModelConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cuts:
-    """Cuts to try, and how many were refused by a rule or for want of a link."""
+    """Cuts to try, how many were refused by a rule or for want of a link or a place, and how many have
+    a depth that is not tried."""
 
     legal: tuple[Shard, ...]
     refused: int
+    untried: int
 
 
 def cuts(config: ModelConfig, chip: Chip, chips: int) -> Cuts:
-    """Every cut over at most `chips` ranks that the rules and the chip's links allow, smallest first."""
-    legal, refused = [], 0
-    for shard in _shapes(config, chips):
-        if broken_rule(config, shard) is None and _linked(chip, shard.ranks):
-            legal.append(shard)
-        else:
+    """Every cut over at most `chips` ranks that the rules and the chip's links and domains allow,
+    smallest first."""
+    room = Room.of(chips, domain_of(chip))
+    legal: list[Shard] = []
+    refused = untried = 0
+    for flat in _shapes(config, chips):
+        # The rules but the one for layers do not look at depth.
+        deepest = min(config.layers, chips // flat.stage_ranks)
+        if broken_rule(config, flat) is not None:
             refused += 1
-    return Cuts(legal=tuple(sorted(legal, key=lambda shard: (shard.ranks, shard))), refused=refused)
+            continue
+        found = [replace(flat, pp=pp) for pp in STAGES if pp <= deepest]
+        placed = [shard for shard in found if _linked(chip, shard.ranks) and room.fits(shard)]
+        legal += placed
+        refused += len(found) - len(placed)
+        untried += deepest - len(found)
+    ordered = sorted(legal, key=lambda shard: (shard.ranks, shard))
+    return Cuts(legal=tuple(ordered), refused=refused, untried=untried)
 
 
 def _shapes(config: ModelConfig, chips: int) -> Iterator[Shard]:
-    """All factorisations worth a look; the rules decide which of them are legal."""
-    for tp, pp in product(range(1, min(MOST_TP, chips) + 1), STAGES):
-        if tp * pp <= chips:
-            yield Shard(tp=tp, pp=pp)
-            yield from _expert_shapes(config.experts, tp, pp, chips)
+    """All ways to spread one stage over at most `chips` ranks; the rules decide which are legal."""
+    for tp in range(1, chips + 1):
+        yield Shard(tp=tp)
+        yield from _expert_shapes(config.experts, tp, chips)
 
 
-def _expert_shapes(experts: Experts | None, tp: int, pp: int, chips: int) -> Iterator[Shard]:
+def _expert_shapes(experts: Experts | None, tp: int, chips: int) -> Iterator[Shard]:
     """Experts over tp alone, or over attention groups as well."""
     if experts is None:
         return
     for ep in _divisors(experts.count, tp)[1:]:
-        yield Shard(tp=tp, pp=pp, ep=ep)
-    for dp in _divisors(experts.count, min(MOST_GROUPS, chips // (tp * pp)))[1:]:
-        yield Shard(tp=tp, pp=pp, ep=tp * dp, dp=dp)
+        yield Shard(tp=tp, ep=ep)
+    for dp in _divisors(experts.count, chips // tp)[1:]:
+        yield Shard(tp=tp, ep=tp * dp, dp=dp)
 
 
 def _linked(chip: Chip, ranks: int) -> bool:

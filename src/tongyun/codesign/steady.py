@@ -1,20 +1,21 @@
 """The steady state of continuous batching with chunked prefill, for a whole grid of loads.
 
-Equal requests of `isl` input and `osl` output tokens. Each attention group keeps D
-sequences decoding; a step is one token for each of them and up to C − D tokens of
-prefill, C being the step's budget. With n chunks a prompt, c = isl / n:
+Equal requests of `isl` input and `osl` output tokens, of the input i = isl · (1 − hits) to be
+computed. Each attention group keeps D sequences decoding; a step runs v = 1 + draft positions
+of each, of which e become tokens (`speculate`; v = e = 1 without), and up to C − v · D tokens
+of prefill, C being the step's budget. With n chunks a prompt, c = i / n:
 
-    p     = D · isl / (osl − 1)        prefill tokens a step has to take on average
+    p     = e · D · i / (osl − 1)      prefill tokens a step has to take on average
     q     = max(c, p)                  prefill tokens of a step that has any
     f     = p / q                      share of steps that have any
     t     = (1 − f) · t_decode(D) + f · t_mixed(D, q)
-    TPOT  = pp · t                     a token passes every stage; pp batches take turns
-    rate  = dp · D · osl / ((osl − 1) · t)         output tokens per second of a replica
-    ρ     = p / (C − D)                use of the prefill budget; ρ ≥ 1 cannot last
-    TTFT  = S · (1 + ρ / 2(1 − ρ)) + TPOT / 2,  S = n · pp · t_mixed
+    TPOT  = pp · t / e                 a token passes every stage; pp batches take turns
+    rate  = dp · D · e · osl / ((osl − 1) · t)     output tokens per second of a replica
+    ρ     = p / (C − v · D)            use of the prefill budget; ρ ≥ 1 cannot last
+    TTFT  = S · (1 + ρ / 2(1 − ρ)) + pp · t / 2,  S = n · pp · t_mixed
 
 S is the prefill of a prompt beside D decoding sequences, its factor the mean wait of
-an M/D/1 queue behind other prompts (Poisson arrivals), and TPOT / 2 what is left of
+an M/D/1 queue behind other prompts (Poisson arrivals), and pp · t / 2 what is left of
 the running step. All requests are alike, so tails are not known here.
 """
 
@@ -28,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.codesign.space import Question
+from tongyun.codesign.speculate import Drafts, draft_bytes
 from tongyun.cost import StepPrices
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Sequences, StepShape
@@ -76,26 +78,32 @@ class Load:
 
 def load_at(question: Question, batch: Array, budget: Array) -> Load:
     """The load of an attention group that keeps `batch` sequences decoding on steps of `budget` tokens."""
-    isl, steps = question.isl, question.osl - 1
-    room = np.maximum(budget - batch, 0.0)
-    due = batch * isl / steps
+    isl, positions = question.computed, 1 + question.draft_tokens
+    room = np.maximum(budget - positions * batch, 0.0)
+    due = question.step_tokens * batch * isl / (question.osl - 1)
     use = np.where(room > 0, due / np.maximum(room, 1.0), np.inf)
     # Where no room is left the load cannot last and is cut by `use`; one chunk keeps it finite.
     chunks = np.ceil(isl / np.clip(room, 1.0, isl))
     chunk = isl / chunks
     prompts = np.maximum(1.0, due / chunk)
-    context = isl + question.osl / 2
-    decoding = Sequences(new=1, context=context, count=batch)
+    decoding = decoding_at(question, batch)
     # Attention is linear in context, so that the mean over a prompt's chunks is exact.
-    prefill = Sequences(new=chunk, context=chunk * (chunks - 1) / 2, count=prompts)
+    cached = question.isl - isl
+    prefill = Sequences(new=chunk, context=cached + chunk * (chunks - 1) / 2, count=prompts)
     return Load(
-        decode=StepShape(decode=decoding, sampled=batch),
-        mixed=StepShape(decode=decoding, prefill=prefill, sampled=batch + prompts / chunks),
+        decode=StepShape(decode=decoding, sampled=positions * batch),
+        mixed=StepShape(decode=decoding, prefill=prefill, sampled=positions * batch + prompts / chunks),
         share=due / (prompts * chunk),
         chunks=chunks,
         use=use,
         prompts=prompts,
     )
+
+
+def decoding_at(question: Question, batch: Array) -> Sequences:
+    """Sequences half way through their output, each with the positions that a step verifies."""
+    context = question.isl + question.osl / 2
+    return Sequences(new=1 + question.draft_tokens, context=context, count=batch)
 
 
 class Pricing:
@@ -104,26 +112,26 @@ class Pricing:
     def __init__(self, question: Question, chip: Chip, batch: Array, budget: Array) -> None:
         self.question, self.chip, self.batch, self.budget = question, chip, batch, budget
         self.load = load_at(question, batch, budget)
-        self._decode, self._mixed = (
-            StepPrices(question.model, shape, chip, question.precision)
+        self.decode, self.mixed = (
+            (StepPrices(question.model, shape, chip, question.precision), Drafts(question, shape, chip))
             for shape in (self.load.decode, self.load.mixed)
         )
 
     def steady(self, shard: Shard) -> Steady:
         """Latencies, rate and energy of a replica on this cut."""
-        load, steps = self.load, self.question.osl - 1
+        load, steps, each = self.load, self.question.osl - 1, self.question.step_tokens
         stages = distinct_stages(self.question.model, shard)
         costs = [self._stage(shard, stage) for stage, _ in stages.values()]
-        step_s = _largest([cost.seconds for _, cost in costs])
-        mixed_s = _largest([mixed.seconds for mixed, _ in costs])
+        step_s = largest([cost.seconds for _, cost in costs])
+        mixed_s = largest([mixed.seconds for mixed, _ in costs])
         joules = sum(
             count * cost.joules for (_, cost), (_, count) in zip(costs, stages.values(), strict=True)
         )
-        tpot_s = shard.pp * step_s
-        tokens = shard.dp * self.batch * self.question.osl
+        tpot_s = shard.pp * step_s / each
+        tokens = shard.dp * self.batch * each * self.question.osl
         with np.errstate(divide="ignore", invalid="ignore"):
             wait = np.where(load.use < 1, load.use / (2 * (1 - load.use)), np.inf)
-            ttft_s = load.chunks * shard.pp * mixed_s * (1 + wait) + tpot_s / 2
+            ttft_s = load.chunks * shard.pp * mixed_s * (1 + wait) + shard.pp * step_s / 2
         return Steady(
             ttft_s=ttft_s,
             tpot_s=tpot_s,
@@ -135,7 +143,8 @@ class Pricing:
 
     def _stage(self, shard: Shard, stage: int) -> tuple[Cost, Cost]:
         """Cost of a mixed step, and of the mean step."""
-        decode, mixed, share = self._decode.at(shard, stage), self._mixed.at(shard, stage), self.load.share
+        share = self.load.share
+        decode, mixed = (stage_cost(prices, shard, stage) for prices in (self.decode, self.mixed))
         mean = Cost(
             seconds=(1 - share) * decode.seconds + share * mixed.seconds,
             joules=(1 - share) * decode.joules + share * mixed.joules,
@@ -145,21 +154,33 @@ class Pricing:
 
     def memory_bytes(self, shard: Shard) -> Array:
         """What the fullest rank of this cut holds; see `memory_bytes`."""
-        return _largest([memory.total for memory in self.memory_by_stage(shard)])
+        return largest([memory.total for memory in self.memory_by_stage(shard)])
 
     def memory_by_stage(self, shard: Shard) -> list[Memory]:
         """The memory of one rank of each different stage."""
         model, precision = self.question.model, self.question.precision
         sequences = self.batch + self.load.prompts
+        rows = (1 + self.question.draft_tokens) * self.batch + self.load.prompts
         length = self.question.isl + self.question.osl
-        return [
-            Memory(
-                weights=weight_bytes(model, shard, precision, stage=stage),
-                kv=shard.pp * sequences * float(kv_bytes(model, length, precision, part)),
-                activations=activation_bytes(self.question, part, self.budget, sequences),
+        found = []
+        for part, (stage, _) in distinct_stages(model, shard).items():
+            drafting, drafted = draft_bytes(self.question, part, length)
+            each = float(kv_bytes(model, length, precision, part)) + drafted
+            found.append(
+                Memory(
+                    weights=weight_bytes(model, shard, precision, stage=stage) + drafting,
+                    kv=shard.pp * sequences * each,
+                    activations=activation_bytes(self.question, part, self.budget, rows),
+                )
             )
-            for part, (stage, _) in distinct_stages(model, shard).items()
-        ]
+        return found
+
+
+def stage_cost(prices: tuple[StepPrices, Drafts], shard: Shard, stage: int) -> Cost:
+    """Cost of one step on one stage, with what drafts the next one's tokens on the last."""
+    step, drafts = prices
+    cost = step.at(shard, stage)
+    return cost + drafts.at(shard) if drafts.are_made and stage == shard.pp - 1 else cost
 
 
 def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: Array) -> Steady:
@@ -167,7 +188,7 @@ def steady(question: Question, chip: Chip, shard: Shard, batch: Array, budget: A
     return Pricing(question, chip, batch, budget).steady(shard)
 
 
-def _largest(arrays: Sequence[Number]) -> Array:
+def largest(arrays: Sequence[Number]) -> Array:
     """The slowest or fullest stage, point by point."""
     return np.asarray(np.max(np.stack([np.asarray(array) for array in arrays]), axis=0))
 

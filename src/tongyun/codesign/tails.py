@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 from tongyun.cloud.latency import Percentiles, Slo
 from tongyun.cloud.sched.router import LeastLoad
+from tongyun.codesign.answer import Answer, Offer, Plan
 from tongyun.codesign.demand import Demand
-from tongyun.codesign.fleet import Fleet, Played, pools_of
-from tongyun.codesign.plan import Answer, Offer, Plan
+from tongyun.codesign.fleet import Fleet, Played, of_a_group, pools_of
+from tongyun.codesign.plan import plan as search
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
 
@@ -46,7 +47,7 @@ class Trial:
 
     @property
     def chips(self) -> int:
-        return self.plan.replicas * self.plan.shard.ranks
+        return self.plan.chips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class Tails:
             return f"rate: no plan within the limits carries {self.demand.rate_per_s:g} requests/s"
         near = min(self.trials, key=lambda trial: (-trial.attainment, trial.chips))
         return (
-            f"ttft and tpot at p99: nearest is {near.plan.replicas} × ({near.plan.shard}) with TTFT p99 "
+            f"ttft and tpot at p99: nearest is {near.plan} with TTFT p99 "
             f"{near.ttft_s.p99 * 1e3:.4g} ms and TPOT p99 {near.tpot_s.p99 * 1e3:.4g} ms, "
             f"{near.attainment:.1%} of requests within both; {self.not_played} candidates not played"
         )
@@ -80,11 +81,11 @@ class Tails:
 
 def tails(answer: Answer, demand: Demand) -> Tails:
     """Play plans of the answer's Pareto under the demand until one keeps the limits at p99."""
-    within = [offer for offer in answer.pareto if offer.meets]
-    played = [offer for offer in within if offer.plan.shard.pp == 1]
+    within = [offer for offer in _offers(answer) if offer.meets]
+    played = [offer for offer in within if all(kind.shard.pp == 1 for _, kind in offer.plan.kinds)]
     candidates = sorted(
         _candidates(answer, demand, played),
-        key=lambda pair: (pair[0].replicas * pair[0].shard.ranks, pair[1].figures.tpot_s, -pair[0].batch),
+        key=lambda pair: (pair[0].chips, pair[1].figures.tpot_s, -pair[0].batch),
     )
     trials: list[Trial] = []
     best = None
@@ -98,38 +99,51 @@ def tails(answer: Answer, demand: Demand) -> Tails:
         best=best,
         trials=tuple(trials),
         not_played=len(candidates) - len(trials),
-        too_small=sum(_least(answer, demand, offer) > _room(answer, offer) for offer in played),
+        too_small=sum(_least(demand, offer) > offer.plan.replicas for offer in played),
         staged=len(within) - len(played),
     )
+
+
+def _offers(answer: Answer) -> tuple[Offer, ...]:
+    """The Pareto; where both kinds of deployment share one, each kind's own, for on fewer chips than all
+    a kind may win that loses on all."""
+    question = answer.question
+    if question.pools != "both":
+        return answer.pareto
+    kinds = (search(replace(question, pools=pools)).pareto for pools in ("mixed", "split"))
+    return tuple(offer for pareto in kinds for offer in pareto)
 
 
 def _candidates(answer: Answer, demand: Demand, offers: list[Offer]) -> Iterator[tuple[Plan, Offer]]:
     """Each offer with numbers of replicas from those that just carry the rate up, once each."""
     for offer in offers:
-        least, most = _least(answer, demand, offer), _room(answer, offer)
+        least, most = _least(demand, offer), offer.plan.replicas
         for replicas in sorted({min(math.ceil(least * room), most) for room in ROOM}):
             if replicas >= least:
-                idle = answer.question.chips - replicas * offer.plan.shard.ranks
-                yield replace(offer.plan, replicas=replicas, idle_chips=idle), offer
+                plan = _scaled(offer.plan, replicas)
+                yield replace(plan, idle_chips=answer.question.chips - plan.chips), offer
 
 
-def _least(answer: Answer, demand: Demand, offer: Offer) -> int:
-    """Replicas whose steady rate is the demand's mean one."""
-    whole = offer.figures.tok_s_per_chip * answer.question.chips
-    return math.ceil(demand.rate_per_s * demand.osl / (whole / offer.plan.replicas))
+def _scaled(plan: Plan, replicas: int) -> Plan:
+    """The plan's main kind on so many replicas; a prefill pool keeps its ratio to them."""
+    first = plan.prefill
+    if first is not None:
+        first = replace(first, replicas=math.ceil(first.replicas * replicas / plan.replicas))
+    return replace(plan, replicas=replicas, prefill=first, others=())
 
 
-def _room(answer: Answer, offer: Offer) -> int:
-    return answer.question.chips // offer.plan.shard.ranks
+def _least(demand: Demand, offer: Offer) -> int:
+    """Replicas of the main kind whose steady rate is the demand's mean one."""
+    return math.ceil(demand.rate_per_s * demand.osl / offer.replica_tokens_per_s)
 
 
 def _play(answer: Answer, demand: Demand, plan: Plan, offer: Offer) -> Trial:
     question = answer.question
-    chips = plan.replicas * plan.shard.ranks
+    chips = plan.chips
     slo = Slo(ttft_s=question.ttft_s, tpot_s=question.tpot_s)
     # A fleet's batch and budget are a group's. Free chips are not part of it.
-    grouped = replace(plan, batch=max(1, plan.batch // plan.shard.dp), idle_chips=0)
-    fleet = Fleet(question=replace(question, chips=chips), pools=pools_of(grouped))
+    pools = pools_of(replace(of_a_group(plan), idle_chips=0))
+    fleet = Fleet(question=replace(question, chips=chips), pools=pools)
     played = fleet.play(demand.arrivals, LeastLoad(), chip=question.chip.at(), slo=slo)
     report = played.report
     ttft, tpot = report.ttft_s or _NEVER, report.tpot_s or _NEVER

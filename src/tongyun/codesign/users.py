@@ -39,13 +39,16 @@ class Users:
     """A closed loop: who asks, how often, and how much questions differ."""
 
     count: int
-    rounds: int
+    rounds: float
+    """Questions over users."""
     shortest: float = 1.0
     """Lengths are uniform between this share of the question's and the question's own."""
+    seats: int | None = None
+    """Sequences an attention group of the engine serves at once; None for what its memory holds."""
 
     def lengths(self, longest: int, stream: int) -> list[int]:
         """One for each request, the same in every run."""
-        number = self.count * self.rounds
+        number = round(self.count * self.rounds)
         if self.shortest >= 1:
             return [longest] * number
         drawn = np.random.default_rng(stream).integers(int(longest * self.shortest), longest + 1, number)
@@ -75,7 +78,8 @@ class Table:
         self.question = replace(question, isl=users.mean(question.isl), osl=max(2, users.mean(question.osl)))
         self._shard = shard
         self.users = replace(users, count=math.ceil(users.count / (shard.dp * shard.pp)))
-        self.most = min(self.users.count, _capacity(self.question, shard, step_tokens))
+        seats = self.users.count if users.seats is None else min(users.seats, self.users.count)
+        self.most = min(seats, _capacity(self.question, shard, step_tokens))
         if self.most < 1:
             raise Infeasible(f"{question.model.name} on {shard}: no room for one request")
         self.budget = max(step_tokens, self.most)

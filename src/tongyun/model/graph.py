@@ -67,8 +67,12 @@ class Routed:
     """Experts of the layer on all ranks."""
     local: int
     """Experts on this rank."""
+    picks: tuple[float, ...]
+    """For each of these, the chance that a token is computed there; empty where all are alike."""
     hidden: int
     inner: int
+    compute: DType
+    """The type its products are taken in, which decides what passes between them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from tongyun.model.config import Experts, Latent, ModelConfig
 from tongyun.model.graph import Attends, Kind, Operator, Precision, Routed, Sequences, StepShape
-from tongyun.model.shard import Slice
+from tongyun.model.shard import Shard, Slice
 from tongyun.units import DType, Number
 
 
@@ -53,6 +55,15 @@ def elementwise(name: str, kind: Kind, read: Number, write: Number, *, repeat: i
     return Operator(name=name, kind=kind, repeat=repeat, read_bytes=read, write_bytes=write)
 
 
+def _together(group: Sequences) -> tuple[int, Sequences]:
+    """Decoding sequences with several new tokens each, as kernels take them: every position's heads
+    are further rows beside those of the first, over one pass of the cache."""
+    if group.ragged or np.ndim(group.new) or int(group.new) == 1:
+        return 1, group
+    new = int(group.new)
+    return new, replace(group, new=1, context=group.context + (new - 1))
+
+
 def touched_experts(experts: Experts, tokens: Number) -> Number:
     """Expected share of the experts that at least one of `tokens` runs, routing balanced.
 
@@ -67,6 +78,11 @@ def reached_ranks(experts: Experts, ranks: int) -> float:
     for chosen in range(experts.per_token):
         missed *= max(0, elsewhere - chosen) / (experts.count - chosen)
     return ranks * (1 - missed)
+
+
+def crowding(experts: Experts, shard: Shard) -> float:
+    """Tokens that the busiest rank computes over those of the mean one; 1 where experts are alike."""
+    return sum(shard.expert_picks) * shard.ep / experts.per_token if shard.expert_picks else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,17 +218,18 @@ class Layers:
         """4·d FLOPs for each head and query-key pair; keys and values read once."""
         heads, width = self.part.heads, self.config.head_dim
         tokens, kv = group.tokens, self.precision.kv.bytes
+        rows, seen = _together(group) if group is self.shape.decode else (1, group)
         return Operator(
             name=name,
             kind=Kind.ATTENTION,
             repeat=layers,
             m=tokens * heads,
-            n=heads,
+            n=rows * heads,
             k=width,
             groups=group.sequences,
             compute=self.precision.activations,
             attends=Attends(
-                group=group,
+                group=seen,
                 key_heads=self.part.kv_heads,
                 width=width,
                 value_width=width,
@@ -303,17 +320,18 @@ class Layers:
         """Decode: queries move into the latent space, so that all heads read the cache as it is, once."""
         heads, layers, rank = self.part.heads, self.part.layers, latent.kv_rank
         wide = rank + latent.rope_dim
+        rows, seen = _together(group)
         attend = Operator(
             name="attention_decode",
             kind=Kind.ATTENTION,
             repeat=layers,
             m=group.tokens * heads,
-            n=heads,
+            n=rows * heads,
             k=wide,
             groups=group.sequences,
             compute=self.precision.activations,
             attends=Attends(
-                group=group,
+                group=seen,
                 key_heads=1,
                 width=wide,
                 value_width=rank,
@@ -407,8 +425,12 @@ class Layers:
     def _exchange(
         self, experts: Experts, tokens: Number, repeat: int
     ) -> tuple[list[Operator], list[Operator]]:
-        """All-to-all to the experts' ranks in the experts' arithmetic type, and back in the activations'."""
+        """All-to-all to the experts' ranks in the experts' arithmetic type, and back in the activations'.
+
+        What the busiest rank takes in decides: the others have sent before.
+        """
         sent = tokens * reached_ranks(experts, self.part.shard.ep) * self.config.hidden
+        sent = sent * crowding(experts, self.part.shard)
         narrow = min(self.precision.expert_compute.bytes, self.act)
         there = self.collective("dispatch", Kind.ALL_TO_ALL, "ep", sent * narrow, repeat)
         back = self.collective("combine", Kind.ALL_TO_ALL, "ep", sent * self.act, repeat)
@@ -417,16 +439,21 @@ class Layers:
     def _experts(self, experts: Experts, repeat: int) -> list[Operator]:
         part, hidden = self.part, self.config.hidden
         tokens = self.shape.tokens * part.shard.dp
-        rows = tokens * experts.per_token / part.shard.ep
+        rows = tokens * experts.per_token / part.shard.ep * crowding(experts, part.shard)
+        picks = part.shard.expert_picks
         groups = part.experts * touched_experts(experts, tokens)
+        if picks:
+            groups = sum(1 - (1 - pick) ** tokens for pick in picks)
         routed = Routed(
             tokens=tokens,
             mine=self.shape.tokens / part.shard.tp if part.shard.dp > 1 else self.shape.tokens,
             per_token=experts.per_token,
             count=experts.count,
             local=part.experts,
+            picks=picks,
             hidden=hidden,
             inner=part.expert_width,
+            compute=self.precision.expert_compute,
         )
         up = self._grouped("experts_up", rows, groups, (hidden, 2 * part.expert_width))
         activation = self._activation("experts", rows, part.expert_width, repeat)

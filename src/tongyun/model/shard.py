@@ -35,6 +35,9 @@ class Shard:
     pp: int = 1
     ep: int = 1
     dp: int = 1
+    expert_picks: tuple[float, ...] = ()
+    """For each expert of the busiest of the ep ranks, the chance that a token is computed there. Empty:
+    every expert is as likely as the next, and no rank has copies of another's."""
 
     def __post_init__(self) -> None:
         for axis in ("tp", "pp", "ep", "dp"):
@@ -194,7 +197,7 @@ def slice_of(config: ModelConfig, shard: Shard, stage: int = 0) -> Slice:
         kv_heads=max(1, config.kv_heads // shard.tp),
         dense_width=config.intermediate // shard.tp if dense else 0,
         shared_width=_shared_width(config, shard),
-        experts=experts.count // shard.ep if experts else 0,
+        experts=(len(shard.expert_picks) or experts.count // shard.ep) if experts else 0,
         expert_width=experts.intermediate // shard.expert_tp if experts else 0,
         vocab=config.vocab // shard.tp,
         full_layers=len(layers) - windowed,

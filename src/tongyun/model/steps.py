@@ -78,6 +78,21 @@ def hand_overs(
     return tuple(_exit(Layers(config=config, part=part, shape=shape, precision=precision)))
 
 
+def draft_operators(
+    config: ModelConfig, shape: StepShape, shard: Shard, precision: Precision
+) -> tuple[Operator, ...]:
+    """One run of a module that drafts the token after next, as DeepSeek-V3's prediction layer does:
+    hidden state and embedding joined, one layer, and the model's own norm and head."""
+    kinds = layer_operators(config, shape, replace(shard, pp=1), precision)
+    whole = slice_of(config, replace(shard, pp=1))
+    layers = Layers(config=config, part=whole, shape=shape, precision=precision)
+    size = (shape.tokens, 2 * config.hidden, config.hidden // shard.tp)
+    join = matmul("join", size, layers.projection, repeat=1, bias=False)
+    layer = (*kinds["full"], *kinds["sparse" if whole.sparse_layers else "dense"])
+    head = (replace(op, resident_bytes=0) for op in kinds["exit"])
+    return tuple(replace(op, name=f"draft_{op.name}") for op in (join, *layer, *head))
+
+
 def layer_counts(part: Slice) -> dict[str, int]:
     """How often each of `layer_operators` comes in a stage."""
     return {

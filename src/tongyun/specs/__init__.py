@@ -1,12 +1,14 @@
 """Facts as data: chips, fabrics, storage, models, prices and workloads, each figure with its source."""
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.figure import Corner, Figure
 from tongyun.specs.find import (
     every,
     find_chip,
     find_fabric,
     find_fleet,
+    find_market,
     find_model,
     find_ppu,
     find_price,
@@ -17,6 +19,7 @@ from tongyun.specs.find import (
     names,
 )
 from tongyun.specs.fleet import FleetSpec, PoolSpec
+from tongyun.specs.market import MarketPoolSpec, MarketSpec, ServedSpec, SharingSpec
 from tongyun.specs.ppu import Ppu, PpuSpec
 from tongyun.specs.schema import (
     Calibration,
@@ -38,16 +41,21 @@ __all__ = [
     "Chip",
     "ChipSpec",
     "Corner",
+    "ExpertsSpec",
     "FabricSpec",
     "FailureSpec",
     "Figure",
     "FleetSpec",
     "Link",
+    "MarketPoolSpec",
+    "MarketSpec",
     "OutageSpec",
     "PoolSpec",
     "Ppu",
     "PpuSpec",
     "PriceSpec",
+    "ServedSpec",
+    "SharingSpec",
     "StorageSpec",
     "WorkloadSpec",
     "dumps",
@@ -55,6 +63,7 @@ __all__ = [
     "find_chip",
     "find_fabric",
     "find_fleet",
+    "find_market",
     "find_model",
     "find_ppu",
     "find_price",

@@ -72,7 +72,7 @@ COMPUTE = Dimension(
     si_unit="FLOP/s",
     units={"flops_per_s": 1.0, "gflops": 1e9, "tflops": 1e12, "pflops": 1e15, "tops": 1e12},
 )
-TIME = Dimension(name="seconds", si_unit="s", units={"s": 1.0, "ms": MS, "us": US, "ns": 1e-9})
+TIME = Dimension(name="seconds", si_unit="s", units={"s": 1.0, "ms": MS, "us": US, "ns": 1e-9, "h": 3600.0})
 POWER = Dimension(name="watts", si_unit="W", units={"w": 1.0, "kw": 1e3})
 FRACTION = Dimension(name="a fraction", si_unit="", units={"fraction": 1.0}, most=1.0)
 RATIO = Dimension(name="a ratio", si_unit="", units={"ratio": 1.0})
@@ -137,7 +137,7 @@ LABELS: Mapping[str, str] = {
     "gib_per_s": "GiB/s", "gbit_per_s": "Gb/s", "tbit_per_s": "Tb/s",
     "bytes_per_s_per_byte": "B/s/B", "mb_per_s_per_tib": "MB/s/TiB",
     "flops_per_s": "FLOP/s", "gflops": "GFLOPS", "tflops": "TFLOPS", "pflops": "PFLOPS", "tops": "TOPS",
-    "s": "s", "ms": "ms", "us": "µs", "ns": "ns", "w": "W", "kw": "kW",
+    "h": "h", "s": "s", "ms": "ms", "us": "µs", "ns": "ns", "w": "W", "kw": "kW",
     "fraction": "", "ratio": "", "count": "", "tokens": "tokens", "per_s": "/s", "iops": "/s",
     "usd_per_hour": "$/h", "hz": "Hz", "mhz": "MHz", "ghz": "GHz", "j": "J", "nj": "nJ", "pj": "pJ",
     "per_cycle": "/cycle", "bytes_per_cycle": "B/cycle",

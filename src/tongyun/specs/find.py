@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 from tongyun.errors import SpecError, unknown
 from tongyun.specs.fleet import FleetSpec
 from tongyun.specs.form import Where, read_fields
+from tongyun.specs.market import MarketSpec
 from tongyun.specs.ppu import PpuSpec
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
@@ -71,6 +72,17 @@ def find_workload(name: str) -> WorkloadSpec:
 def find_fleet(path: str | Path) -> FleetSpec:
     """A fleet, which is always the user's own TOML file."""
     return load(Path(path).expanduser(), FleetSpec)
+
+
+def find_market(path: str | Path) -> MarketSpec | None:
+    """A fleet file with several models; None where `model` is no list of tables, as `find_fleet` reads it."""
+    file = Path(path).expanduser()
+    try:
+        several = isinstance(tomllib.loads(file.read_text(encoding="utf-8")).get("model"), list)
+    except (OSError, ValueError, RecursionError):
+        # `find_fleet` says what is wrong with it.
+        return None
+    return load(file, MarketSpec) if several else None
 
 
 def find_price(chip: str) -> PriceSpec:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.form import Flag, OneOrMore, Section, Sections, Text, Whole, has
 from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec
 
@@ -47,6 +48,7 @@ class FleetSpec:
     router: str = has(Text(), default="least-load")
     prefix_caching: bool = has(Flag(), default=True)
     cache: CacheSpec | None = has(Section(CacheSpec), default=None)
+    experts: ExpertsSpec | None = has(Section(ExpertsSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
     failures: FailureSpec | None = has(Section(FailureSpec), default=None)
     autoscale: tuple[AutoscaleSpec, ...] = has(OneOrMore(AutoscaleSpec), default=())

@@ -39,6 +39,7 @@ from tongyun.specs.form import (
     facts,
     has,
 )
+from tongyun.specs.market import MarketSpec
 from tongyun.specs.ppu import PpuSpec
 from tongyun.specs.samples import (
     AttentionSample,
@@ -332,7 +333,7 @@ class PriceSpec:
     chip_hour: Figure = has(Fact(PRICE, more_is_better=False))
 
 
-Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | FleetSpec | PpuSpec
+Spec = ChipSpec | FabricSpec | StorageSpec | PriceSpec | WorkloadSpec | FleetSpec | MarketSpec | PpuSpec
 
 SCHEMAS: Mapping[str, type[Spec]] = {
     "chips": ChipSpec,

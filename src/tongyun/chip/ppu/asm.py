@@ -76,9 +76,9 @@ def decode(word: list[int], at: int = 0) -> Instruction:
     codes = tuple(word[0] >> shift & 0xF for shift in (16, 20, 24))
     if any(kind > max(Type) for kind in codes) or any(codes[opcode.types :]):
         raise InputError(f"word {at}: {opcode.name} with data types {codes}")
-    if not _is_function(opcode.functions, fn):
+    if not is_function(opcode.functions, fn):
         raise InputError(f"word {at}: {opcode.name} has no function {fn}")
-    if flags & ~_flags(opcode.name):
+    if flags & ~flags_of(opcode.name):
         raise InputError(f"word {at}: {opcode.name} has no flags {flags}")
     used = {0, 1}
     operands: dict[str, Value] = {}
@@ -99,11 +99,11 @@ def decode(word: list[int], at: int = 0) -> Instruction:
     )
 
 
-def _flags(name: str) -> int:
+def flags_of(name: str) -> int:
     return int(max(Operand)) if name == "VEC" else int(_FLAGGED.get(name, 0))
 
 
-def _is_function(functions: object, fn: int) -> bool:
+def is_function(functions: object, fn: int) -> bool:
     if functions is None:
         return fn == 0
     try:

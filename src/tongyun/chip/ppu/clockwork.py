@@ -1,8 +1,9 @@
-# ruff: noqa: E501, SIM109, PLR1714, PLR0912, PLR0915 - numba takes long argument lists and plain comparisons
-"""The timing simulator's inner loop, compiled with numba: flat arrays in, ticks out.
+# ruff: noqa: PLR1714, PLR0912, PLR0915 - one loop, so that a core's state stays in the processor's registers
+"""The timing simulator's inner loop, compiled with numba: microcode in, ticks out.
 
-`timing` lays a program out in these arrays and says what they mean. One function interprets a core until
-its next request to shared memory; the other lets the core with the earliest request go first.
+A core runs until its next request to shared memory; of all cores the one with the earliest request goes on,
+of equal ones the lower. What a product, a move or a pass over elements takes when nothing cuts it short is
+worked out once, and not each time it runs. `microcode` says what a row means.
 """
 
 from __future__ import annotations
@@ -12,388 +13,375 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-# Operation numbers are places in `timing.OPS`.
-_HALT, _ALU, _LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _GATHER, _STORE, _SCATTER, _MMA, _ATTN = range(12)
-_VEC, _RED, _RMSNORM, _ROPE, _DRAIN, _ATTN_END, _ATTN_MERGE, _ATTN_INIT, _TOPK, _SORT, _ALL_REDUCE = range(
-    12, 23
+# As in `microcode`.
+_LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _MMA, _ATTN, _VEC, _ALL_REDUCE = 2, 3, 4, 5, 6, 10, 11, 12, 22
+_ALL_TO_ALL, _SEND, _RECV = 25, 26, 27
+_ADD, _SUB, _MUL, _DIV, _MOD, _MIN, _MAX, _XOR = range(32, 40)
+_TICK, _WIDTH = 256, 20
+_WHOLE, _NOWHERE = 64, 65
+
+TOKENS = 16
+"""A semaphore holds no more; two a buffer are usual."""
+_WELL, _OVERFLOW, _DEADLOCK, _APART = range(4)
+ENDS = (
+    "",
+    f"a semaphore holds {TOKENS} tokens and is given one more",
+    "deadlock: nothing has signalled a semaphore it waits for",
+    "some cores wait at a barrier, others have halted",
 )
-_ALL_GATHER, _REDUCE_SCATTER, _ALL_TO_ALL, _SEND, _RECV, _SYNC = range(23, 29)
-_CONTROL, _LOADS, _STORES, _TENSOR, _VECTOR, _ICN = range(6)
+"""How a run ends, by its number."""
 _FLOPS, _HBM, _L2, _SRAM, _LINK, _ELEMENTS, _BUSY = range(7)
-_TICK = 256
-_RING = 16
-"""Tokens a semaphore may hold; two a buffer are usual."""
-_DEPTH = 8
-_TABLE = 1 << 17
+_SETS, _HASH = 1 << 16, -7046029254386353131
+"""What the L2 holds, two tiles a set: address, bytes filled by then, bytes of its own, when it arrives."""
 _READ = 24 * _TICK
 """Ticks from an LDS to its number being in the register."""
+_CORE = 12
+"""Bits of a core's number."""
+CORES = 1 << _CORE
+_NEVER = 1 << 62
+# A core's state, one behind the other: place and time of control; when each queue is free and is done; how
+# many tokens each semaphore holds; turns left of each loop; registers; when tokens were given, oldest first.
+_PC, _NOW, _FREE, _DONE, _HELD, _LEFT, _REGS = 0, 1, 2, 8, 14, 30, 38
+_GIVEN = _REGS + _NOWHERE + 1
+_STATE = _GIVEN + 16 * TOKENS
 
 
-@njit(cache=True, error_model="numpy", inline="always")
-def _count(imm: Any, reg: Any, regs: Any, c: Any) -> Any:
-    return imm if reg == 0 else min(max(regs[c, reg], 0), imm)
+@njit(cache=True, error_model="numpy")
+def _weigh(code: Any, rates: Any) -> None:
+    """What the rows take on a chip when nothing cuts them short, and their latencies.
 
-
-@njit(cache=True, error_model="numpy", inline="always")
-def _ceil(a: Any, b: Any) -> Any:
-    return (a + b - 1) // b
+    LOAD: 14 bytes moved, 15 fetched, 16 17 18 ticks at port, L2 and HBM. MMA: 12 latency, 13 ticks, 14 FLOPs,
+    15 bytes of SRAM. ATTN: 12 latency. VEC: 13 ticks, 14 elements, 15 latency. Links: 5 ticks, 6 bytes, 7 of
+    HBM.
+    """
+    for row in code.reshape(-1, _WIDTH):
+        if row[0] == _LOAD:
+            row[14], row[15] = _access(row[7], row[8], row[11], row[12], row[13] & 2)
+            row[16] = np.int64(row[14] * rates[8])
+            row[17], row[18] = np.int64(row[15] * rates[9]), np.int64(row[15] * rates[11])
+        elif row[0] == _MMA:
+            row[12] = np.int64(rates[4])
+            row[13], row[14], row[15] = _product(row[5], row[6], row[7], row[11], rates)
+        elif row[0] == _ATTN:
+            row[12] = np.int64(rates[4] + rates[7])
+        elif row[0] == _VEC:
+            row[13], row[14] = _elements(row[5], row[6] * row[9], row[10], row[11], rates)
+            row[15] = np.int64(rates[7])
+        elif row[0] == _ALL_REDUCE:
+            row[5], row[6], row[7] = _linked(row[8], row[9], row[10], row[11], rates)
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
-def _alu(fn: Any, a: Any, b: Any) -> Any:  # noqa: PLR0911 - one answer a function
-    if fn == 0:
-        return a + b
-    if fn == 1:
-        return a - b
-    if fn == 2:
-        return a * b
-    if fn == 3:
-        return a // b if b != 0 else 0
-    if fn == 4:
-        return a % b if b != 0 else 0
-    if fn == 5:
-        return min(a, b)
-    if fn == 6:
-        return max(a, b)
-    if fn == 7:
-        return a ^ b
-    return 1 if a < b else 0
+def _access(rows: Any, cols: Any, size: Any, stride: Any, gather: Any) -> Any:
+    """(bytes moved, bytes fetched): memory is read in pieces of 64 bytes.
+
+    Rows that lie apart fill whole pieces; a row that repeats (stride 0) is read once.
+    """
+    width = cols * size
+    moved = rows * width
+    if stride == 0:
+        return moved, (width + 63) // 64 * 64
+    if stride != width or gather:
+        return moved, rows * ((width + 63) // 64 * 64)
+    return moved, (moved + 63) // 64 * 64
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def _product(m: Any, n: Any, k: Any, tile_ticks: Any, rates: Any) -> Any:
+    """(ticks, FLOPs, bytes of SRAM) of a product; it fills whole tiles of the tensor unit."""
+    tile_m, tile_n, tile_k = np.int64(rates[1]), np.int64(rates[2]), np.int64(rates[3])
+    tiles = ((m + tile_m - 1) // tile_m) * ((n + tile_n - 1) // tile_n) * ((k + tile_k - 1) // tile_k)
+    if not (m and n and k):
+        return np.int64(0), np.int64(0), np.int64(0)
+    return tiles * tile_ticks, 2 * m * n * k, 2 * (m * k + n * k) + 8 * m * n
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def _elements(rows: Any, cols: Any, plain: Any, special: Any, rates: Any) -> Any:
+    """(ticks, elements times passes) of a pass over rows · cols elements."""
+    each = rows * cols
+    return np.int64(each * (plain * rates[5] + special * rates[6])), each * (plain + special)
 
 
 @njit(cache=True, error_model="numpy")
-def _vector(
-    op: Any, fn: Any, at: Any, c: Any, imm: Any, reg: Any, regs: Any, rates: Any, counters: Any, kernel: Any
-) -> Any:
-    """Ticks of a vector instruction: passes over elements on plain and on special lanes."""
-    plain, special, rows, cols = 0, 0, 0, 0
-    if op == _VEC or op == _RED:
-        slot = 3 if op == _VEC else 2
-        rows = _count(imm[at, slot], reg[at, slot], regs, c)
-        cols = _count(imm[at, slot + 1], reg[at, slot + 1], regs, c)
-        plain = 1
-        if op == _VEC and fn >= 8:
-            plain, special = 0, 1
-        if op == _RED and fn == 3:
-            plain, special = 3, 1
-    elif op == _RMSNORM:
-        rows, cols, plain = (
-            _count(imm[at, 3], reg[at, 3], regs, c),
-            _count(imm[at, 4], reg[at, 4], regs, c),
-            3,
-        )
-    elif op == _ROPE:
-        rows, cols, plain = (
-            _count(imm[at, 4], reg[at, 4], regs, c),
-            _count(imm[at, 5], reg[at, 5], regs, c) * imm[at, 6],
-            3,
-        )
-    elif op == _DRAIN:
-        rows, cols, plain = (
-            _count(imm[at, 3], reg[at, 3], regs, c),
-            _count(imm[at, 4], reg[at, 4], regs, c),
-            1,
-        )
-        plain += (fn & 1) + ((fn >> 2) & 1) + ((fn >> 3) & 1) + ((fn >> 4) & 1)
-        if fn & 2:
-            plain, special = plain + 1, 1
-    elif op == _ATTN_END:
-        rows, cols, plain = (
-            _count(imm[at, 2], reg[at, 2], regs, c),
-            _count(imm[at, 3], reg[at, 3], regs, c),
-            1,
-        )
-    elif op == _ATTN_MERGE:
-        rows, cols, plain = (
-            _count(imm[at, 2], reg[at, 2], regs, c),
-            _count(imm[at, 3], reg[at, 3], regs, c),
-            3,
-        )
-    elif op == _ATTN_INIT:
-        rows, cols, plain = (
-            _count(imm[at, 1], reg[at, 1], regs, c),
-            _count(imm[at, 2], reg[at, 2], regs, c),
-            1,
-        )
-    elif op == _TOPK:
-        rows, cols, plain = (
-            _count(imm[at, 3], reg[at, 3], regs, c),
-            _count(imm[at, 4], reg[at, 4], regs, c),
-            _count(imm[at, 5], reg[at, 5], regs, c),
-        )
-    elif op == _SORT:
-        rows, cols, plain = 1, _count(imm[at, 3], reg[at, 3], regs, c), 16
-    elements = rows * cols
-    counters[kernel, _ELEMENTS] += elements * (plain + special)
-    counters[kernel, _SRAM] += elements * (plain + special) * 8
-    return np.int64(elements * (plain * rates[5] + special * rates[6]))
+def _linked(op: Any, size: Any, ranks: Any, addend: Any, rates: Any) -> Any:
+    """(ticks, bytes over the links, bytes of HBM) of a collective or message.
+
+    HBM gives and takes each byte once, while the links move theirs.
+    """
+    moved, hops, memory = size, np.int64(1), size
+    if op == _ALL_REDUCE:
+        moved, hops = 2 * (ranks - 1) * size // ranks, 2 * (ranks - 1)
+        memory = 3 * size if addend else 2 * size
+    elif op != _SEND and op != _RECV:
+        moved, hops = (ranks - 1) * size, ranks - 1
+        memory = 2 * ranks * size if op == _ALL_TO_ALL else (ranks + 1) * size
+    return np.int64(max(moved * rates[15] + hops * rates[16], memory * rates[11])), moved, memory
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
+def _cut(imm: Any, held: Any) -> Any:
+    return min(max(held, 0), imm)
 
 
 @njit(cache=True, error_model="numpy")
-def _attended(m: Any, n: Any, query: Any, key: Any, group: Any) -> Any:
-    """Pairs that a causal tile computes: keys up to each row's own position."""
+def _attended(m: Any, n: Any, ahead: Any, group: Any) -> Any:
+    """Pairs that a causal tile computes: keys up to each row's own position, `ahead` of the first key."""
+    if ahead + 1 >= n:
+        return m * n
     pairs = 0
     for row in range(m):
-        pairs += min(max(query + row // group - key + 1, 0), n)
+        pairs += min(max(ahead + row // group + 1, 0), n)
     return pairs
 
 
-@njit(cache=True, error_model="numpy", forceinline=True)
-def _core(
-    c: Any, head: Any, imm: Any, reg: Any, starts: Any, values: Any, rates: Any, counters: Any, kernel: Any, pc: Any, now: Any,
-    regs: Any, free: Any, done: Any, ring: Any, put: Any, took: Any, loops: Any, depth: Any, request: Any,
-) -> Any:  # fmt: skip
-    """Run core c up to its next request to shared memory, barrier or end; returns instructions run."""
-    at, t, ran = pc[c], now[c], 0
-    while True:
-        op, engine, wait, signal = head[at, 0], head[at, 1], head[at, 4], head[at, 5]
-        t += _TICK
-        ready = t
-        while wait:
-            bit = (wait & 31) - 1
-            ready = max(ready, ring[c, bit, took[c, bit] & (_RING - 1)])
-            took[c, bit] += 1
-            wait >>= 5
-        if op == _ALU:
-            regs[c, imm[at, 0]] = _alu(head[at, 2], regs[c, imm[at, 1]], regs[c, imm[at, 2]] + imm[at, 3])
-            regs[c, 0] = 0
-            at += 1
-            ran += 1
-            continue
-        if op == _LOOP:
-            times = _count(imm[at, 0], reg[at, 0], regs, c)
-            if times > 0:
-                loops[c, depth[c], 0] = at + 1
-                loops[c, depth[c], 1] = times
-                depth[c] += 1
-                at += 1
-            else:
-                at += 1 + imm[at, 1]
-            ran += 1
-            continue
-        if op == _ENDLOOP:
-            for step in range(6):
-                if reg[at, step]:
-                    regs[c, reg[at, step]] += imm[at, step]
-            top = depth[c] - 1
-            loops[c, top, 1] -= 1
-            if loops[c, top, 1]:
-                at = loops[c, top, 0]
-            else:
-                depth[c] = top
-                at += 1
-            ran += 1
-            continue
-        if op == _LDS:
-            t = ready + _READ
-            table = imm[at, 2] - 1
-            place = imm[at, 3] + regs[c, reg[at, 1]] // 4
-            regs[c, imm[at, 0]] = values[min(starts[table] + place, starts[table + 1] - 1)]
-            at += 1
-            ran += 1
-            continue
-        if op == _BARRIER or op == _HALT:
-            pc[c], now[c], request[c] = at, t, -1
-            return ran
-        if op <= _SCATTER:
-            pc[c], now[c] = at, t
-            request[c] = max(ready, free[c, engine])
-            return ran
-        start = max(ready, free[c, engine])
-        ticks, latency = np.int64(0), np.int64(0)
-        if op == _MMA:
-            m, n, k = (
-                _count(imm[at, 3], reg[at, 3], regs, c),
-                _count(imm[at, 4], reg[at, 4], regs, c),
-                _count(imm[at, 5], reg[at, 5], regs, c),
-            )
-            if m and n and k:
-                tiles = (
-                    _ceil(m, np.int64(rates[1])) * _ceil(n, np.int64(rates[2])) * _ceil(k, np.int64(rates[3]))
-                )
-                ticks, latency = tiles * head[at, 7], np.int64(rates[4])
-                counters[kernel, _FLOPS] += 2 * m * n * k
-                counters[kernel, _SRAM] += 2 * (m * k + n * k) + 8 * m * n
-        elif op == _ATTN:
-            m, n, width = (
-                _count(imm[at, 4], reg[at, 4], regs, c),
-                _count(imm[at, 5], reg[at, 5], regs, c),
-                _count(imm[at, 6], reg[at, 6], regs, c),
-            )
-            if m and n:
-                tiles = _ceil(m, np.int64(rates[1])) * (
-                    _ceil(n, np.int64(rates[2])) * _ceil(width, np.int64(rates[3]))
-                    + _ceil(width, np.int64(rates[2])) * _ceil(n, np.int64(rates[3]))
-                )
-                ticks = max(tiles * head[at, 7], np.int64(m * n * rates[6]))
-                latency = np.int64(rates[4] + rates[7])
-                pairs = m * n
-                if head[at, 3] & 1:
-                    pairs = _attended(
-                        m,
-                        n,
-                        imm[at, 11] + regs[c, reg[at, 11]],
-                        imm[at, 12] + regs[c, reg[at, 12]],
-                        max(imm[at, 13], 1),
-                    )
-                counters[kernel, _FLOPS] += 4 * pairs * width
-                counters[kernel, _ELEMENTS] += m * n
-                counters[kernel, _SRAM] += 2 * (m + 2 * n) * width + 8 * m * width
-        elif engine == _VECTOR and op < _SYNC:
-            ticks = _vector(op, head[at, 2], at, c, imm, reg, regs, rates, counters, kernel)
-            latency = np.int64(rates[7]) if ticks else np.int64(0)
-        elif engine == _ICN and c == 0:
-            parts = imm[at, 3]
-            size = imm[at, 2]
-            # `memory`: what HBM gives and takes, each byte once, while the links move theirs.
-            moved, hops, memory = size, 1, size
-            if op == _ALL_REDUCE:
-                moved, hops = 2 * (parts - 1) * size // parts, 2 * (parts - 1)
-                memory = 3 * size if imm[at, 4] else 2 * size
-            elif op != _SEND and op != _RECV:
-                moved, hops = (parts - 1) * size, parts - 1
-                memory = 2 * parts * size if op == _ALL_TO_ALL else (parts + 1) * size
-            ticks = np.int64(max(moved * rates[15] + hops * rates[16], memory * rates[11]))
-            counters[kernel, _LINK] += moved
-            counters[kernel, _HBM] += memory
-        free[c, engine] = start + ticks
-        done[c, engine] = max(done[c, engine], start + ticks + latency)
-        counters[kernel, _BUSY + engine] += ticks
-        end = done[c, engine]
-        while signal:
-            bit = (signal & 31) - 1
-            ring[c, bit, put[c, bit] & (_RING - 1)] = end
-            put[c, bit] += 1
-            signal >>= 5
-        at += 1
-        ran += 1
-
-
-@njit(cache=True, error_model="numpy", forceinline=True)
-def _serve(
-    c: Any, head: Any, imm: Any, reg: Any, rates: Any, counters: Any, kernel: Any, pc: Any, now: Any, regs: Any, free: Any, done: Any,
-    ring: Any, put: Any, request: Any, shared: Any, tags: Any, filled: Any,
-) -> None:  # fmt: skip
-    """Give core c's request its times at port, L2 and HBM, and its tokens."""
-    at = pc[c]
-    op, engine, signal, size = head[at, 0], head[at, 1], head[at, 5], head[at, 6]
-    start = request[c]
-    rows, cols = _count(imm[at, 2], reg[at, 2], regs, c), _count(imm[at, 3], reg[at, 3], regs, c)
-    moved = rows * cols * size
-    end = start
-    if moved:
-        # Memory is read in pieces of 64 bytes; rows that lie apart fill whole ones, and a row that
-        # repeats (stride 0) is read once.
-        apart = imm[at, 4] != cols * size or op == _GATHER
-        fetched = rows * _ceil(cols * size, 64) * 64 if apart else _ceil(moved, 64) * 64
-        if imm[at, 4] == 0:
-            fetched = _ceil(cols * size, 64) * 64
-        address = imm[at, 0] + regs[c, reg[at, 0]]
-        slot = ((address >> 6) * 0x9E3779B1 >> 8) % _TABLE
-        inward = op == _LOAD or op == _GATHER
-        held = inward and tags[slot, 0] == address and tags[slot, 2] >= fetched
-        held = held and filled[0] - tags[slot, 1] <= np.int64(rates[13])
-        if not held:
-            filled[0] += fetched
-        tags[slot, 0], tags[slot, 1], tags[slot, 2] = address, filled[0], fetched
-        port = start + np.int64(moved * rates[8])
-        shared[0] = max(shared[0], start) + np.int64(fetched * rates[9])
-        end = max(port, shared[0]) + np.int64(rates[10])
-        if not held:
-            shared[1] = max(shared[1], start) + np.int64(fetched * rates[11])
-            end = max(end, shared[1] + np.int64(rates[12]))
-            counters[kernel, _HBM] += fetched
-        counters[kernel, _L2] += fetched
-        counters[kernel, _SRAM] += moved
-        counters[kernel, _BUSY + engine] += port - start
-        free[c, engine] = port
-    else:
-        free[c, engine] = start
-    done[c, engine] = max(done[c, engine], end)
-    end = done[c, engine]
-    while signal:
-        bit = (signal & 31) - 1
-        ring[c, bit, put[c, bit] & (_RING - 1)] = end
-        put[c, bit] += 1
-        signal >>= 5
-    pc[c] = at + 1
-
-
-@njit(cache=True, error_model="numpy", forceinline=True)
-def _sift(heap: Any, size: Any, place: Any, request: Any) -> None:
-    """Let the core at `place` sink until no child's request is earlier; of equals the lower core goes first."""
-    while True:
-        least = place
-        for child in (2 * place + 1, 2 * place + 2):
-            if child < size:
-                a, b = request[heap[child]], request[heap[least]]
-                if a < b or (a == b and heap[child] < heap[least]):
-                    least = child
-        if least == place:
-            return
-        heap[place], heap[least] = heap[least], heap[place]
-        place = least
-
-
 @njit(cache=True, error_model="numpy")
-def run(head: Any, imm: Any, reg: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
-    """(ticks by kernel, counters by kernel, instructions run)."""
+def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
+    """(ticks by kernel, counters by kernel, instructions run, how it ended, row and core where it did)."""
+    _weigh(code, rates)
     cores = np.int64(rates[0])
-    pc, now = np.zeros(cores, np.int64), np.zeros(cores, np.int64)
-    regs = np.zeros((cores, 64), np.int64)
-    free, done = np.zeros((cores, 6), np.int64), np.zeros((cores, 6), np.int64)
-    ring = np.zeros((cores, 16, _RING), np.int64)
-    put, took = np.zeros((cores, 16), np.int64), np.zeros((cores, 16), np.int64)
-    loops, depth = np.zeros((cores, _DEPTH, 2), np.int64), np.zeros(cores, np.int64)
-    request, heap = np.zeros(cores, np.int64), np.zeros(cores, np.int64)
-    shared, filled = np.zeros(2, np.int64), np.zeros(1, np.int64)
-    tags = np.full((_TABLE, 3), -1, np.int64)
-    ticks, counters = np.zeros(kernels, np.int64), np.zeros((kernels + 1, 12), np.int64)
+    state = np.zeros(cores * _STATE, np.int64)
     for c in range(cores):
-        regs[c, 1], regs[c, 2] = c, cores
-    kernel, total = -1, 0
-    begun: Any = now[0]
+        state[c * _STATE + _REGS + 1], state[c * _STATE + _REGS + 2] = c, cores
+        state[c * _STATE + _REGS + _WHOLE] = _NEVER
+    leaves = 1
+    while leaves < cores:
+        leaves *= 2
+    first = np.full(2 * leaves, _NEVER, np.int64)
+    tags = np.zeros(_SETS * 8, np.int64)
+    ticks, counters = np.zeros(kernels, np.int64), np.zeros((kernels + 1, 12), np.int64)
+    busy = np.zeros(8, np.int64)
+    flops, hbm, l2, sram, link, passed = 0, 0, 0, 0, 0, 0
+    l2_free, hbm_free, filled, begun, kernel, total = 0, 0, 0, 0, -1, 0
+    l2_latency, hbm_latency = np.int64(rates[10]), np.int64(rates[12])
+    l2_bytes, barrier = np.int64(rates[13]), np.int64(rates[14])
     while True:
         for c in range(cores):
-            total += _core(
-                c, head, imm, reg, starts, values, rates, counters, kernel, pc, now, regs, free, done, ring, put, took, loops,
-                depth, request,
-            )  # fmt: skip
-        size = 0
+            # Before every request, and in order: cores that begin a kernel.
+            first[leaves + c] = c
+        for node in range(leaves - 1, 0, -1):
+            first[node] = min(first[2 * node], first[2 * node + 1])
+        while first[1] != _NEVER:
+            c = first[1] & CORES - 1
+            base = c * _STATE
+            regs, given, held = base + _REGS, base + _GIVEN, base + _HELD
+            at, now = state[base + _PC], state[base + _NOW]
+            if code[at] == _LOAD:
+                start = first[1] >> _CORE
+                engine = code[at + 4]
+                rows = _cut(code[at + 7], state[regs + code[at + 9]])
+                cols = _cut(code[at + 8], state[regs + code[at + 10]])
+                if rows == code[at + 7] and cols == code[at + 8]:
+                    moved, fetched = code[at + 14], code[at + 15]
+                    at_port, at_l2, at_hbm = code[at + 16], code[at + 17], code[at + 18]
+                else:
+                    moved, fetched = _access(rows, cols, code[at + 11], code[at + 12], code[at + 13] & 2)
+                    at_port = np.int64(moved * rates[8])
+                    at_l2, at_hbm = np.int64(fetched * rates[9]), np.int64(fetched * rates[11])
+                end = start
+                if moved:
+                    address = code[at + 5] + state[regs + code[at + 6]]
+                    slot = (address * _HASH >> 48 & _SETS - 1) * 8
+                    if tags[slot] != address and (
+                        tags[slot + 4] == address or tags[slot + 5] < tags[slot + 1]
+                    ):
+                        slot += 4
+                    hit = (
+                        code[at + 13] & 1 and tags[slot] == address and tags[slot + 2] >= fetched
+                        and filled - tags[slot + 1] <= l2_bytes
+                    )  # fmt: skip
+                    port = start + at_port
+                    l2_free = max(l2_free, start) + at_l2
+                    end = max(port, l2_free) + l2_latency
+                    if hit:
+                        # It may still be on its way, asked for by another core.
+                        end = max(end, tags[slot + 3])
+                    else:
+                        filled += fetched
+                        hbm_free = max(hbm_free, start) + at_hbm
+                        end = max(end, hbm_free + hbm_latency)
+                        hbm += fetched
+                        tags[slot + 3] = hbm_free + hbm_latency
+                    tags[slot], tags[slot + 1], tags[slot + 2] = address, filled, fetched
+                    l2 += fetched
+                    sram += moved
+                    busy[engine] += at_port
+                    start = port
+                state[base + _FREE + engine] = start
+                end = max(end, state[base + _DONE + engine])
+                state[base + _DONE + engine] = end
+                signal = code[at + 3]
+                while signal:
+                    bit = (signal & 31) - 1
+                    count = state[held + bit]
+                    if count == TOKENS:
+                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c
+                    state[given + count * 16 + bit] = end
+                    state[held + bit] = count + 1
+                    signal >>= 5
+            at += _WIDTH
+            wish = _NEVER
+            while True:
+                op = code[at]
+                now += code[at + 1]
+                total += code[at + 1]
+                ready, wait = now, code[at + 2]
+                while wait:
+                    bit = (wait & 31) - 1
+                    count = state[held + bit] - 1
+                    if count < 0:
+                        return ticks, counters, total, _DEADLOCK, at // _WIDTH, c
+                    ready = max(ready, state[given + bit])
+                    for place in range(count):
+                        state[given + place * 16 + bit] = state[given + place * 16 + 16 + bit]
+                    state[held + bit] = count
+                    wait >>= 5
+                if op == _LOAD:
+                    wish = max(ready, state[base + _FREE + code[at + 4]]) << _CORE | c
+                    break
+                if op == _ENDLOOP:
+                    for step in range(code[at + 7]):
+                        state[regs + code[at + 8 + 2 * step]] += code[at + 9 + 2 * step]
+                    left = state[base + _LEFT + code[at + 5]] - 1
+                    state[base + _LEFT + code[at + 5]] = left
+                    at = code[at + 6] if left else at + _WIDTH
+                    continue
+                if op >= _ADD:
+                    a, b = state[regs + code[at + 6]], state[regs + code[at + 7]] + code[at + 8]
+                    if op == _ADD:
+                        a += b
+                    elif op == _SUB:
+                        a -= b
+                    elif op == _MUL:
+                        a *= b
+                    elif op == _DIV:
+                        a = a // b if b != 0 else 0
+                    elif op == _MOD:
+                        a = a % b if b != 0 else 0
+                    elif op == _MIN:
+                        a = min(a, b)
+                    elif op == _MAX:
+                        a = max(a, b)
+                    elif op == _XOR:
+                        a ^= b
+                    else:
+                        a = np.int64(a < b)
+                    state[regs + code[at + 5]] = a
+                    at += _WIDTH
+                    continue
+                if op == _LOOP:
+                    times = _cut(code[at + 7], state[regs + code[at + 8]])
+                    state[base + _LEFT + code[at + 5]] = times
+                    at = at + _WIDTH if times else code[at + 6]
+                    continue
+                if op == _LDS:
+                    now = ready + _READ
+                    table = code[at + 7]
+                    entry = starts[table - 1] + code[at + 8] + (state[regs + code[at + 6]] >> 2)
+                    entry = min(max(entry, starts[table - 1]), starts[table] - 1)
+                    state[regs + code[at + 5]] = values[entry]
+                    at += _WIDTH
+                    continue
+                if op == _BARRIER:
+                    break
+                engine = code[at + 4]
+                start = max(ready, state[base + _FREE + engine])
+                took, latency = 0, 0
+                if op == _MMA:
+                    m = _cut(code[at + 5], state[regs + code[at + 8]])
+                    n = _cut(code[at + 6], state[regs + code[at + 9]])
+                    k = _cut(code[at + 7], state[regs + code[at + 10]])
+                    if m == code[at + 5] and n == code[at + 6] and k == code[at + 7]:
+                        took, work, near = code[at + 13], code[at + 14], code[at + 15]
+                    else:
+                        took, work, near = _product(m, n, k, code[at + 11], rates)
+                    latency = code[at + 12] if work else 0
+                    flops += work
+                    sram += near
+                elif op == _VEC:
+                    rows = _cut(code[at + 5], state[regs + code[at + 7]])
+                    cols = _cut(code[at + 6], state[regs + code[at + 8]])
+                    if rows == code[at + 5] and cols == code[at + 6] and not code[at + 12]:
+                        took, work = code[at + 13], code[at + 14]
+                    else:
+                        plain = code[at + 10]
+                        if code[at + 12]:
+                            plain = _cut(plain, state[regs + code[at + 12]])
+                        took, work = _elements(rows, cols * code[at + 9], plain, code[at + 11], rates)
+                    passed += work
+                    sram += 8 * work
+                    latency = code[at + 15] if took else 0
+                elif op == _ATTN:
+                    m = _cut(code[at + 5], state[regs + code[at + 8]])
+                    n = _cut(code[at + 6], state[regs + code[at + 9]])
+                    width = _cut(code[at + 7], state[regs + code[at + 10]])
+                    if m and n:
+                        took = _product(m, n, width, code[at + 11], rates)[0]
+                        took += _product(m, width, n, code[at + 11], rates)[0]
+                        took = max(took, np.int64(m * n * rates[6]))
+                        latency, pairs = code[at + 12], m * n
+                        if code[at + 13]:
+                            query = code[at + 14] + state[regs + code[at + 15]]
+                            key = code[at + 16] + state[regs + code[at + 17]]
+                            pairs = _attended(m, n, query - key, code[at + 18])
+                        flops += 4 * pairs * width
+                        passed += m * n
+                        sram += 2 * (m + 2 * n) * width + 8 * m * width
+                elif op == _ALL_REDUCE and c == 0:
+                    took = code[at + 5]
+                    link += code[at + 6]
+                    hbm += code[at + 7]
+                busy[engine] += took
+                state[base + _FREE + engine] = start + took
+                end = max(state[base + _DONE + engine], start + took + latency)
+                state[base + _DONE + engine] = end
+                signal = code[at + 3]
+                while signal:
+                    bit = (signal & 31) - 1
+                    count = state[held + bit]
+                    if count == TOKENS:
+                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c
+                    state[given + count * 16 + bit] = end
+                    state[held + bit] = count + 1
+                    signal >>= 5
+                at += _WIDTH
+            state[base + _PC], state[base + _NOW] = at, now
+            node = leaves + c
+            first[node] = wish
+            while node > 1:
+                wish = min(wish, first[node ^ 1])
+                node >>= 1
+                first[node] = wish
+        latest: Any = begun
+        at = state[_PC]
         for c in range(cores):
-            if request[c] >= 0:
-                heap[size] = c
-                size += 1
-        for place in range(size // 2 - 1, -1, -1):
-            _sift(heap, size, place, request)
-        while size:
-            first = heap[0]
-            _serve(
-                first, head, imm, reg, rates, counters, kernel, pc, now, regs, free, done, ring, put, request, shared, tags, filled,
-            )  # fmt: skip
-            total += 1 + _core(
-                first, head, imm, reg, starts, values, rates, counters, kernel, pc, now, regs, free, done, ring, put, took, loops,
-                depth, request,
-            )  # fmt: skip
-            if request[first] < 0:
-                size -= 1
-                heap[0] = heap[size]
-            _sift(heap, size, 0, request)
-        latest: Any = now.max()
-        for c in range(cores):
+            base = c * _STATE
+            latest = max(latest, state[base + _NOW])
             for engine in range(6):
-                latest = max(latest, done[c, engine])
+                latest = max(latest, state[base + _DONE + engine])
+            if code[state[base + _PC] + 6] != code[at + 6]:
+                return ticks, counters, total, _APART, state[base + _PC] // _WIDTH, c
         if kernel >= 0:
             ticks[kernel] = latest - begun
-        if head[pc[0], 0] == _HALT:
-            return ticks, counters[:kernels], total + cores
-        kernel = int(imm[pc[0], 0])
-        begun = latest
-        latest = latest + np.int64(rates[14])
-        total += int(cores)
+        counts = counters[kernel]
+        counts[_FLOPS] += flops
+        counts[_HBM] += hbm
+        counts[_L2] += l2
+        counts[_SRAM] += sram
+        counts[_LINK] += link
+        counts[_ELEMENTS] += passed
+        for engine in range(6):
+            counts[_BUSY + engine] += busy[engine]
+            busy[engine] = 0
+        flops, hbm, l2, sram, link, passed = 0, 0, 0, 0, 0, 0
+        if code[at + 6]:
+            return ticks, counters[:kernels], total // _TICK, _WELL, at // _WIDTH, 0
+        kernel, begun = code[at + 5], latest
+        latest += barrier
         for c in range(cores):
-            now[c] = latest
-            pc[c] += 1
+            base = c * _STATE
+            state[base + _NOW] = latest
             for engine in range(6):
-                free[c, engine] = latest
-                done[c, engine] = latest
-        shared[0], shared[1] = max(shared[0], latest), max(shared[1], latest)
+                state[base + _FREE + engine] = latest
+                state[base + _DONE + engine] = latest
+        l2_free, hbm_free = max(l2_free, latest), max(hbm_free, latest)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tongyun.chip.ppu.asm import disassemble
-from tongyun.chip.ppu.isa import OPCODES, SEMAPHORES, At, Engine, Form, Instruction, Operand, Type
+from tongyun.chip.ppu.asm import decode
+from tongyun.chip.ppu.fault import Fault
+from tongyun.chip.ppu.isa import BY_NAME, OPCODES, Engine, Form
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
-from tongyun.units import DType
 
 TICKS = 256
 """Parts of a cycle."""
@@ -29,8 +29,7 @@ COUNTERS = (
     "flops", "hbm_bytes", "l2_bytes", "sram_bytes", "icn_bytes", "vector_elements",
     *(f"{engine.value}_ticks" for engine in ENGINES),
 )  # fmt: skip
-_OPERANDS = 14
-_TENSOR = {Type.BF16: DType.BF16, Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
+_BARRIER = BY_NAME["BARRIER"].code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +77,24 @@ def simulate_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLik
 
 
 def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: NDArray[np.int64]) -> Timing:
-    from tongyun.chip.ppu.clockwork import run
+    from tongyun.chip.ppu.clockwork import CORES, ENDS, run
+    from tongyun.chip.ppu.fields import fields, partners
+    from tongyun.chip.ppu.microcode import lower
 
-    missing = [name for name in program.symbols if name not in symbols]
-    if missing:
-        raise InputError(
-            f"the program reads '{missing[0]}' from memory: give its value; it reads {program.symbols}"
+    if ppu.cores > CORES:
+        raise InputError(f"{ppu.name} has {ppu.cores} cores; the timing simulator takes {CORES}")
+    starts, values = tables(program, symbols)
+    rates, kernels = _rates(ppu), len(program.kernels)
+    head, imm, reg = fields(program.words, ppu)
+    partner = partners(head, imm, len(program.symbols), kernels)
+    code, words = lower(head, imm, reg, partner)
+    cycles, counters, count, end, row, core = run(code, starts, values, rates, kernels)
+    if end:
+        place = int(words[row])
+        name = decode(program.words[place].tolist()).op
+        raise Fault(
+            f"kernel {_kernel_at(program, place)}, core {core}, instruction {place} {name}: {ENDS[end]}"
         )
-    instructions = disassemble(program.words)
-    tables = [np.atleast_1d(np.asarray(symbols[name], dtype=np.int64)) for name in program.symbols]
-    starts = np.cumsum([0, *(len(table) for table in tables)]).astype(np.int64)
-    values = np.concatenate(tables) if tables else np.zeros(1, dtype=np.int64)
-    cycles, counters, count = run(
-        *_decoded(instructions, ppu), starts, values, _rates(ppu), len(program.kernels)
-    )
     return Timing(
         ppu=ppu,
         names=tuple(kernel.name for kernel in program.kernels),
@@ -103,67 +106,25 @@ def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: 
     )
 
 
-# Words to flat arrays.
+def tables(program: Program, symbols: Mapping[str, ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers a program reads from memory: where each symbol's begin, and all of them.
 
-OPS = (
-    "HALT", "ALU", "LDS", "LOOP", "ENDLOOP", "BARRIER", "LOAD", "GATHER", "STORE", "SCATTER", "MMA",
-    "ATTN", "VEC", "RED", "RMSNORM", "ROPE", "DRAIN", "ATTN_END", "ATTN_MERGE", "ATTN_INIT", "TOPK",
-    "SORT", "ALL_REDUCE", "ALL_GATHER", "REDUCE_SCATTER", "ALL_TO_ALL", "SEND", "RECV", "SYNC_LOAD",
-    "SYNC_STORE", "SYNC_TENSOR", "SYNC_VECTOR",
-)  # fmt: skip
-_NUMBER = {name: number for number, name in enumerate(OPS)}
-
-
-def _decoded(instructions: Sequence[Instruction], ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
-    """(head, imm, reg): op, engine, function, flags, wait, signal, type bytes and rate; then operands."""
-    count = len(instructions)
-    head = np.zeros((count, 8), dtype=np.int64)
-    imm, reg = np.zeros((count, _OPERANDS), dtype=np.int64), np.zeros((count, _OPERANDS), dtype=np.int64)
-    first: dict[tuple[int, int], int] = {}
-    kernel = 0
-    for at, each in enumerate(instructions):
-        kernel += each.op == "BARRIER"
-        size = each.types[0].bytes if each.types else 0
-        head[at] = (
-            _NUMBER[each.op],
-            ENGINES.index(each.opcode.engine),
-            each.fn,
-            each.flags,
-            _listed(each.wait),
-            _listed(each.signal),
-            size,
-            _tile_ticks(each, ppu),
+    InputError names a symbol that is missing.
+    """
+    missing = [name for name in program.symbols if name not in symbols]
+    if missing:
+        raise InputError(
+            f"the program reads '{missing[0]}' from memory: give its value; it reads {program.symbols}"
         )
-        for place, (name, form) in enumerate(each.opcode.operands.items()):
-            value = each.operands.get(name, 0)
-            if isinstance(value, At):
-                imm[at, place], reg[at, place] = value.imm, value.reg
-            elif form is not Form.FLOAT:
-                imm[at, place] = int(value)
-        if each.op == "LDS":
-            # A table's entries are told apart by their distance from the first one the kernel reads.
-            key = (kernel, int(imm[at, 2]))
-            first.setdefault(key, int(imm[at, 1]))
-            imm[at, 3] = (imm[at, 1] - first[key]) // 4
-    return head, imm, reg
+    each = [np.atleast_1d(np.asarray(symbols[name], dtype=np.int64)) for name in program.symbols]
+    starts = np.cumsum([0, *(len(table) for table in each)]).astype(np.int64)
+    return starts, np.concatenate(each) if each else np.zeros(1, dtype=np.int64)
 
 
-def _listed(mask: int) -> int:
-    """The semaphores of a mask, each plus one, five bits each from the lowest on."""
-    bits = [bit for bit in range(SEMAPHORES) if mask >> bit & 1]
-    if len(bits) > 12:
-        raise InputError(f"an instruction with {len(bits)} semaphores; the timing simulator takes 12")
-    return sum(bit + 1 << 5 * place for place, bit in enumerate(bits))
-
-
-def _tile_ticks(each: Instruction, ppu: Ppu) -> int:
-    """Ticks of the smallest product of the tensor unit, for the operand types of an instruction."""
-    if each.op not in {"MMA", "ATTN"}:
-        return 0
-    dtype = _TENSOR.get(each.types[1], DType.BF16)
-    if dtype not in ppu.tensor_flops:
-        raise InputError(f"{ppu.name} has no tensor rate for {dtype}; it has {', '.join(ppu.tensor_flops)}")
-    return -(-2 * ppu.tile_m * ppu.tile_n * ppu.tile_k * TICKS // int(ppu.tensor_flops[dtype]))
+def _kernel_at(program: Program, place: int) -> str:
+    """The kernel that the instruction at a place is of."""
+    begun = int(np.count_nonzero((program.words[:place, 0] & 0xFF) == _BARRIER))
+    return program.kernels[begun - 1].name if begun else "before the first"
 
 
 def _rates(ppu: Ppu) -> NDArray[np.float64]:
@@ -188,7 +149,7 @@ _PLACES = {
 
 def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
     """The program without the middle of its longest repetition, and how often each kernel left counts."""
-    borders = np.flatnonzero((program.words[:, 0] & 0xFF) == 5)
+    borders = np.flatnonzero((program.words[:, 0] & 0xFF) == _BARRIER)
     ends = [*borders[1:], len(program.words) - 1]
     bare = _bare(program.words, borders)
     numbers: dict[bytes, int] = {}
@@ -238,16 +199,3 @@ def _repetition(marks: Sequence[int]) -> tuple[int, int, int]:
         if (repeats[longest] - 1) * period > (best[2] - 1) * best[1]:
             best = (int(edges[longest]) + 1, period, int(repeats[longest]))
     return best
-
-
-__all__ = [
-    "COUNTERS",
-    "ENGINES",
-    "OPS",
-    "SEMAPHORES",
-    "TICKS",
-    "Operand",
-    "Timing",
-    "simulate",
-    "simulate_repeated",
-]

@@ -8,13 +8,25 @@ itself; it knows no thread, no text and no tensor.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tongyun.cloud.engine.protocol import Clock, EngineStats, Executor, Foresight, StepResult, TokenEvent
+from tongyun.cloud.engine.protocol import (
+    Clock,
+    EngineStats,
+    Executor,
+    Foresight,
+    StepResult,
+    Stretch,
+    Tape,
+    TokenEvent,
+)
+from tongyun.cloud.sched.freeness import Room
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.errors import ServiceError
@@ -59,8 +71,40 @@ class Leap(NamedTuple):
     moment_s: float
 
 
+class Engine(Protocol):
+    """What a simulated instance drives: an `EngineLoop`, or several behind one clock."""
+
+    tape: Tape | None
+
+    @property
+    def clock(self) -> Clock: ...
+
+    @property
+    def models(self) -> tuple[tuple[str, int, float], ...]:
+        """What there is to do by model, where there are several (see `Load`)."""
+
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+
+    def check(self, request: Request) -> None: ...
+
+    def add(self, request: Request) -> None: ...
+
+    def produced(self, request_id: str) -> int: ...
+
+    def abort(self, request_id: str) -> list[TokenEvent]: ...
+
+    def leap(self, until_s: float = float("inf")) -> Leap | None: ...
+
+    def turn(self) -> Turn | None: ...
+
+    def stats(self) -> EngineStats: ...
+
+
 class EngineLoop:
     """One engine. Not thread-safe: whoever calls it owns scheduler and executor."""
+
+    models: tuple[tuple[str, int, float], ...] = ()
 
     def __init__(
         self,
@@ -81,6 +125,19 @@ class EngineLoop:
         self._finished: Counter[Finish] = Counter()
         # In flight with stop tokens: what they produce has to be looked at.
         self._watched: set[str] = set()
+        self._tape: Tape | None = None
+        # Since the last step that was told.
+        self._preempted: list[str] = []
+
+    @property
+    def tape(self) -> Tape | None:
+        """Told of every step, where somebody wants to know."""
+        return self._tape
+
+    @tape.setter
+    def tape(self, tape: Tape | None) -> None:
+        self._tape = tape
+        self._scheduler.watch_preempted(None if tape is None else self._preempted)
 
     @property
     def has_work(self) -> bool:
@@ -95,6 +152,28 @@ class EngineLoop:
         self._scheduler.add(request)
         if request.stop_token_ids:
             self._watched.add(request.id)
+        if self._tape is not None:
+            self._tape.queued(request)
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """For who moves requests between engines, between two steps."""
+        return self._scheduler
+
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+        return self._scheduler.room()
+
+    def depart(self, request_id: str) -> Traveller:
+        """Let a request go that the scheduler calls movable, between two steps."""
+        self._watched.discard(request_id)
+        return self._scheduler.depart(request_id)
+
+    def arrive(self, traveller: Traveller) -> bool:
+        """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
+        if traveller.request.stop_token_ids:
+            self._watched.add(traveller.request.id)
+        return self._scheduler.arrive(traveller)
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
@@ -106,6 +185,8 @@ class EngineLoop:
             return []
         self._finished[Finish.ABORT] += 1
         self._watched.discard(request_id)
+        if self._tape is not None:
+            self._tape.left(request_id, self.clock.now())
         return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
 
     def evict(self, request_id: str) -> Sequence[int]:
@@ -114,6 +195,8 @@ class EngineLoop:
         It counts as neither finished nor aborted.
         """
         self._watched.discard(request_id)
+        if self._tape is not None:
+            self._tape.left(request_id, self.clock.now())
         return self._scheduler.evict(request_id)
 
     def clear(self) -> None:
@@ -142,7 +225,11 @@ class EngineLoop:
             raise self._fail(batch, error) from error
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
+        tape = self._tape
+        stretch = None if tape is None else self._stretch(batch, begin_s, now_s)
         ended = self._scheduler.commit(batch, result.tokens, stopped)
+        if tape is not None and stretch is not None:
+            self._note(tape, stretch, batch.pieces, ended)
         self._watched.difference_update(ended)
         self._count(1, now_s - begin_s, ended)
         if result.chip_s is not None:
@@ -150,9 +237,9 @@ class EngineLoop:
             self._chip_joules += result.joules or 0.0
         return Turn(batch, result, ended, now_s)
 
-    def leap(self, until_s: float = float("inf")) -> Leap | None:
-        """Take the next step, or all steps ahead in which nothing is decided, up to the first that
-        ends at `until_s` or later.
+    def leap(self, until_s: float = float("inf"), at_most: int = sys.maxsize) -> Leap | None:
+        """Take the next step, or up to `at_most` of the steps ahead in which nothing is decided, up to the
+        first that ends at `until_s` or later.
 
         None where there is nothing to run or a step cannot be foreseen: the executor has no
         `Foresight`, a token could end a request by itself, or blocks have run out. The outcome
@@ -165,16 +252,23 @@ class EngineLoop:
         if ahead is None:
             return self._glide(executor)
         begin_s = self.clock.now()
-        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, ahead.steps)
+        foreseen = min(ahead.steps, at_most)
+        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, foreseen)
         # Summed one after the other, as the clock would.
         moments_s = np.add.accumulate(np.concatenate(([begin_s], each_s)))
-        steps = min(ahead.steps, int(np.searchsorted(moments_s[1:], until_s)) + 1)
+        steps = min(foreseen, int(np.searchsorted(moments_s[1:], until_s)) + 1)
         executor.went(steps)
         spent_s = np.diff(moments_s[: steps + 1])
         self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])
         self.clock.wait_until(float(moments_s[steps]))
+        pool, running, waiting = scheduler.pool, scheduler.running, scheduler.waiting
+        used, taken = pool.used, pool.taken
         ended = scheduler.leap(steps)
         self._count(steps, 0.0, ended)
+        if self._tape is not None:
+            most = used + pool.taken - taken
+            numbers = (ahead.decoding, ahead.context_tokens, 0, running, waiting, used, most)
+            self._note(self._tape, Stretch(begin_s, self.clock.now(), steps, *numbers), (), ended)
         return Leap(steps, (), ended, self.clock.now())
 
     def _glide(self, executor: Foresight) -> Leap | None:
@@ -186,9 +280,42 @@ class EngineLoop:
         result = executor.beside(*step)
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
+        tape, stretch = self._tape, None
+        if tape is not None:
+            computed = sum(piece.length for piece in step.pieces)
+            stretch = self._gauged(begin_s, now_s, step.decoding, step.context_tokens, computed)
         ended = self._scheduler.commit_step(step, result.tokens)
         self._count(1, now_s - begin_s, ended)
+        if tape is not None and stretch is not None:
+            self._note(tape, stretch, step.pieces, ended)
         return Leap(1, step.pieces, ended, now_s)
+
+    def _note(
+        self, tape: Tape, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]
+    ) -> None:
+        for request_id in self._preempted:
+            tape.preempted(request_id, stretch.begin_s)
+        self._preempted.clear()
+        tape.note(stretch, pieces, ended)
+
+    def _stretch(self, batch: Batch, begin_s: float, end_s: float) -> Stretch:
+        """The step of a batch that is proposed and not committed yet."""
+        decodes = [
+            piece.start
+            for piece in batch.pieces
+            if piece.samples and piece.length == 1 and piece.start >= len(piece.request.prompt)
+        ]
+        computed = sum(piece.length for piece in batch.pieces) - len(decodes)
+        return self._gauged(begin_s, end_s, len(decodes), sum(decodes), computed)
+
+    def _gauged(
+        self, begin_s: float, end_s: float, decoding: int, context_tokens: int, computed: int
+    ) -> Stretch:
+        """A step with the scheduler's gauges as they are while it runs."""
+        scheduler = self._scheduler
+        used = scheduler.pool.used
+        gauges = (scheduler.running, scheduler.waiting, used, used)
+        return Stretch(begin_s, end_s, 1, decoding, context_tokens, computed, *gauges)
 
     def _count(self, steps: int, busy_s: float, ended: dict[str, Finish]) -> None:
         self._steps += steps

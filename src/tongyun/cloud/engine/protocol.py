@@ -6,8 +6,9 @@ Nothing here knows a tensor, HTTP or a price.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -95,6 +96,92 @@ class TokenEvent(NamedTuple):
     error: str | None = None
 
 
+class Stretch(NamedTuple):
+    """One step of an engine, or several in a row in which the same requests decode."""
+
+    begin_s: float
+    end_s: float
+    steps: int
+    decoding: int
+    context_tokens: int
+    """Of those that decode, before the first of the steps: each grows by one a step."""
+    prompt_tokens: int
+    """Computed besides, in prompts and in what was preempted."""
+    running: int
+    waiting: int
+    kv_begin: int
+    """Blocks that requests hold in the first of the steps; in several, they are taken about evenly."""
+    kv_end: int
+    """And in the last, those that end with it included."""
+
+
+class Tape(Protocol):
+    """Who is told of an engine's steps as they are taken, leaps as they are leapt."""
+
+    def queued(self, request: Request) -> None:
+        """A request has been given to the engine."""
+
+    def note(self, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]) -> None:
+        """Steps were taken, these pieces of prompts among others in them, and who ended with the last."""
+
+    def preempted(self, request_id: str, moment_s: float) -> None:
+        """A request has given its blocks back and waits again, before the steps noted next."""
+
+    def left(self, request_id: str, moment_s: float) -> None:
+        """A request was taken away between two steps."""
+
+    def turned(self, up: bool, moment_s: float) -> None:
+        """From now on the engine is given requests, or is not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switched:
+    """Changes to one model, on an instance that several share."""
+
+    count: int = 0
+    """Times it came to work after another."""
+    loads: int = 0
+    """Times its weights came from host memory."""
+    seconds: float = 0.0
+    """In which the instance waited for its bytes, and for the room they need."""
+    in_bytes: float = 0.0
+    """Weights and KV blocks that came, on one rank."""
+    out_bytes: float = 0.0
+    """KV blocks of others that went to host memory."""
+
+    def plus(
+        self,
+        *,
+        count: float = 0,
+        loads: float = 0,
+        seconds: float = 0,
+        in_bytes: float = 0,
+        out_bytes: float = 0,
+    ) -> Switched:
+        """With so much more."""
+        return Switched(
+            count=self.count + int(count),
+            loads=self.loads + int(loads),
+            seconds=self.seconds + seconds,
+            in_bytes=self.in_bytes + in_bytes,
+            out_bytes=self.out_bytes + out_bytes,
+        )
+
+
+def total(parts: Iterable[Switched]) -> Switched:
+    """Sums."""
+    whole = Switched()
+    for one in parts:
+        whole = whole.plus(
+            count=one.count,
+            loads=one.loads,
+            seconds=one.seconds,
+            in_bytes=one.in_bytes,
+            out_bytes=one.out_bytes,
+        )
+    return whole
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Gauges of this moment and counters since the start."""
@@ -122,3 +209,27 @@ class EngineStats:
     """And the joules, simulated as well."""
     tier_hit_tokens: tuple[int, ...] = ()
     """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""
+    switched: Mapping[str, Switched] = field(default_factory=dict)
+    """By model, where several share the engine."""
+
+
+def summed(parts: Sequence[EngineStats]) -> EngineStats:
+    """Of several engines together; there must be one."""
+    apart = ("finished", "tier_hit_tokens", "switched")
+    numbers = {
+        one.name: sum(getattr(part, one.name) for part in parts)
+        for one in fields(EngineStats)
+        if one.name not in apart
+    }
+    finished: Counter[Finish] = Counter()
+    for part in parts:
+        finished.update(part.finished)
+    names = dict.fromkeys(name for part in parts for name in part.switched)
+    return EngineStats(
+        **numbers,
+        finished=dict(finished),
+        tier_hit_tokens=tuple(map(sum, zip(*(part.tier_hit_tokens for part in parts), strict=True))),
+        switched={
+            name: total(part.switched[name] for part in parts if name in part.switched) for name in names
+        },
+    )

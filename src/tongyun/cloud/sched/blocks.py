@@ -22,6 +22,8 @@ class BlockPool:
         self.tiers = tiers
         self.published = 0
         """Blocks published so far: while it stands still, no new prefix can match."""
+        self.taken = 0
+        """Blocks taken so far, cached ones that were shared left out."""
         self._blank = list(range(total - 1, -1, -1))
         # Least recently released first, which is the order of eviction.
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -74,6 +76,7 @@ class BlockPool:
                 self._forget(block)
             self._holders[block] = 1
             taken.append(block)
+        self.taken += count
         return taken
 
     def share(self, blocks: Iterable[int]) -> None:
@@ -105,6 +108,15 @@ class BlockPool:
         self._blank = list(range(self.total - 1, -1, -1))
         if self.tiers is not None:
             self.tiers.clear()
+
+    def forget(self, count: int) -> int:
+        """Make up to `count` idle blocks blank, the longest idle first; returns how many there were."""
+        count = min(count, len(self._idle))
+        for _ in range(count):
+            block, _unused = self._idle.popitem(last=False)
+            self._forget(block)
+            self._blank.append(block)
+        return count
 
     def publish(self, block: int, key: bytes, parent: bytes, contents: bytes) -> None:
         """Let others find this full, computed block; if an equal one is known already, it stays private."""

@@ -8,12 +8,25 @@ knows no clock and no engine.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
+from tongyun.cloud.sched.freeness import Load, freeness
 from tongyun.cloud.sched.prefix import block_keys
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError, unknown
+
+__all__ = [
+    "ROUTERS",
+    "Freest",
+    "LeastLoad",
+    "Load",
+    "PrefixAware",
+    "Remembering",
+    "RoundRobin",
+    "Router",
+    "find_router",
+]
 
 PREFIX_TOKENS = 512
 """Prefixes are compared in blocks of so many tokens: coarse, for a router sees every prompt whole."""
@@ -21,17 +34,6 @@ SLACK, IMBALANCE = 8, 1.5
 """An engine with this many requests more than the least loaded one, and so many times as many, is
 spared even where it holds the prefix (the rule of cache-aware routing in SGLang's router)."""
 MOST_KEYS = 1_000_000
-
-
-class Load(NamedTuple):
-    """What an engine has to do at this moment."""
-
-    requests: int
-    """In flight: waiting, in prefill and decoding."""
-    prompt_tokens: int
-    """Of requests that have no first token yet."""
-    engine: int | None = None
-    """Which engine it is, where some of them are not up; by default they are numbered as they stand."""
 
 
 class Router(Protocol):
@@ -66,6 +68,18 @@ class LeastLoad:
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         return _least(loads, range(len(loads)))
+
+
+class Freest:
+    """The engine that can decode on for the most steps before its blocks run out, all who wait there
+    included (see `freeness`); of equals, the least load."""
+
+    def __init__(self, headroom: Mapping[str, float] | None = None) -> None:
+        self._headroom = headroom or {}
+
+    def choose(self, request: Request, loads: Sequence[Load]) -> int:
+        frees = [freeness(load, self._headroom, whole_queue=True) for load in loads]
+        return min(range(len(loads)), key=lambda index: (-frees[index], loads[index][:2], index))
 
 
 class PrefixAware:
@@ -116,15 +130,16 @@ ROUTERS: dict[str, Callable[[], Router]] = {
     "round-robin": RoundRobin,
     "least-load": LeastLoad,
     "prefix": PrefixAware,
+    "freeness": Freest,
 }
 
 
-def find_router(name: str) -> Router:
-    """A fresh router by name; InputError with near names."""
+def find_router(name: str, *, headroom: Mapping[str, float] | None = None) -> Router:
+    """A fresh router by name; InputError with near names. `headroom` is for one that measures freeness."""
     if name not in ROUTERS:
         raise InputError(unknown("router", name, ROUTERS))
-    return ROUTERS[name]()
+    return Freest(headroom) if ROUTERS[name] is Freest else ROUTERS[name]()
 
 
 def _least(loads: Sequence[Load], among: Sequence[int]) -> int:
-    return min(among, key=lambda index: (loads[index], index))
+    return min(among, key=lambda index: (loads[index][:2], index))

@@ -19,67 +19,19 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, field
-from math import ceil
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
+from tongyun.cloud.sched.freeness import Room
+from tongyun.cloud.sched.limits import Counters, SchedulerConfig
+from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
-from tongyun.cloud.sched.sequence import Rank, Sequence, State, Stored
+from tongyun.cloud.sched.residents import Residents, by_rank
+from tongyun.cloud.sched.sequence import Sequence, State
 from tongyun.cloud.sched.tiers import Tiers
-from tongyun.cloud.sched.waiting import Waiting
-from tongyun.errors import InputError, RequestError
+from tongyun.errors import RequestError
 
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """The limits of one engine."""
-
-    blocks: int
-    """KV blocks in the cache."""
-    block_tokens: int = 16
-    max_context_tokens: int
-    """Prompt and output of one request together."""
-    max_sequences: int = 64
-    """Requests that may hold blocks at the same time."""
-    max_step_tokens: int = 1024
-    """Tokens computed in one step, decodes and prompt chunks together."""
-    prefix_caching: bool = True
-    watermark: float = 0.01
-    """Share of the blocks that admission leaves free for running requests to grow into."""
-    tiers: tuple[int, ...] | None = None
-    """Blocks in each slower memory behind the cache, for executors that heed `Piece.restored`."""
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "block_tokens", "max_context_tokens", "max_sequences", "max_step_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"scheduler: {name}: must be at least 1, not {getattr(self, name)}")
-        if self.tiers is not None and min(self.tiers, default=0) < 0:
-            raise InputError(f"scheduler: tiers: must be at least 0, not {min(self.tiers)}")
-        if not 0 <= self.watermark < 1:
-            raise InputError(f"scheduler: watermark: must be in [0, 1), not {self.watermark}")
-        if self.max_step_tokens < self.max_sequences:
-            # Otherwise decodes alone could fill every step and prompts would never start.
-            raise InputError(
-                f"scheduler: max_step_tokens: {self.max_step_tokens} is less than"
-                f" max_sequences {self.max_sequences}; accepted: at least that many"
-            )
-
-
-@dataclass(slots=True)
-class Counters:
-    """What has happened since the start; they only grow."""
-
-    prompt_tokens: int = 0
-    """Prompt tokens of admitted requests, cached ones included."""
-    prefix_hit_tokens: int = 0
-    tier_hit_tokens: list[int] = field(default_factory=list)
-    """Those of the hits that lay in each lower tier."""
-    computed_tokens: int = 0
-    output_tokens: int = 0
-    preemptions: int = 0
-    queued_s: float = 0.0
-    """Seconds requests spent between arrival and first admission, summed."""
+__all__ = ["Counters", "Scheduler", "SchedulerConfig"]
 
 
 class Scheduler:
@@ -90,13 +42,12 @@ class Scheduler:
         self.tiers = None if config.tiers is None else Tiers(config.tiers)
         self.pool = BlockPool(config.blocks, self.tiers)
         self.counters = Counters(tier_hit_tokens=[0] * len(config.tiers or ()))
-        self._reserve = ceil(config.watermark * config.blocks)
         self._sequences: dict[str, Sequence] = {}
         self._serial = 0
-        self._waiting = Waiting()
-        # Best rank first, so that the one to preempt is always at an end.
-        self._decoding: list[Sequence] = []
-        self._prefilling: list[Sequence] = []
+        self._residents = residents = Residents(config, self.pool, self.counters)
+        self._waiting = residents.waiting
+        # The residents' own lists, which change in place.
+        self._decoding, self._prefilling = residents.decoding, residents.prefilling
         self._proposed: tuple[Batch | Step, list[Sequence]] | None = None
         # While it is there, what decoding sequences know falls behind.
         self._coast: Coast | None = None
@@ -104,6 +55,10 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def decoding(self) -> int:
+        return len(self._decoding)
 
     @property
     def running(self) -> int:
@@ -140,10 +95,13 @@ class Scheduler:
         self.check(request)
         if request.id in self._sequences:
             raise RequestError(f"request '{request.id}' is already in flight", param="id")
-        seq = Sequence(request, self._serial)
+        self._waiting.push(self._new(request))
+
+    def _new(self, request: Request) -> Sequence:
+        seq = Sequence(request, self._serial, self.config.aging_s)
         self._serial += 1
         self._sequences[request.id] = seq
-        self._waiting.push(seq)
+        return seq
 
     def abort(self, request_id: str) -> bool:
         """End a request now and free its blocks; False if it is not in flight.
@@ -160,8 +118,12 @@ class Scheduler:
             self.pool.release(seq.blocks)
         seq.state = State.ENDED
         if waited:
-            self._waiting.left()
+            self._waiting.left(seq)
         return True
+
+    def watch_preempted(self, names: list[str] | None) -> None:
+        """Have the ids of requests that are preempted from now on written to a list."""
+        self._residents.preempted = names
 
     def evict(self, request_id: str) -> Series[int]:
         """End a request in flight between two turns, as `abort` does; returns every token known of it."""
@@ -175,6 +137,85 @@ class Scheduler:
         self.settle()
         self.pool.clear()
 
+    # ── between engines ──────────────────────────────────────────────────────────────
+
+    def room(self) -> Room:
+        """Blocks and places there are, and those that are asked for."""
+        return self._residents.room()
+
+    def reserve(self, request_id: str, blocks: int) -> bool:
+        """Keep so many blocks in all, and a place, for a request that will `arrive`; false where there
+        are too few. They go, the last one's first, to those who are here and cannot go on without."""
+        return self._residents.reserve(request_id, blocks)
+
+    def give_up(self, request_id: str) -> None:
+        """Keep nothing for that request any more."""
+        self._residents.give_up(request_id)
+
+    def movable(self, request_id: str) -> Movable | None:
+        """A request that decodes or waits, as it is now; None where it is not here or in prefill."""
+        seq = self._sequences.get(request_id)
+        if seq is None or seq.state is State.PREFILLING or seq.request.handed_tokens:
+            return None
+        self.settle()
+        request = seq.request
+        return Movable(request.id, request.priority, seq.state is State.DECODING, len(seq.history))
+
+    def movables(self) -> list[Movable]:
+        """Requests that decode, the best-ranked first."""
+        found = (self.movable(seq.request.id) for seq in self._decoding)
+        return [one for one in found if one is not None]
+
+    def head(self) -> Movable | None:
+        """The request that is admitted next; None where none waits or it cannot leave."""
+        return self.movable(self._waiting.head().request.id) if self._waiting else None
+
+    def depart(self, request_id: str) -> Traveller:
+        """Let a `movable` request go, between two turns: it is here no more and its blocks are free."""
+        self._check_turn()
+        self.settle()
+        seq = self._sequences[request_id]
+        traveller = Traveller(seq.request, seq.history, seq.computed, seq.admitted, seq.cached_tokens)
+        self.abort(request_id)
+        return traveller
+
+    def arrive(self, traveller: Traveller) -> bool:
+        """Go on, between two turns, with a request that departed elsewhere.
+
+        With its keys and values in the blocks reserved for it, it decodes from the next step on; else
+        it waits, and what it knows is computed again. Returns whether it decodes.
+        """
+        self._check_turn()
+        self.settle()
+        seq = self._new(traveller.request)
+        seq.history, seq.admitted = traveller.history, traveller.admitted
+        seq.cached_tokens = traveller.cached_tokens
+        block_tokens, name = self.config.block_tokens, traveller.request.id
+        enough = traveller.computed <= block_tokens * len(self._residents.reserved.get(name, ()))
+        if not (traveller.computed and enough):
+            self.give_up(name)
+            self._waiting.push(seq)
+            return False
+        seq.blocks = self._residents.reserved.pop(name)
+        seq.room = block_tokens * len(seq.blocks)
+        seq.computed, seq.publish_at = traveller.computed, block_tokens
+        if self.config.prefix_caching:
+            seq.publish(self.pool, block_tokens)
+        seq.state = State.DECODING
+        insort(self._decoding, seq, key=by_rank)
+        return True
+
+    def steps_within(self, blocks: int) -> int:
+        """Decoding steps that take no more than so many blocks; one, where even that may take more."""
+        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
+
+    def surrender(self) -> None:
+        """Take all blocks from every running request; what they know is computed again later."""
+        self._check_turn()
+        self.settle()
+        while (worst := self._residents.worst()) is not None:
+            self._residents.preempt(worst)
+
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""
         self.settle()
@@ -185,7 +226,7 @@ class Scheduler:
         """The next step's work, or None when no request is left; `commit` must follow."""
         self._check_turn()
         self.settle()
-        self._make_way(now)
+        self._residents.make_way(now)
         pieces: list[Piece] = []
         preempted = self._propose_decodes(pieces)
         chosen = self._decoding[:]
@@ -219,7 +260,7 @@ class Scheduler:
         """
         self._check_turn()
         if self._waiting:
-            worst = self._worst()
+            worst = self._residents.worst()
             if worst is not None and self._waiting.head().rank[0] < worst.rank[0]:
                 return None
         coast = self._coasting(new_tokens)
@@ -255,7 +296,7 @@ class Scheduler:
         decoding = self._decoding
         if self._proposed is not None or self._prefilling or not decoding:
             return None
-        full = self.running >= self.config.max_sequences
+        full = self._residents.full
         if self._waiting:
             head = self._waiting.head()
             refused = full or head.refused_at == (self.pool.free, self.pool.published)
@@ -320,7 +361,7 @@ class Scheduler:
                 break
             budget -= self._propose_chunk(seq, budget, pieces, chosen)
         while budget > 0 and self._waiting and admit:
-            admitted = self._admit(now)
+            admitted = self._residents.admit(now)
             if admitted is None:
                 break
             budget -= self._propose_chunk(admitted, budget, pieces, chosen)
@@ -354,7 +395,7 @@ class Scheduler:
                 ended[request_id] = Finish.LENGTH
             elif seq.state is State.PREFILLING:
                 seq.state = State.DECODING
-                insort(self._decoding, seq, key=_rank)
+                insort(self._decoding, seq, key=by_rank)
         self.counters.computed_tokens += computed_tokens
         self.counters.output_tokens += output_tokens
 
@@ -363,45 +404,20 @@ class Scheduler:
         for request_id in ended:
             self._end(self._sequences.pop(request_id))
         if ended:
-            self._decoding = [seq for seq in self._decoding if seq.state is State.DECODING]
+            self._decoding[:] = [seq for seq in self._decoding if seq.state is State.DECODING]
         if self._prefilling:
-            self._prefilling = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
-
-    def _make_way(self, now: float) -> None:
-        """Preempt requests of a lower priority while one of a higher priority cannot start."""
-        while self._waiting:
-            head, worst = self._waiting.head(), self._worst()
-            if worst is None or head.rank[0] >= worst.rank[0]:
-                return
-            if self._admit(now) is not None:
-                continue
-            lower = [s for s in self._decoding + self._prefilling if s.rank[0] > head.rank[0]]
-            if self._blocks_for(head) > self.pool.free + sum(len(seq.blocks) for seq in lower):
-                return
-            self._preempt(worst)
+            self._prefilling[:] = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
 
     def _propose_decodes(self, pieces: list[Piece]) -> bool:
         """One piece for every decoding request that has or gets room; whether any was preempted."""
         before = self.counters.preemptions
         for seq in self._decoding:
             known = len(seq.history)
-            if known > seq.room and not self._grow(seq):
+            if known > seq.room and not self._residents.grow(seq):
                 # It was the lowest-ranked one left, so nobody comes after it.
                 break
             pieces.append(Piece(seq.request, known - 1, 1, True, seq.history, seq.blocks, seq.cached_tokens))
         return self.counters.preemptions > before
-
-    def _grow(self, seq: Sequence) -> bool:
-        """One more block for `seq`, taken from the lowest-ranked if need be; False if that is itself."""
-        while not self.pool.can_take(1):
-            worst = self._worst()
-            if worst is None or worst is seq:
-                self._preempt(seq)
-                return False
-            self._preempt(worst)
-        seq.blocks += self.pool.take(1)
-        seq.room += self.config.block_tokens
-        return True
 
     def _propose_chunk(self, seq: Sequence, budget: int, pieces: list[Piece], chosen: list[Sequence]) -> int:
         """As much of what `seq` still has to compute as `budget` tokens allow; returns how many."""
@@ -423,94 +439,6 @@ class Scheduler:
         chosen.append(seq)
         return length
 
-    def _admit(self, now: float) -> Sequence | None:
-        """Start the best-ranked waiting request if its known text fits; nobody overtakes it."""
-        seq, pool = self._waiting.head(), self.pool
-        state = pool.free, pool.published
-        if self.running >= self.config.max_sequences or (self.running and seq.refused_at == state):
-            return None
-        block_tokens = self.config.block_tokens
-        found = self._found(seq)
-        shared = [entry for entry in found if isinstance(entry, int)]
-        need = self._blocks_for(seq) - len(shared)
-        if not pool.can_take(need + (self._reserve if self.running else 0), sharing=shared):
-            seq.refused_at = state
-            return None
-        self._waiting.pop()
-        pool.share(shared)
-        seq.blocks = (
-            shared + pool.take(need) if len(shared) == len(found) else self._restore(seq, found, need)
-        )
-        seq.room = len(seq.blocks) * block_tokens
-        seq.computed = len(found) * block_tokens
-        seq.published = len(found)
-        seq.publish_at = seq.computed + block_tokens
-        seq.state = State.PREFILLING
-        insort(self._prefilling, seq, key=_rank)
-        if not seq.admitted:
-            self._count_admission(seq, now)
-            # What was handed over is gone once the request is preempted.
-            seq.computed = max(seq.computed, seq.request.handed_tokens)
-        return seq
-
-    def _found(self, seq: Sequence) -> Series[int | Stored]:
-        """The blocks from the start of `seq` that need not be computed, in order."""
-        if not self.config.prefix_caching:
-            return []
-        handed = seq.request.handed_tokens and not seq.admitted
-        # What was handed over is here already, and nothing of it has to be brought.
-        if self.tiers is None or handed:
-            return seq.cached_prefix(self.pool, self.config.block_tokens)
-        return seq.stored_prefix(self.pool, self.tiers, self.config.block_tokens)
-
-    def _restore(self, seq: Sequence, found: Series[int | Stored], need: int) -> list[int]:
-        """The blocks of `seq`, the shared ones held already; those in lower tiers are brought back."""
-        tiers, block_tokens = self.tiers, self.config.block_tokens
-        assert tiers is not None
-        counts = [0] * len(tiers.sizes)
-        # Before blocks are taken: what they evict could push out the very blocks that are wanted.
-        for entry in found:
-            if not isinstance(entry, int):
-                tiers.restore(*entry)
-                counts[entry[1]] += 1
-        fresh = iter(self.pool.take(need))
-        blocks = [entry if isinstance(entry, int) else next(fresh) for entry in found]
-        for index, entry in enumerate(found):
-            if not isinstance(entry, int):
-                self.pool.publish(blocks[index], *seq.named(index, block_tokens))
-        seq.restored = tuple(counts)
-        return blocks + list(fresh)
-
-    def _count_admission(self, seq: Sequence, now: float) -> None:
-        seq.admitted = True
-        seq.cached_tokens = seq.computed
-        self.counters.prompt_tokens += len(seq.history)
-        self.counters.prefix_hit_tokens += seq.computed
-        for tier, count in enumerate(seq.restored):
-            self.counters.tier_hit_tokens[tier] += count * self.config.block_tokens
-        self.counters.queued_s += now - seq.request.arrival_s
-
-    def _preempt(self, seq: Sequence) -> None:
-        """Take all blocks from the last of its list; what it knows is computed again later."""
-        (self._decoding if seq.state is State.DECODING else self._prefilling).pop()
-        self.pool.release(seq.blocks)
-        # A new list: pieces and tests may still look at the old one.
-        seq.blocks, seq.computed, seq.restored = [], 0, ()
-        self.counters.preemptions += 1
-        self._waiting.push(seq)
-
-    def _worst(self) -> Sequence | None:
-        """The lowest-ranked running request."""
-        tails = [group[-1] for group in (self._decoding, self._prefilling) if group]
-        return max(tails, key=_rank, default=None)
-
     def _end(self, seq: Sequence) -> None:
         seq.state = State.ENDED
         self.pool.release(seq.blocks)
-
-    def _blocks_for(self, seq: Sequence) -> int:
-        return -(-len(seq.history) // self.config.block_tokens)
-
-
-def _rank(seq: Sequence) -> Rank:
-    return seq.rank

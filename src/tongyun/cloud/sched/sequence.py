@@ -26,10 +26,23 @@ class State(Enum):
     ENDED = 3
 
 
+def rank_of(request: Request, serial: int, aging_s: float | None) -> Rank:
+    """Higher priority, earlier arrival, earlier call of `add`; the least is the best.
+
+    With `aging_s`, a step of priority is worth so many seconds of arrival: all who wait age alike,
+    so that who comes before whom never changes, and nobody waits behind a higher priority that came
+    more than `aging_s` · (difference of priorities) later. Ranks of such requests begin alike: blocks that
+    run out are still taken from the last, but nobody is stopped to let another start.
+    """
+    if aging_s is None:
+        return -request.priority, request.arrival_s, serial
+    return 0, request.arrival_s - request.priority * aging_s, serial
+
+
 class Sequence:
     """`history[:computed]` has keys and values in `blocks`; `room` tokens fit in them.
 
-    `rank` orders requests: higher priority, earlier arrival, earlier call of `add`.
+    `rank` orders requests and never changes (see `rank_of`).
     """
 
     __slots__ = (
@@ -51,9 +64,9 @@ class Sequence:
         "state",
     )
 
-    def __init__(self, request: Request, serial: int) -> None:
+    def __init__(self, request: Request, serial: int, aging_s: float | None = None) -> None:
         self.request = request
-        self.rank: Rank = (-request.priority, request.arrival_s, serial)
+        self.rank = rank_of(request, serial, aging_s)
         self.state = State.WAITING
         self.history = row(request.prompt)
         self.limit = len(self.history) + request.output_tokens

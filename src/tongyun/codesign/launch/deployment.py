@@ -131,10 +131,10 @@ class Deployment:
     def header(self, *notes: str) -> str:
         """Comment lines: the plan, what is predicted for it and from which sources, memory, and notes."""
         question, plan = self.question, self.offer.plan
-        idle = f", {plan.idle_chips} chips idle" if plan.idle_chips else ""
+        idle = f"; {plan.idle_reason}" if plan.idle_chips else ""
         lines = [
             f"{question.model.name} ({self.recipe}) on {question.chips} × {question.chip.title}: "
-            f"{plan.replicas} × ({plan.shard}){idle}",
+            f"{plan}{idle}",
             f"batch {plan.batch} on a replica, {plan.step_tokens} tokens a step",
             f"written by: {self.command}",
             f"predicted for {question.isl} tokens in, {question.osl} out, not measured "

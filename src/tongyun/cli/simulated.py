@@ -1,0 +1,210 @@
+"""How a run of `tongyun simulate` looks: tables for people, JSON for programs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tongyun.cli.kept import kept_json, lines
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from tongyun.cloud.latency import Group
+    from tongyun.cloud.record import Recording
+    from tongyun.codesign.fleet import Fleet, Played, Pool
+
+PARTS = 240
+"""Of the run, at most, that --json tells of."""
+
+
+# ── for programs ─────────────────────────────────────────────────────────────────────
+
+
+def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
+    """Everything in SI."""
+    done, question = played.report, fleet.question
+    rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
+    return {
+        "model": question.model.name,
+        "chip": question.chip.name,
+        "chips": question.chips,
+        "pools": fleet.pools,
+        "router": router,
+        "report": done,
+        **{name: getattr(done, name) for name in (*rates, "attainment")},
+        "use": played.use,
+        "prefix_hits": played.prefix_hits,
+        "tier_hits": _tier_hits(fleet, played),
+        "expert_crowding": _crowding(fleet),
+        "kv_occupancy": None if played.recording is None else _occupancy_json(played.recording),
+        "joules": played.joules,
+        "usd_per_mtoken": played.usd_per_mtoken,
+        "classes": _groups_json(played.classes, played),
+        "models": _groups_json(played.models, played),
+        "engines": played.engines,
+        "kept": None if played.kept is None else kept_json(played.kept),
+        "series": [] if played.recording is None else _series_json(played.recording),
+        "source": sorted({"simulated"} | {source.value for source in played.sources}),
+    }
+
+
+def _series_json(recording: Recording) -> list[dict[str, Any]]:
+    """What each pool did in equal parts of the run, from its beginning."""
+    from tongyun.cloud.record import LEVELS_AND_RATES
+
+    thin = [one.coarse(PARTS) for one in recording.series]
+    return [
+        {
+            "pool": one.role,
+            "part_s": one.width_s,
+            "until_s": one.until_s,
+            **{name: getattr(one, name).tolist() for name in LEVELS_AND_RATES},
+        }
+        for one in thin
+    ]
+
+
+def _occupancy_json(recording: Recording) -> list[dict[str, Any]]:
+    return [
+        {"pool": one.role, "mean": part.mean, "p99": part.p99, "most": part.most}
+        for one, part in zip(recording.series, recording.occupancy, strict=True)
+    ]
+
+
+def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
+    rates = ("requests_per_s", "output_tokens_per_s", "goodput_requests_per_s", "goodput_tokens_per_s")
+    return {
+        name: {
+            "report": group.report,
+            **{key: getattr(group.report, key) for key in (*rates, "attainment")},
+            "share": group.share,
+            "joules": group.share * played.joules,
+            "usd_per_mtoken": played.usd_per_mtoken_of(group),
+        }
+        for name, group in groups.items()
+    }
+
+
+# ── for people ───────────────────────────────────────────────────────────────────────
+
+
+def show(fleet: Fleet, played: Played, router: str) -> None:
+    from tongyun import report
+
+    parts = [_latencies(fleet, played, router), _figures(fleet, played)]
+    for head, groups in (("class", played.classes), ("model", played.models)):
+        if groups:
+            parts.append(_groups(head, groups, played))
+    report.show(*parts)
+
+
+def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
+    from tongyun.report import NOTHING, column, number, table
+    from tongyun.units import MS
+
+    done, question = played.report, fleet.question
+    pools = " + ".join(_title(pool) for pool in fleet.pools)
+    title = f"{question.model.name} on {question.chips} × {question.chip.title}: {pools}, {router}"
+    rows = []
+    for name, one in (("TTFT ms", done.ttft_s), ("TPOT ms", done.tpot_s), ("end to end ms", done.latency_s)):
+        values = () if one is None else (one.mean, one.p50, one.p90, one.p99, one.p99_9, one.most)
+        rows.append([name, *([number(value / MS) for value in values] or [NOTHING] * 6)])
+    names = ("mean", "p50", "p90", "p99", "p99.9", "max")
+    return table(title, [column("", left=True), *map(column, names)], rows)
+
+
+def _title(pool: Pool) -> str:
+    plan, shard = pool.plan, pool.plan.shard
+    role = "" if pool.role == "mixed" else f"{pool.role} "
+    return (
+        f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), "
+        f"batch {plan.batch}, {plan.step_tokens} tokens a step"
+    )
+
+
+def _figures(fleet: Fleet, played: Played) -> Table:
+    from tongyun.report import NOTHING, column, number, source_tag, table
+    from tongyun.units import Source
+
+    done, question = played.report, fleet.question
+    money = NOTHING if played.usd_per_mtoken is None else f"${number(played.usd_per_mtoken)}"
+    rows = [
+        ["requests ended", f"{done.succeeded:,} of {done.requests:,} in {number(done.duration_s)} s"],
+        ["output tokens/s", number(done.output_tokens_per_s)],
+        ["per chip", number(done.output_tokens_per_s / question.chips)],
+        ["engines in a step", f"{played.use:.1%}"],
+        ["prompt tokens from cache", f"{played.prefix_hits:.1%}"],
+        *([f"  of these from {name}", f"{share:.1%}"] for name, share in _tier_hits(fleet, played).items()),
+        *(
+            [f"busiest expert rank, ep{ep}", f"{times:.2f} × the mean"]
+            for ep, times in _crowding(fleet).items()
+        ),
+        *([name, cell] for name, cell in _occupied(played)),
+        ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
+        ["per million output tokens", money],
+        ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
+    ]
+    if played.kept is not None:
+        rows += lines(fleet, played.kept)
+    if done.slo.ttft_s is not None or done.slo.tpot_s is not None:
+        rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
+        rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
+    tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
+    return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _occupied(played: Played) -> list[tuple[str, str]]:
+    """Of each pool, the share of its KV blocks that requests hold: mean, p99 and most."""
+    if played.recording is None:
+        return []
+    pairs = list(zip(played.recording.series, played.recording.occupancy, strict=True))
+    return [
+        (
+            "KV occupied: mean, p99, max" if len(pairs) == 1 else f"KV occupied, {one.role}",
+            f"{part.mean:.1%}, {part.p99:.1%}, {part.most:.1%}",
+        )
+        for one, part in pairs
+    ]
+
+
+def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:
+    """A line for each class or model, over the whole run's time."""
+    from tongyun.report import column, number, table
+    from tongyun.units import MS
+
+    rows = []
+    for name, group in groups.items():
+        done = group.report
+        spans = [
+            number(None if one is None else getattr(one, key) / MS)
+            for one in (done.ttft_s, done.tpot_s)
+            for key in ("p50", "p99")
+        ]
+        rows.append(
+            [
+                name or "(none)",
+                f"{done.succeeded:,} of {done.requests:,}",
+                *spans,
+                number(done.goodput_tokens_per_s),
+                f"{done.attainment:.1%}",
+                number(played.usd_per_mtoken_of(group)),
+                number(played.joules_per_token(group)),
+            ]
+        )
+    felt = ("TTFT ms p50", "TTFT ms p99", "TPOT ms p50", "TPOT ms p99", "goodput tokens/s", "within limits")
+    heads = ("requests ended", *felt, "$/Mtoken", "J/token")
+    caption = "simulated; money and energy by the share of tokens computed"
+    return table("", [column(head, left=True), *map(column, heads)], rows, caption=caption)
+
+
+def _tier_hits(fleet: Fleet, played: Played) -> dict[str, float]:
+    """Share of the prompt tokens that came back from each memory behind the cache, by its name."""
+    return {} if fleet.tiers is None else dict(zip(fleet.tiers.names, played.tier_hits, strict=True))
+
+
+def _crowding(fleet: Fleet) -> dict[int, float]:
+    """Tokens of the busiest expert rank over those of the mean one, by the ranks experts are spread over."""
+    spread = {pool.plan.shard.ep for pool in fleet.pools}
+    return {} if fleet.experts is None else {ep: fleet.experts.crowding(ep) for ep in sorted(spread)}

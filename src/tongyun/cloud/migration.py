@@ -1,0 +1,250 @@
+"""Move running requests between the engines of a simulated fleet, and record what it took.
+
+A request decodes on while its keys and values are copied, in stages: all there are, then what came
+about meanwhile, until little is left. Only for the last copy it pauses. Blocks are reserved at the
+target first; where they run out, or the request ends or is preempted, the move is called off and
+nothing has changed. Copying takes no time of a step. Whether to move is the policy's to say; knows
+no price but the two functions it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.instance import Instance, Passage, Simulated
+from tongyun.cloud.latency import Percentiles
+from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
+from tongyun.cloud.sched.request import Request
+from tongyun.cloud.sched.router import Router
+from tongyun.cloud.simulate import Front
+
+
+class Move(NamedTuple):
+    """What became of one decision to move a request, in order of its end."""
+
+    moment_s: float
+    request_id: str
+    source: int
+    target: int
+    outcome: str
+    """`migrated` with its keys and values; `rescheduled` while it waited, without any; `called off`,
+    and it stayed; `recomputed`: its blocks at the target were given to others during the last copy."""
+    tokens: int
+    """Keys and values copied, in tokens, those of moves called off included."""
+    stages: int
+    downtime_s: float
+    """From the end of its last step at the source to the beginning of its next at the target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moves:
+    """All moves of a run."""
+
+    migrated: int
+    rescheduled: int
+    recomputed: int
+    called_off: int
+    moved_bytes: float
+    """Keys and values of all ranks."""
+    downtime_s: Percentiles | None
+    """Of those migrated."""
+
+    @classmethod
+    def of(cls, log: Iterable[Move], token_bytes: float) -> Moves:
+        moves = list(log)
+        counts = dict.fromkeys(("migrated", "rescheduled", "recomputed", "called off"), 0)
+        for move in moves:
+            counts[move.outcome] += 1
+        return cls(
+            migrated=counts["migrated"],
+            rescheduled=counts["rescheduled"],
+            recomputed=counts["recomputed"],
+            called_off=counts["called off"],
+            moved_bytes=token_bytes * sum(move.tokens for move in moves),
+            downtime_s=Percentiles.of(move.downtime_s for move in moves if move.outcome == "migrated"),
+        )
+
+
+@dataclass
+class _Flight:
+    """A move under way."""
+
+    request_id: str
+    source: int
+    target: int
+    copied: int = 0
+    """Tokens whose keys and values are at the target by the end of the stage under way."""
+    stages: int = 0
+    gone: bool = False
+    """It has left the source."""
+    left_s: float = 0.0
+
+
+class Mover:
+    """Carries a policy out on the engines behind a front."""
+
+    def __init__(self, front: Front, policy: MigrationPolicy, copy_s: Callable[[int], float]) -> None:
+        """`copy_s`: seconds for the keys and values of so many tokens from one engine to another."""
+        self.log: list[Move] = []
+        self._front, self._policy, self._copy_s = front, policy, copy_s
+        self._flights: dict[str, _Flight] = {}
+        self._ticking = False
+
+    @property
+    def on_the_way(self) -> int:
+        """Requests that are at no engine at this moment."""
+        return sum(flight.gone for flight in self._flights.values())
+
+    def wake(self, now_s: float) -> None:
+        """Look at the engines from now on until none has a request; call it before each that is sent."""
+        if not self._ticking:
+            self._ticking = True
+            self._next_tick(now_s)
+
+    def _next_tick(self, now_s: float) -> None:
+        tick = int(now_s / self._policy.interval_s) + 1
+        # A product rounded down would be the same tick again.
+        moment_s = max(tick * self._policy.interval_s, now_s)
+        self._front.at(moment_s, lambda: self._tick(tick, moment_s))
+
+    def _tick(self, tick: int, now_s: float) -> None:
+        while self._reschedule(now_s):
+            pass
+        busy = {index for flight in self._flights.values() for index in (flight.source, flight.target)}
+        for source, target in self._pairs():
+            if source not in busy and target not in busy:
+                self._migrate(source, target, now_s)
+        if any(one.in_flight for one in self._engines) or self._flights:
+            later = tick + 1
+            moment_s = later * self._policy.interval_s
+            self._front.at(moment_s, lambda: self._tick(later, moment_s))
+        else:
+            self._ticking = False
+
+    @property
+    def _engines(self) -> list[Instance]:
+        return self._front.instances
+
+    def _pairs(self) -> list[tuple[int, int]]:
+        return self._policy.pairs([one.load for one in self._engines])
+
+    # ── those who wait ───────────────────────────────────────────────────────────────
+
+    def _reschedule(self, now_s: float) -> bool:
+        """Send on, from each engine that gives, the request it would admit next; whether any went."""
+        went = False
+        for source, target in self._pairs():
+            head = self._engines[source].single.scheduler.head()
+            if head is not None and self._fits(head, source, target):
+                went |= self._send_on(head, source, target, now_s)
+        return went
+
+    def _fits(self, one: Movable, source: int, target: int) -> bool:
+        return self._policy.fits(one, self._engines[source].load, self._engines[target].load)
+
+    def _send_on(self, head: Movable, source: int, target: int, now_s: float) -> bool:
+        if head.id in self._flights or not self._reserve(target, head.id, head.tokens):
+            return False
+        flight = self._flights[head.id] = _Flight(head.id, source, target)
+        self._depart(flight, 0, max(now_s, self._clock_s(source)))
+        return True
+
+    # ── those who decode ─────────────────────────────────────────────────────────────
+
+    def _migrate(self, source: int, target: int, now_s: float) -> None:
+        engines = self._engines
+        decoding = engines[source].single.scheduler.movables()
+        chosen = self._policy.choose(decoding, engines[source].load, engines[target].load)
+        if chosen is None or not self._reserve(target, chosen.id, chosen.tokens):
+            return
+        flight = self._flights[chosen.id] = _Flight(chosen.id, source, target)
+        self._copy(flight, chosen.tokens - 1, max(now_s, self._clock_s(source)))
+
+    def _copy(self, flight: _Flight, computed: int, from_s: float) -> None:
+        """A stage: what is computed and not copied, while the request decodes on."""
+        missing = computed - flight.copied
+        flight.stages += 1
+        flight.copied = computed
+        moment_s = from_s + self._copy_s(missing)
+        self._front.at(moment_s, lambda: self._copied(flight, moment_s))
+
+    def _copied(self, flight: _Flight, now_s: float) -> None:
+        one = self._engines[flight.source].single.scheduler.movable(flight.request_id)
+        if (
+            one is None
+            or not one.decoding
+            or one.tokens <= flight.copied
+            or not self._engines[flight.target].up
+            or not self._reserve(flight.target, one.id, one.tokens)
+        ):
+            self._engines[flight.target].single.scheduler.give_up(flight.request_id)
+            self._end(flight, "called off", now_s, 0.0)
+            return
+        now_s = max(now_s, self._clock_s(flight.source))
+        missing = one.tokens - 1 - flight.copied
+        if missing > self._policy.last_tokens and flight.stages < self._policy.stages:
+            self._copy(flight, one.tokens - 1, now_s)
+            return
+        flight.stages += 1
+        flight.copied += missing
+        self._depart(flight, missing, now_s)
+
+    def _depart(self, flight: _Flight, missing: int, now_s: float) -> None:
+        """Take the request from its engine, and let it arrive when the last tokens are copied."""
+        flight.gone, flight.left_s = True, now_s
+        passage = self._engines[flight.source].depart(flight.request_id)
+        self._front.at(now_s + self._copy_s(missing), lambda: self._land(flight, passage))
+
+    def _land(self, flight: _Flight, passage: Passage) -> None:
+        if not self._engines[flight.target].up and self._engines[flight.source].up:
+            self._engines[flight.target].single.scheduler.give_up(flight.request_id)
+            flight.target = flight.source
+        decodes = self._engines[flight.target].arrive(passage)
+        arrived_s = self._clock_s(flight.target)
+        outcome = "migrated" if decodes else "recomputed" if passage.traveller.computed else "rescheduled"
+        self._end(flight, outcome, arrived_s, arrived_s - flight.left_s)
+
+    # ── both ─────────────────────────────────────────────────────────────────────────
+
+    def _reserve(self, index: int, request_id: str, tokens: int) -> bool:
+        scheduler = self._engines[index].single.scheduler
+        block_tokens = scheduler.config.block_tokens
+        return scheduler.reserve(request_id, -(-(tokens + 1) // block_tokens))
+
+    def _clock_s(self, index: int) -> float:
+        return self._engines[index].loop.clock.now()
+
+    def _end(self, flight: _Flight, outcome: str, moment_s: float, downtime_s: float) -> None:
+        del self._flights[flight.request_id]
+        self.log.append(
+            Move(
+                moment_s,
+                flight.request_id,
+                flight.source,
+                flight.target,
+                outcome,
+                flight.copied,
+                flight.stages,
+                downtime_s,
+            )
+        )
+
+
+def play_migrating(
+    requests: Iterable[Request],
+    loops: Iterable[EngineLoop],
+    router: Router,
+    policy: MigrationPolicy,
+    copy_s: Callable[[int], float],
+) -> tuple[list[Simulated], list[Move]]:
+    """As `play_fleet`, with requests moved between engines as `policy` says; and all moves."""
+    front = Front(loops, router)
+    mover = Mover(front, policy, copy_s)
+    for request in requests:
+        mover.wake(request.arrival_s)
+        front.send(request)
+    front.advance(float("inf"))
+    return [one.result() for one in front.instances], mover.log

@@ -1,0 +1,225 @@
+"""Several models on pools of one kind of chip, with replicas of their own or taking turns on shared ones.
+
+Puts the pools together, sends every request to those of its model, and says what each model
+felt and cost. Pools have nothing in common but time: one is what it would be alone. All that
+comes out is simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from tongyun.cloud.engine.protocol import Switched, total
+from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
+from tongyun.cloud.sched.router import Router
+from tongyun.cloud.schedule import Schedule
+from tongyun.cloud.workload import Arrival, requests
+from tongyun.codesign.fleet import Fleet, Played, Pool
+from tongyun.codesign.runs import Ended, Run, dedicated, shared
+from tongyun.codesign.sharing import Sharing
+from tongyun.codesign.space import Question
+from tongyun.cost import usd_per_mtoken
+from tongyun.errors import InputError, unknown
+from tongyun.specs import Chip, SharingSpec
+from tongyun.units import HOUR_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """A model that requests may name."""
+
+    question: Question
+    slo: Slo = field(default_factory=Slo)
+    share: int = 1
+    """Of the requests that name no model, in proportion."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SloByModel(Slo):
+    """Every model's own limits; those of the others are the fields'."""
+
+    models: Mapping[str, Slo]
+
+    def met_by(self, record: RequestRecord) -> bool:
+        return self.models[record.model or ""].met_by(record)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Pools, and the models they serve: each with such pools of its own, or all on the same."""
+
+    models: tuple[str, ...]
+    pools: tuple[Pool, ...]
+    shared: bool
+
+    @property
+    def chips(self) -> int:
+        each = sum(pool.chips for pool in self.pools)
+        return each if self.shared else each * len(self.models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfModel:
+    """What one model's requests felt and cost, over the whole run's time; all models add up to the run."""
+
+    report: LatencyReport | None
+    """None without requests."""
+    shared: bool
+    chips: float
+    """Its own, or its share, by tokens computed, of those that it shares."""
+    joules: float
+    usd_per_mtoken: float | None
+    """Of its output tokens, its chips paid over the run's time; None without output or price."""
+    switched: Switched
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarketPlayed:
+    """A load as several models would have served it."""
+
+    whole: Played
+    models: Mapping[str, OfModel]
+    chips: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Market:
+    """Models by the name requests call them, and the parts of the fleet that serve them."""
+
+    models: Mapping[str, Served]
+    parts: tuple[Part, ...]
+    sharing: SharingSpec = field(default_factory=SharingSpec)
+    prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        named = [name for part in self.parts for name in part.models]
+        for name in named:
+            if name not in self.models:
+                raise InputError(unknown("model", name, self.models))
+            if named.count(name) > 1:
+                raise InputError(f"model '{name}' is in two pools that are not one prefill and one decode")
+        missing = next((name for name in self.models if name not in named), None)
+        if missing is not None:
+            raise InputError(f"no pool serves model '{missing}'; leave `models` out of one, or name it there")
+
+    @property
+    def chips(self) -> int:
+        return sum(part.chips for part in self.parts)
+
+    @property
+    def slo(self) -> SloByModel:
+        """Every request is judged by its model's limits; those all models share are the run's."""
+        limits = {name: one.slo for name, one in self.models.items()}
+        ttft_s, tpot_s = ({getattr(slo, key) for slo in limits.values()} for key in ("ttft_s", "tpot_s"))
+        return SloByModel(
+            ttft_s=ttft_s.pop() if len(ttft_s) == 1 else None,
+            tpot_s=tpot_s.pop() if len(tpot_s) == 1 else None,
+            models=limits,
+        )
+
+    def named(self, arrivals: Sequence[Arrival], *, seed: int = 0) -> list[Arrival]:
+        """Arrivals that all name one of the models: those that named none are drawn by `share`."""
+        names = list(self.models)
+        shares = np.array([self.models[name].share for name in names], dtype=np.float64)
+        rng = np.random.default_rng([seed, len(names)])
+        drawn = rng.choice(len(names), size=len(arrivals), p=shares / shares.sum()).tolist()
+        for number, arrival in enumerate(arrivals, 1):
+            if arrival.model is not None and arrival.model not in self.models:
+                raise InputError(f"request {number}: {unknown('model', arrival.model, names)}")
+        return [
+            arrival if arrival.model is not None else arrival._replace(model=names[index])
+            for arrival, index in zip(arrivals, drawn, strict=True)
+        ]
+
+    def play(
+        self,
+        arrivals: Sequence[Arrival],
+        router: Callable[[], Router],
+        *,
+        chip: Chip,
+        seed: int = 0,
+        schedule: Schedule | None = None,
+    ) -> MarketPlayed:
+        """Send `arrivals` to their models; the same arguments give the same result to the last bit.
+
+        `router` makes one for each model with replicas of its own; shared ones have `ByModel`.
+        """
+        if not arrivals:
+            raise InputError("the load is empty: nothing to simulate")
+        runs = [run for part in self.parts for run in self._runs(part, router, chip)]
+        if schedule is not None:
+            for run in runs:
+                run.tell(schedule)
+        of = {name: run for run in runs for name in run.models}
+        # One range of tokens for all, so that a request does not depend on the others' models.
+        vocabulary = min(one.question.model.vocab for one in self.models.values())
+        for request in requests(self.named(arrivals, seed=seed), vocabulary=vocabulary, seed=seed):
+            of[request.model or ""].send(request)
+        for run in runs:
+            run.finish()
+        return self._summed(runs)
+
+    def fleet(self, name: str, pools: tuple[Pool, ...]) -> Fleet:
+        """The pools as if they were one model's."""
+        question = replace(self.models[name].question, chips=sum(pool.chips for pool in pools))
+        return Fleet(question=question, pools=pools, prefix_caching=self.prefix_caching)
+
+    def _runs(self, part: Part, router: Callable[[], Router], chip: Chip) -> list[Run]:
+        fleets = {name: self.fleet(name, part.pools) for name in part.models}
+        if not part.shared:
+            return [dedicated(name, fleet, router, chip) for name, fleet in fleets.items()]
+        slos = {name: self.models[name].slo for name in part.models}
+        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip))]
+
+    def _summed(self, runs: Sequence[Run]) -> MarketPlayed:
+        ended = [run.ended() for run in runs]
+        records, slo = [record for one in ended for record in one.records], self.slo
+        report = summarise(records, slo)
+        groups = grouped(records, lambda record: record.model, slo)
+        price = next(iter(self.models.values())).question.price
+        chip_usd = None if price is None else price.chip_hour.value * report.duration_s / HOUR_S
+        models: dict[str, OfModel] = {}
+        for one in ended:
+            models |= of_models(one, groups, report.duration_s, chip_usd)
+        return MarketPlayed(
+            whole=Played(
+                report=report,
+                engines=tuple(stats for one in ended for stats in one.stats),
+                joules=sum(one.joules for one in models.values()),
+                usd_per_mtoken=None
+                if price is None or not report.output_tokens
+                else float(usd_per_mtoken(report.output_tokens_per_s, self.chips, price.chip_hour.value)),
+                sources=frozenset().union(*(run.sources for run in runs)),
+                classes=grouped(records, lambda record: record.priority_class, slo),
+            ),
+            models={name: models[name] for name in self.models},
+            chips=self.chips,
+        )
+
+
+def of_models(
+    ended: Ended, groups: Mapping[str, Group], duration_s: float, chip_usd: float | None
+) -> dict[str, OfModel]:
+    """What the models of one run felt and cost; shared chips are told by tokens computed."""
+    run, joules = ended.run, ended.joules(duration_s)
+    whole = sum(groups[name].share for name in run.models if name in groups)
+    found = {}
+    for name in run.models:
+        group = groups.get(name)
+        # Chips that nobody used are everybody's.
+        share = 1 / len(run.models) if not whole else 0.0 if group is None else group.share / whole
+        tokens = 0 if group is None else group.report.output_tokens
+        found[name] = OfModel(
+            report=None if group is None else group.report,
+            shared=run.shared,
+            chips=share * run.chips,
+            joules=share * joules,
+            usd_per_mtoken=None
+            if chip_usd is None or not tokens
+            else chip_usd * share * run.chips / tokens * 1e6,
+            switched=total(one.switched[name] for one in ended.stats if name in one.switched),
+        )
+    return found

@@ -1,0 +1,32 @@
+# ruff: noqa: RUF009 - `has` returns dataclasses.field, which is not evaluated per instance
+"""What a fleet file's `[experts]` may say: how unevenly experts are picked, and what is done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tongyun.specs.figure import FRACTION, RATIO, Figure
+from tongyun.specs.form import Fact, Flag, Text, Whole, has
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """Exactly one of `skew` and `counts` says how often each expert is picked."""
+
+    skew: Figure | None = has(Fact(RATIO, more_is_better=False), default=None)
+    """s: the r-th most picked expert is picked as r^-s; 0 picks all alike."""
+    counts: str | None = has(Text(), default=None)
+    """A CSV file of recorded counts: a line for each layer, a column for each expert."""
+    rebalance: bool = has(Flag(), default=False)
+    """Experts are placed by how often they were picked, not by their number."""
+    redundant: int | None = has(Whole(), default=None)
+    """Copies of much picked experts, over all ranks of a replica; they take memory."""
+    drift: Figure | None = has(Fact(FRACTION, more_is_better=False), default=None)
+    """Share of the picks that has moved to other experts since experts were placed."""
+
+    def problem(self) -> str | None:
+        if (self.skew is None) == (self.counts is None):
+            return "accepted: one of skew and counts"
+        if not self.rebalance and (self.redundant is not None or self.drift is not None):
+            return "redundant and drift need rebalance = true: else experts lie in the order of their number"
+        return None
