@@ -133,6 +133,6 @@ def _sources(chip: Chip, keys: frozenset[str]) -> frozenset[Source]:
     return chip.sources_of(*sorted(keys))
 
 
-def usd_per_mtoken(tokens_per_s: Number, chips: int, usd_per_chip_hour: float) -> Number:
+def usd_per_mtoken(tokens_per_s: Number, chips: float, usd_per_chip_hour: float) -> Number:
     """Dollars per million tokens: chips · $/h / (tokens/s · 3600) · 1e6."""
     return chips * usd_per_chip_hour / (tokens_per_s * HOUR_S) * 1e6

@@ -55,6 +55,7 @@ def read_fleet(
     from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.tiers import CacheTiers
+    from tongyun.codesign.upkeep import Upkeep
     from tongyun.specs import find_fleet, find_market
 
     if find_market(path) is not None:
@@ -80,7 +81,10 @@ def read_fleet(
     if spec.experts is not None:
         experts = ExpertLoads(spec=spec.experts, model=question.model, file=path)
     pools = (pool_of(each, experts) for each in sorted(spec.pool, key=lambda each: each.role == "decode"))
-    return spec, Fleet(
+    upkeep = None
+    if spec.failures is not None or spec.autoscale:
+        upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(path))
+    fleet = Fleet(
         question=question,
         pools=tuple(pools),
         prefix_caching=spec.prefix_caching,
@@ -89,7 +93,11 @@ def read_fleet(
         classes=spec.classes,
         aging_s=spec.class_aging_s,
         migration=spec.migration,
+        upkeep=upkeep,
     )
+    if upkeep is not None:
+        upkeep.check(fleet.sites(), question.chip.at())
+    return spec, fleet
 
 
 def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:

@@ -87,6 +87,7 @@ def simulate(
     given = dict(locals())
     from tongyun.cli import market
     from tongyun.cloud.record import Recorder
+    from tongyun.cloud.retries import LOST
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.classes import headroom
     from tongyun.specs import find_market
@@ -129,8 +130,10 @@ def simulate(
     if perfetto is not None and schedule is not None:
         assert played.recording is not None
         write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
-    if played.report.failed:
-        raise Infeasible(f"{played.report.failed} requests could not run: {played.report.errors[0][0]}")
+    # What is lost by a failure is an outcome; what no engine takes is a question that had no answer.
+    refused = [(why, count) for why, count in played.report.errors if not why.startswith(LOST)]
+    if refused:
+        raise Infeasible(f"{sum(count for _, count in refused)} requests could not run: {refused[0][0]}")
 
 
 def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tongyun.cli.kept import kept_json, lines
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -43,6 +45,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "models": _groups_json(played.models, played),
         "moves": played.moves,
         "engines": played.engines,
+        "kept": None if played.kept is None else kept_json(played.kept),
         "series": [] if played.recording is None else _series_json(played.recording),
         "source": sorted({"simulated"} | {source.value for source in played.sources}),
     }
@@ -145,6 +148,8 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
+    if played.kept is not None:
+        rows += lines(fleet, played.kept)
     if done.slo.ttft_s is not None or done.slo.tpot_s is not None or done.slo.classes:
         rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])

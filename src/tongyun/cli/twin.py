@@ -37,6 +37,8 @@ def twin_gateway(
     spec, fleet = read_fleet(file)
     if fleet.migration is not None:
         raise InputError(f"{file}: migration: the twin moves no running requests; leave the table out")
+    if fleet.upkeep is not None:
+        raise InputError(f"{file}: failures and autoscale: the twin's replicas stand still; leave them out")
     own = fleet.question.model.name
     if model is not None and find_model(model)[1] != own:
         raise InputError(f"{file}: model: the fleet serves {own}, not {model}; leave MODEL out or name it")

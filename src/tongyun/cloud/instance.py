@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
@@ -26,6 +26,19 @@ class Simulated:
 
     records: tuple[RequestRecord, ...]
     stats: EngineStats
+
+
+class Torn(NamedTuple):
+    """A request taken from an engine before its end."""
+
+    request: Request
+    """What is left of it: what was streamed has become part of the prompt. It arrived when it arrived."""
+    tokens: int
+    """Streamed since it was sent."""
+    first_s: float | None
+    cached_tokens: int
+    prompt_tokens: int
+    """Of the prompt that it was sent with."""
 
 
 class _Progress:
@@ -67,6 +80,8 @@ class Instance:
         self._classes: Counter[str] = Counter()
         self.prompt_tokens_due = 0
         """Of requests in flight that have no first token yet."""
+        self.ended_s = 0.0
+        """When a request last ended."""
 
     def send(self, request: Request) -> None:
         """Give a request to the engine; one it refuses is recorded with the reason."""
@@ -120,9 +135,33 @@ class Instance:
         self._end(progress, self.loop.clock.now(), Finish.ABORT)
         return True
 
+    def fail(self) -> list[Torn]:
+        """Lose every request in flight, in the order of sending, and all that is cached."""
+        torn = []
+        for request_id, progress in self.in_flight.items():
+            request, known = progress.request, self.single.evict(request_id)
+            tokens = len(known) - len(request.prompt)
+            if tokens or request.handed_tokens:
+                left = request.output_tokens - tokens
+                request = replace(request, prompt=known, output_tokens=left, handed_tokens=0)
+            torn.append(
+                Torn(request, tokens, progress.first_s, progress.cached, len(progress.request.prompt))
+            )
+            del self.records[request_id]
+        self.in_flight.clear()
+        self._classes.clear()
+        self.prompt_tokens_due = 0
+        self.single.clear()
+        return torn
+
     def forget(self) -> None:
         """Drop the records of requests that have ended."""
         self.records = dict.fromkeys(self.in_flight)
+
+    def oldest_s(self) -> float | None:
+        """When the longest-waiting request without a first token arrived; None where none waits."""
+        waiting = (one.request.arrival_s for one in self.in_flight.values() if one.first_s is None)
+        return min(waiting, default=None)
 
     @property
     def single(self) -> EngineLoop:
@@ -185,6 +224,7 @@ class Instance:
 
     def _end(self, progress: _Progress, moment_s: float, finish: Finish) -> None:
         request_id = progress.request.id
+        self.ended_s = moment_s
         if finish is Finish.LENGTH:
             progress.count = progress.request.output_tokens
         self._drop(progress)

@@ -13,11 +13,11 @@ from heapq import heappop, heappush
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
 from tongyun.cloud.engine.protocol import Executor, Tape
-from tongyun.cloud.instance import Instance, Simulated
+from tongyun.cloud.instance import Instance, Simulated, Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.prefix import row
 from tongyun.cloud.sched.request import Request
-from tongyun.cloud.sched.router import Router
+from tongyun.cloud.sched.router import Remembering, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 
 
@@ -107,6 +107,43 @@ class Front:
         if one.loop.tape is not None:
             one.loop.tape.turned(up, self._now_s)
 
+    def tear(self, index: int) -> list[Torn]:
+        """Take what is in flight from an engine that failed; its caches are empty from then on."""
+        if isinstance(self._router, Remembering):
+            self._router.forget(index)
+        return self.instances[index].fail()
+
+    def again(self, request: Request) -> None:
+        """Give a request that an engine lost to one that is up, at this moment."""
+        self._place(request)
+
+    def unhold(self, wanted: Callable[[Request], bool] = lambda _: True) -> list[Request]:
+        """Take back requests that are held."""
+        taken = [request for request in self._held if wanted(request)]
+        self._held = [request for request in self._held if not wanted(request)]
+        return taken
+
+    def give_up(self) -> list[Torn]:
+        """Take back what is held."""
+        return [_handed(request) for request in self.unhold()]
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that engines have, and those held."""
+        return len(self._held) + sum(len(one.in_flight) for one in self.instances)
+
+    @property
+    def fronts(self) -> tuple[Front, ...]:
+        return (self,)
+
+    def records(self, _names: Iterable[str]) -> list[RequestRecord]:
+        """Of all requests that ended, engine after engine."""
+        return [record for one in self.instances for record in one.result().records]
+
+    def waiting(self) -> tuple[Request, ...]:
+        """Requests that are held, in the order in which they came."""
+        return tuple(self._held)
+
     @property
     def held(self) -> int:
         """Requests that wait for an engine to be up."""
@@ -126,9 +163,13 @@ class Front:
         self._now_s = max(self._now_s, until_s)
 
     def _place(self, request: Request) -> None:
-        up = [one for one in self.instances if one.up]
-        if up:
-            up[self._router.choose(request, [one.load for one in up])].send(request)
+        everyone = self.instances
+        up = [index for index, one in enumerate(everyone) if one.up]
+        if len(up) == len(everyone):
+            everyone[self._router.choose(request, [one.load for one in everyone])].send(request)
+        elif up:
+            loads = [everyone[index].load._replace(engine=index) for index in up]
+            everyone[up[self._router.choose(request, loads)]].send(request)
         else:
             self._held.append(request)
 
@@ -155,18 +196,87 @@ class Relay:
         self._whole: dict[str, Request] = {}
         # A heap of what is under way between the pools; the number keeps the order of equal moments.
         self._under_way: list[tuple[float, int, Request]] = []
+        # What is to happen to both pools, in order; likewise.
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
+
+    def at(self, moment_s: float, action: Callable[[], None]) -> None:
+        """Have something happen when both pools have come to `moment_s` (see `Front.at`)."""
+        self._serial += 1
+        heappush(self._events, (moment_s, self._serial, action))
+
+    @property
+    def fronts(self) -> tuple[Front, ...]:
+        return self.first, self.second
+
+    @property
+    def in_flight(self) -> int:
+        """Requests in either pool, between them, and held before them."""
+        return self.first.in_flight + self.second.in_flight + len(self._under_way)
 
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival."""
+        if self._events:
+            self.advance(request.arrival_s)
         self._whole[request.id] = request
         self.first.send(prefill_part(request))
         self._pass_on(request.arrival_s)
 
     def advance(self, until_s: float) -> None:
+        """Both pools to `until_s`, by way of all that happens until then."""
+        while self._events and self._events[0][0] <= until_s:
+            moment_s, _, action = heappop(self._events)
+            self._all_to(moment_s)
+            action()
+        self._all_to(until_s)
+
+    def _all_to(self, until_s: float) -> None:
         self.first.advance(until_s)
         self._pass_on(until_s)
         self.second.advance(until_s)
+
+    def again(self, request: Request) -> None:
+        """Give what is left of a request to the first pool, at this moment."""
+        self._whole[request.id] = request
+        self.first.again(prefill_part(request))
+
+    def tear(self, pool: Front, index: int) -> list[Torn]:
+        """Take what is in flight from an engine that failed, with what it was handing over."""
+        torn = pool.tear(index)
+        if pool is self.second:
+            return [self._from_first(one) for one in torn]
+        # Ended there, not yet arrived: keys and values that are gone before they were read.
+        sent = {name for name, record in pool.instances[index].records.items() if record is not None}
+        leaving = [request for _, _, request in self._under_way if request.id in sent]
+        self._under_way = sorted(entry for entry in self._under_way if entry[2].id not in sent)
+        leaving += self.second.unhold(lambda request: request.id in sent)
+        whole = [one._replace(request=self._whole.pop(one.request.id)) for one in torn]
+        return whole + [self._from_first(_handed(request)) for request in leaving]
+
+    def give_up(self) -> list[Torn]:
+        """Take back what is held before either pool."""
+        first = [_handed(self._whole.pop(request.id)) for request in self.first.unhold()]
+        return first + [self._from_first(_handed(request)) for request in self.second.unhold()]
+
+    def _from_first(self, torn: Torn) -> Torn:
+        """What the second pool lost, with what the first had done for it, whose record goes."""
+        for one in self.first.instances:
+            record = one.records.get(torn.request.id)
+            if record is not None:
+                del one.records[record.id]
+                return Torn(
+                    replace(torn.request, arrival_s=record.arrival_s, handed_tokens=0),
+                    torn.tokens + record.output_tokens,
+                    record.first_token_s,
+                    record.cached_tokens,
+                    record.prompt_tokens,
+                )
+        # Who has no use for records forgets those that have ended.
+        return torn._replace(request=replace(torn.request, handed_tokens=0))
+
+    def records(self, names: Iterable[str]) -> list[RequestRecord]:
+        """Of these requests in their order, those that ended: one record for both pools."""
+        return list(joined(names, *self.results()))
 
     def abort(self, request_id: str) -> None:
         """End a request wherever it is."""
@@ -227,10 +337,10 @@ def play_pools(
 def joined(
     names: Iterable[str], first: Iterable[Simulated], second: Iterable[Simulated]
 ) -> tuple[RequestRecord, ...]:
-    """A record for each of these requests from those of the pool that prefilled and the one that decoded."""
+    """A record for each of these requests that ended, from those of both pools."""
     prefilled = {record.id: record for one in first for record in one.records}
     decoded = {record.id: record for one in second for record in one.records}
-    return tuple(_joined(prefilled[name], decoded.get(name)) for name in names)
+    return tuple(_joined(prefilled[name], decoded.get(name)) for name in names if name in prefilled)
 
 
 def prefill_part(request: Request) -> Request:
@@ -250,6 +360,11 @@ def decode_part(request: Request, arrival_s: float) -> Request:
         arrival_s=arrival_s,
         handed_tokens=len(request.prompt),
     )
+
+
+def _handed(request: Request) -> Torn:
+    """A request that no engine has at this moment."""
+    return Torn(request, 0, None, 0, len(request.prompt))
 
 
 def _joined(first: RequestRecord, rest: RequestRecord | None) -> RequestRecord:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +19,13 @@ from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
-from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.migration import Moves, play_migrating
 from tongyun.cloud.record import Recorder, Recording
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import play_fleet, play_pools
+from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.answer import Plan
 from tongyun.codesign.classes import migration_policy, own_limits, priorities
@@ -33,10 +34,11 @@ from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
 from tongyun.codesign.space import Question
 from tongyun.codesign.tiers import CacheTiers
+from tongyun.codesign.upkeep import Kept, Site, Upkeep
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import InputError
 from tongyun.model.shard import slice_of
-from tongyun.model.steps import kv_bytes
+from tongyun.model.steps import kv_bytes, weight_bytes
 from tongyun.specs import Chip
 from tongyun.specs.classes import ClassSpec, MigrationSpec
 from tongyun.units import Source
@@ -55,11 +57,13 @@ class Played:
     joules: float
     """Of all chips from the first arrival to the last end, idle ones included."""
     usd_per_mtoken: float | None
-    """Of output tokens, all chips asked for paid over that time."""
+    """Of output tokens, all chips asked for paid over that time; where replicas are scaled, while held."""
     sources: frozenset[Source]
     classes: Mapping[str, Group] = field(default_factory=dict)
     """By class of service; empty where no request names one, as are `models`."""
     models: Mapping[str, Group] = field(default_factory=dict)
+    kept: Kept | None = None
+    """Where replicas come and go: what that did."""
     recording: Recording | None = None
     """Over time, where it was asked for."""
     moves: Moves | None = None
@@ -135,6 +139,12 @@ class Engines:
         resting_s = sum(max(duration_s - each_s, 0.0) for each_s in busy_s)
         return busy + chip.idle_w * shard.ranks / shard.dp * resting_s
 
+    def busy(self, results: Sequence[Simulated]) -> tuple[float, float]:
+        """Joules and chip-seconds of the pool's steps."""
+        shard = self.pool.plan.shard
+        busy_s = sum(one.stats.busy_s for one in results)
+        return sum(one.joules for one in self.executors) / shard.dp, busy_s * shard.ranks / shard.dp
+
 
 def of_a_group(plan: Plan) -> Plan:
     """A plan of the search with the batch of an attention group, which is what a fleet's engines have.
@@ -171,6 +181,15 @@ def pools_of(plan: Plan, prefill_replicas: int = 0) -> tuple[Pool, ...]:
     )
 
 
+class _Served(NamedTuple):
+    """A record of every request, what each engine of each pool did, and who came, went and moved."""
+
+    records: tuple[RequestRecord, ...]
+    results: Sequence[Sequence[Simulated]]
+    kept: Kept | None = None
+    moves: Moves | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
     """Pools for a model and chips as in `question`, whose lengths are those that have to fit.
@@ -190,6 +209,8 @@ class Fleet:
     """Seconds of waiting that outweigh one step of priority; None: strict."""
     migration: MigrationSpec | None = None
     """How running requests move between the replicas of the one pool, if they do."""
+    upkeep: Upkeep | None = None
+    """Failures and autoscaling."""
     experts: ExpertLoads | None = None
     """How unevenly experts are picked; the pools' cuts know it already."""
 
@@ -258,6 +279,20 @@ class Fleet:
             table=table,
         )
 
+    def sites(self) -> list[Site]:
+        """The pools as failures and autoscaling see them."""
+        model, precision = self.question.model, self.question.precision
+        return [
+            Site(
+                role=pool.role,
+                replicas=pool.plan.replicas,
+                ranks=pool.plan.shard.ranks,
+                groups=pool.plan.shard.dp,
+                rank_bytes=weight_bytes(model, pool.plan.shard, precision),
+            )
+            for pool in self.pools
+        ]
+
     def hand_over(self, chip: Chip) -> Callable[[int], float]:
         """Seconds for the keys and values of so many tokens from one replica to another.
 
@@ -278,18 +313,6 @@ class Fleet:
             return link.latency_s + share / rate
 
         return seconds
-
-    def _play_mixed(
-        self, load: Iterable[Request], pool: Engines, router: Router, chip: Chip
-    ) -> tuple[list[Simulated], Moves | None]:
-        """One pool, and the requests that moved in it where the fleet moves any."""
-        if self.migration is None:
-            return play_fleet(load, pool.loops, router), None
-        policy = migration_policy(self.migration, self.classes)
-        results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
-        model, shard = self.question.model, pool.pool.plan.shard
-        each = float(kv_bytes(model, 1, self.question.precision, slice_of(model, shard)))
-        return results, Moves.of(log, each * shard.tp)
 
     def play(
         self,
@@ -312,32 +335,17 @@ class Fleet:
         if recorder is not None:
             for pool in pools:
                 pool.tell(recorder)
-        limits, moves = own_limits(self.classes, slo), None
+        limits = own_limits(self.classes, slo)
         load = requests(
             arrivals,
             vocabulary=question.model.vocab,
             seed=seed,
             priorities=priorities(self.classes, arrivals),
         )
-        results: Sequence[Sequence[Simulated]]
-        if len(pools) == 2:
-            prefill, decode = pools
-            hand_over_s = self.hand_over(chip)
-            records, results = play_pools(
-                load,
-                (prefill.loops, decode.loops),
-                (router, LeastLoad()),
-                lambda request: hand_over_s(len(request.prompt)),
-            )
-        else:
-            played, moves = self._play_mixed(load, pools[0], router, chip)
-            results = [played]
-            records = tuple(record for result in results[0] for record in result.records)
+        served = self._served(load, pools, router, chip, seed)
+        records, results, kept = served.records, served.results, served.kept
         report = summarise(records, limits)
-        joules = chip.idle_w * self.idle_chips * report.duration_s + sum(
-            pool.joules(chip, [one.stats.busy_s for one in result], report.duration_s)
-            for pool, result in zip(pools, results, strict=True)
-        )
+        chips, joules = self._spent(pools, results, kept, chip, report.duration_s)
         price = question.price
         return Played(
             report=report,
@@ -345,14 +353,84 @@ class Fleet:
             joules=joules,
             usd_per_mtoken=None
             if price is None or not report.output_tokens
-            else float(usd_per_mtoken(report.output_tokens_per_s, question.chips, price.chip_hour.value)),
+            else float(usd_per_mtoken(report.output_tokens_per_s, chips, price.chip_hour.value)),
+            kept=kept,
             sources=frozenset().union(
+                frozenset() if self.upkeep is None else self.upkeep.sources(chip),
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
                 frozenset() if self.experts is None else self.experts.sources,
                 *(pool.table.sources for pool in pools),
             ),
             classes=grouped(records, lambda record: record.priority_class, limits),
             models=grouped(records, lambda record: record.model, limits),
-            moves=moves,
+            moves=served.moves,
             recording=None if recorder is None else recorder.recording(records),
+        )
+
+    def _served(
+        self, load: Iterable[Request], pools: Sequence[Engines], router: Router, chip: Chip, seed: int
+    ) -> _Served:
+        if self.upkeep is not None:
+            fleet = self._put_together(pools, router, chip)
+            running = self.upkeep.attach(fleet, self.sites(), chip, seed=seed)
+            records = tuple(running.play(load))
+            each = [[one.result() for one in front.instances] for front in fleet.fronts]
+            return _Served(records, each, kept=running.kept(records))
+        if len(pools) == 2:
+            prefill, decode = pools
+            hand_over_s = self.hand_over(chip)
+            return _Served(
+                *play_pools(
+                    load,
+                    (prefill.loops, decode.loops),
+                    (router, LeastLoad()),
+                    lambda request: hand_over_s(len(request.prompt)),
+                )
+            )
+        moves = None
+        if self.migration is None:
+            played = play_fleet(load, pools[0].loops, router)
+        else:
+            played, moves = self._migrating(load, pools[0], router, chip)
+        return _Served(tuple(record for one in played for record in one.records), [played], moves=moves)
+
+    def _migrating(
+        self, load: Iterable[Request], pool: Engines, router: Router, chip: Chip
+    ) -> tuple[list[Simulated], Moves]:
+        """One pool, and the requests that moved in it."""
+        assert self.migration is not None
+        policy = migration_policy(self.migration, self.classes)
+        results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
+        model, shard = self.question.model, pool.pool.plan.shard
+        each = float(kv_bytes(model, 1, self.question.precision, slice_of(model, shard)))
+        return results, Moves.of(log, each * shard.tp)
+
+    def _spent(
+        self,
+        pools: Sequence[Engines],
+        results: Sequence[Sequence[Simulated]],
+        kept: Kept | None,
+        chip: Chip,
+        duration_s: float,
+    ) -> tuple[float, float]:
+        """Chips paid for over that time, their mean where they come and go, and joules of all of these."""
+        if kept is None:
+            return self.question.chips, chip.idle_w * self.idle_chips * duration_s + sum(
+                pool.joules(chip, [one.stats.busy_s for one in result], duration_s)
+                for pool, result in zip(pools, results, strict=True)
+            )
+        busy = [pool.busy(result) for pool, result in zip(pools, results, strict=True)]
+        chips = self.idle_chips + kept.held_chip_s / duration_s
+        resting_s = chips * duration_s - sum(busy_s for _, busy_s in busy)
+        return chips, sum(joules for joules, _ in busy) + chip.idle_w * max(resting_s, 0.0)
+
+    def _put_together(self, pools: Sequence[Engines], router: Router, chip: Chip) -> Front | Relay:
+        if len(pools) == 1:
+            return Front(pools[0].loops, router)
+        prefill, decode = pools
+        hand_over_s = self.hand_over(chip)
+        return Relay(
+            (prefill.loops, decode.loops),
+            (router, LeastLoad()),
+            lambda request: hand_over_s(len(request.prompt)),
         )

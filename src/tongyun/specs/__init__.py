@@ -30,10 +30,12 @@ from tongyun.specs.schema import (
     PriceSpec,
     StorageSpec,
 )
+from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec, OutageSpec
 from tongyun.specs.workload import WorkloadSpec
 from tongyun.specs.write import dumps, save
 
 __all__ = [
+    "AutoscaleSpec",
     "CacheSpec",
     "Calibration",
     "Chip",
@@ -41,11 +43,13 @@ __all__ = [
     "Corner",
     "ExpertsSpec",
     "FabricSpec",
+    "FailureSpec",
     "Figure",
     "FleetSpec",
     "Link",
     "MarketPoolSpec",
     "MarketSpec",
+    "OutageSpec",
     "PoolSpec",
     "Ppu",
     "PpuSpec",

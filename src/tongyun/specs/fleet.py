@@ -7,12 +7,14 @@ nothing, so that its numbers are choices and need no source.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
 from tongyun.specs.classes import ClassSpec, MigrationSpec
 from tongyun.specs.experts import ExpertsSpec
-from tongyun.specs.form import Flag, Number, Section, Sections, Text, Whole, has
+from tongyun.specs.form import Flag, Number, OneOrMore, Section, Sections, Text, Whole, has
+from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec
 
 ROLES = ("mixed", "prefill", "decode")
 
@@ -54,19 +56,25 @@ class FleetSpec:
     """Seconds of waiting that outweigh one step of priority; left out, priorities are strict."""
     migration: MigrationSpec | None = has(Section(MigrationSpec), default=None)
     pool: tuple[PoolSpec, ...] = has(Sections(PoolSpec))
+    failures: FailureSpec | None = has(Section(FailureSpec), default=None)
+    autoscale: tuple[AutoscaleSpec, ...] = has(OneOrMore(AutoscaleSpec), default=())
 
     def problem(self) -> str | None:
+        return next(self._problems(), None)
+
+    def _problems(self) -> Iterator[str]:
         names = [each.name for each in self.classes]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            return f"class: '{twice}' is there twice"
+            yield f"class: '{twice}' is there twice"
         if self.class_aging_s is not None and not self.classes:
-            return "class_aging_s says how [[class]] tables age, and there is none"
+            yield "class_aging_s says how [[class]] tables age, and there is none"
         if self.migration is not None and [pool.role for pool in self.pool] != ["mixed"]:
-            return "migration: requests move between replicas of one mixed pool; leave it out or make it one"
+            yield "migration: requests move between replicas of one mixed pool; leave it out or make it one"
+        if self.migration is not None and (self.failures is not None or self.autoscale):
+            yield "migration: not beside failures or autoscale; leave one out"
         if self.cache is not None and not self.prefix_caching:
-            return "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
+            yield "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
         roles = [pool.role for pool in self.pool]
-        if sorted(roles) in (["mixed"], ["decode", "prefill"]):
-            return None
-        return f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"
+        if sorted(roles) not in (["mixed"], ["decode", "prefill"]):
+            yield f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"

@@ -112,11 +112,13 @@ class Texts:
 
 @dataclass(frozen=True)
 class Whole:
-    """A whole number ≥ 1 that needs no source: a count fixed by the file itself."""
+    """A whole number ≥ `least` that needs no source: a count fixed by the file itself."""
+
+    least: int = 1
 
     def read(self, raw: object, where: Where) -> int:
-        if isinstance(raw, bool) or not isinstance(raw, int) or not 1 <= raw <= 2**53:
-            raise where.wrong(f"expected a whole number ≥ 1, got {shown(raw)}")
+        if isinstance(raw, bool) or not isinstance(raw, int) or not self.least <= raw <= 2**53:
+            raise where.wrong(f"expected a whole number ≥ {self.least}, got {shown(raw)}")
         return raw
 
     def plain(self, value: int) -> int:
@@ -288,6 +290,16 @@ class Sections:
 
     def plain(self, value: tuple[Any, ...]) -> list[dict[str, Any]]:
         return [plain_fields(item) for item in value]
+
+
+@dataclass(frozen=True)
+class OneOrMore(Sections):
+    """As `Sections`; a single one may be written as a plain table."""
+
+    def read(self, raw: object, where: Where) -> tuple[Any, ...]:
+        if isinstance(raw, dict):
+            return (Section(self.schema).read(raw, where),)
+        return super().read(raw, where)
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,20 @@ class EngineLoop:
             self._tape.left(request_id, self.clock.now())
         return [TokenEvent(request_id, None, self.clock.now(), Finish.ABORT)]
 
+    def evict(self, request_id: str) -> Sequence[int]:
+        """Take out a request in flight, which goes on elsewhere or nowhere; returns its tokens known here.
+
+        It counts as neither finished nor aborted.
+        """
+        self._watched.discard(request_id)
+        if self._tape is not None:
+            self._tape.left(request_id, self.clock.now())
+        return self._scheduler.evict(request_id)
+
+    def clear(self) -> None:
+        """Forget what is cached, as an engine does that is started anew; nothing may be in flight."""
+        self._scheduler.clear()
+
     def step(self) -> list[TokenEvent] | None:
         """Run one step and report it; None when there is nothing to run.
 

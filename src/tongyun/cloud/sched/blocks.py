@@ -97,6 +97,18 @@ class BlockPool:
                 else:
                     self._idle[block] = None
 
+    def clear(self) -> None:
+        """Forget everything, as memory does that lost its power; nobody may hold a block."""
+        if self.used:
+            raise RuntimeError(f"{self.used} blocks are held")
+        for block in self._idle:
+            self._key[block] = self._contents[block] = None
+        self._idle.clear()
+        self._block_by_key.clear()
+        self._blank = list(range(self.total - 1, -1, -1))
+        if self.tiers is not None:
+            self.tiers.clear()
+
     def forget(self, count: int) -> int:
         """Make up to `count` idle blocks blank, the longest idle first; returns how many there were."""
         count = min(count, len(self._idle))

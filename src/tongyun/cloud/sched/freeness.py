@@ -48,6 +48,8 @@ class Load(NamedTuple):
     models: tuple[tuple[str, int, float], ...] = ()
     """Where several share the engine: by model, requests in flight, and the share of the engine's time that
     keeps their time between tokens. A model that only lies ready has none."""
+    engine: int | None = None
+    """Which engine it is, where some of them are not up; by default they are numbered as they stand."""
 
 
 def freeness(load: Load, headroom: Mapping[str, float], *, whole_queue: bool) -> float:

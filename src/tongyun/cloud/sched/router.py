@@ -9,14 +9,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from tongyun.cloud.sched.freeness import Load, freeness
 from tongyun.cloud.sched.prefix import block_keys
 from tongyun.cloud.sched.request import Request
 from tongyun.errors import InputError, unknown
 
-__all__ = ["ROUTERS", "Freest", "LeastLoad", "Load", "PrefixAware", "RoundRobin", "Router", "find_router"]
+__all__ = [
+    "ROUTERS",
+    "Freest",
+    "LeastLoad",
+    "Load",
+    "PrefixAware",
+    "Remembering",
+    "RoundRobin",
+    "Router",
+    "find_router",
+]
 
 PREFIX_TOKENS = 512
 """Prefixes are compared in blocks of so many tokens: coarse, for a router sees every prompt whole."""
@@ -31,6 +41,14 @@ class Router(Protocol):
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         """The index of an engine in `loads`."""
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A router that counts on what engines hold."""
+
+    def forget(self, engine: int) -> None:
+        """That engine has lost what it held."""
 
 
 class RoundRobin:
@@ -74,25 +92,31 @@ class PrefixAware:
 
     def choose(self, request: Request, loads: Sequence[Load]) -> int:
         keys = block_keys(request.prompt, PREFIX_TOKENS)
-        holders = self._holders(keys, len(loads))
+        engines = [index if load.engine is None else load.engine for index, load in enumerate(loads)]
+        holders = self._holders(keys, engines)
         least = _least(loads, range(len(loads)))
         chosen = _least(loads, holders) if holders else least
         ahead = loads[chosen].requests - loads[least].requests
         if ahead > SLACK and loads[chosen].requests > IMBALANCE * loads[least].requests:
             chosen = least
-        self._remember(keys, chosen)
+        self._remember(keys, engines[chosen])
         return chosen
 
-    def _holders(self, keys: Sequence[bytes], engines: int) -> list[int]:
-        """The engines that were sent the longest known beginning; none where nobody was."""
-        found = 0
+    def forget(self, engine: int) -> None:
+        """No prefix is there any more."""
+        others = ~(1 << engine)
+        self._sent = OrderedDict((key, left) for key, sent in self._sent.items() if (left := sent & others))
+
+    def _holders(self, keys: Sequence[bytes], engines: Sequence[int]) -> list[int]:
+        """Which of these engines were sent the longest known beginning; none where nobody was."""
+        found, up = 0, sum(1 << engine for engine in engines)
         for key in keys:
-            sent = self._sent.get(key, 0)
+            sent = self._sent.get(key, 0) & up
             left = sent & found if found else sent
             if not left:
                 break
             found = left
-        return [engine for engine in range(engines) if found >> engine & 1]
+        return [index for index, engine in enumerate(engines) if found >> engine & 1]
 
     def _remember(self, keys: Sequence[bytes], engine: int) -> None:
         for key in keys:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Sequence as Series
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
@@ -123,6 +124,18 @@ class Scheduler:
     def watch_preempted(self, names: list[str] | None) -> None:
         """Have the ids of requests that are preempted from now on written to a list."""
         self._residents.preempted = names
+
+    def evict(self, request_id: str) -> Series[int]:
+        """End a request in flight between two turns, as `abort` does; returns every token known of it."""
+        self.settle()
+        known = self._sequences[request_id].history
+        self.abort(request_id)
+        return known
+
+    def clear(self) -> None:
+        """Forget what is cached; no request may hold a block."""
+        self.settle()
+        self.pool.clear()
 
     # ── between engines ──────────────────────────────────────────────────────────────
 

@@ -30,6 +30,8 @@ class Tiers:
         """Blocks that were computed anew while a copy lay in the tier."""
         self.lost = 0
         """Blocks that fell out of the last tier."""
+        self.cleared = [0] * len(self.sizes)
+        """Blocks that lay in each tier when it was cleared."""
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -60,6 +62,12 @@ class Tiers:
         """The block leaves tier `index`, which keeps it, for the pool."""
         del self._kept[index][key]
         self.restored[index] += 1
+
+    def clear(self) -> None:
+        """Keep nothing any more."""
+        for index, tier in enumerate(self._kept):
+            self.cleared[index] += len(tier)
+            tier.clear()
 
     def drop(self, key: bytes) -> None:
         """Forget the copy of a block that the pool holds again, if there is one."""
