@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.laws.test_migration import EAGER, crowd
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.engine.step_table import GRAIN, StepTable
+from tongyun.cloud.migration import play_migrating
 from tongyun.cloud.record import Recorder
 from tongyun.cloud.sched.prefix import block_keys
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
@@ -343,3 +345,27 @@ def test_preempted_requests_go_on_where_they_were() -> None:
     (roomy, none), (tight, some) = run(600), run(70)
     assert none == 0 and some > 0
     assert roomy == tight
+
+
+def test_requests_with_drafts_move_between_engines_and_lose_no_token() -> None:
+    load = crowd(0)
+    config = replace(CONFIG, max_context_tokens=110, max_sequences=10)
+    engines = []
+    for _ in range(3):
+        scheduler = Scheduler(config)
+        engines.append(EngineLoop(scheduler, Watched(scheduler, 0.7), VirtualClock()))
+    results, log = play_migrating(load, engines, LeastLoad(), EAGER, lambda tokens: 0.001 * tokens)
+    assert sum(move.outcome == "migrated" for move in log) > 0
+    records = {record.id: record for one in results for record in one.records}
+    assert all(records[one.id].output_tokens == one.output_tokens for one in load)
+    told: dict[str, set[int]] = {}
+    for loop in engines:
+        assert loop.scheduler.pool.used == 0
+        executor = loop._executor
+        assert isinstance(executor, Watched)
+        for name, tokens in executor.told.items():
+            assert not told.setdefault(name, set()) & set(tokens)
+            told[name] |= set(tokens)
+    words = SimulatedExecutor(price, vocabulary=97)
+    for one in load:
+        assert told[one.id] == set(words.new_tokens(one, len(one.prompt), one.output_tokens))

@@ -11,11 +11,11 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tongyun.cloud.engine.drafts import shortened
 from tongyun.cloud.engine.protocol import (
     Clock,
     EngineStats,
@@ -239,7 +239,7 @@ class EngineLoop:
             result = self._executor.execute(batch)
             stopped = self._stopped(batch, result.tokens)
             if result.further:
-                result = self._shortened(batch, result, stopped)
+                result = shortened(result, batch, self._ends, stopped)
         # An executor may fail in any way (out of memory, a kernel, a bug): the batch must end.
         except Exception as error:
             raise self._fail(batch, error) from error
@@ -383,20 +383,6 @@ class EngineLoop:
 
     def _ends(self, token: int, request: Request) -> bool:
         return (token in self._eos and not request.ignore_eos) or token in request.stop_token_ids
-
-    def _shortened(self, batch: Batch, result: StepResult, stopped: dict[str, Finish]) -> StepResult:
-        """A step's result without the drafts behind a token that ends its request; adds to `stopped`."""
-        further: dict[str, Sequence[int]] = {}
-        for piece in batch.pieces:
-            request, more = piece.request, result.further.get(piece.request.id, ())
-            if not more or request.id in stopped:
-                continue
-            place = next((i for i, token in enumerate(more) if self._ends(token, request)), None)
-            if place is not None:
-                stopped[request.id] = Finish.STOP
-                more = more[: place + 1]
-            further[request.id] = more
-        return replace(result, further=further)
 
     def _fail(self, batch: Batch, error: Exception) -> StepError:
         message = f"the step failed: {type(error).__name__}: {error}"
