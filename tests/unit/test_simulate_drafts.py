@@ -78,6 +78,8 @@ def test_flags_and_a_file_that_say_the_same_give_the_same_run(tmp_path: Path) ->
     text = run("--fleet", fleet(tmp_path))
     assert "drafts right in a step" in text and "of 2" in text
     assert "drafts" not in run(*FLAGS)
+    run("--fleet", fleet(tmp_path), "--html", str(tmp_path / "run.html"))
+    assert "of 2 drafts" in (tmp_path / "run.html").read_text()
 
 
 def test_replicas_that_fail_lose_no_token(tmp_path: Path) -> None:
