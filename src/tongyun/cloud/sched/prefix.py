@@ -31,11 +31,17 @@ def child_key(parent: bytes, contents: bytes) -> bytes:
     return blake2b(parent + contents, digest_size=16).digest()
 
 
+def contents_of(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
+    """The packed tokens of each full block of `tokens`; a last block that is not full is left out."""
+    contents, block_bytes = packed(tokens), block_tokens * TOKEN_BYTES
+    ends = range(block_bytes, len(contents) + 1, block_bytes)
+    return [contents[end - block_bytes : end] for end in ends]
+
+
 def block_keys(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
     """Keys of the full blocks of `tokens`; a last block that is not full has none."""
-    contents, block_bytes = packed(tokens), block_tokens * TOKEN_BYTES
     keys, parent = [], ROOT
-    for end in range(block_bytes, len(contents) + 1, block_bytes):
-        parent = child_key(parent, contents[end - block_bytes : end])
+    for contents in contents_of(tokens, block_tokens):
+        parent = child_key(parent, contents)
         keys.append(parent)
     return keys
