@@ -139,7 +139,7 @@ class BlockPool:
         idle, keys, contents, known = self._idle, self._key, self._contents, self._block_by_key
         evicted = []
         for _ in range(count):
-            block, _unused = idle.popitem(last=False)
+            block = idle.popitem(False)[0]
             key, named = keys[block], contents[block]
             # Idle are those alone that can be found.
             assert key is not None and named is not None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.prefix import ROOT, child_key, contents_of, row
+from tongyun.cloud.sched.prefix import ROOT, child_key, contents_of, extend_keys, row
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.tiers import Tiers
 
@@ -135,8 +135,8 @@ class Sequence:
             return
         contents = contents_of(self.history[first * block_tokens : past * block_tokens], block_tokens)
         keys = self._keys
-        for of_block in contents[len(keys) - first :] if len(keys) < past else ():
-            keys.append(child_key(keys[-1] if keys else ROOT, of_block))
+        if len(keys) < past:
+            extend_keys(keys, contents[len(keys) - first :])
         parents = keys[first - 1 : past - 1] if first else [ROOT, *keys[: past - 1]]
         pool.publish(self.blocks[first:past], keys[first:past], parents, contents)
         self.published = past
