@@ -161,7 +161,7 @@ class Kernels:
         )
         lib, chip = self.library, self.silicon
         cache, window = attends.cache, attends.window
-        is_decode = bool(np.all(np.asarray(new) == 1))
+        is_decode = bool((np.asarray(new) == 1).all())
         if np.ndim(batch) or np.ndim(new) or np.ndim(context):
             each = (np.asarray(x, dtype=np.float64) for x in (batch, new, context))
             shapes = np.stack(np.broadcast_arrays(*each))

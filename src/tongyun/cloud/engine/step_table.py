@@ -167,7 +167,9 @@ class StepTable:
             return self._of_chunk(*chunks[0])
         if not chunks:
             return 0.0, 0.0
-        timing = steps_s(self._attending_to(StepShape.ragged(chunks)), self._chip)
+        new, cached = np.array(chunks, dtype=np.float64).T
+        prefill = Sequences(new=new, context=cached, ragged=True)
+        timing = steps_s(self._attending_to(StepShape(prefill=prefill, sampled=len(chunks))), self._chip)
         return float(timing.seconds), float(timing.busy_s)
 
     def _of_chunk(self, new: int, cached: int) -> tuple[float, float]:
