@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tongyun.cli.fleet import TOLD, pool_of, refuse_told, typed
-from tongyun.cli.plan import ask
+from tongyun.cli.planning import ask
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:

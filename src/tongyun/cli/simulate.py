@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
-from tongyun.cli.plan import ask, command
+from tongyun.cli.planning import ask, command
 from tongyun.cli.simulated import as_json, show, write_trace
 from tongyun.errors import Infeasible, InputError
 
