@@ -106,7 +106,7 @@ class StepTable:
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""
-        return np.asarray(self._row(sequences)[:, self._place(sequences, context_tokens)])
+        return self._row(sequences).take(self._place(sequences, context_tokens), axis=1)
 
     def _place(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.rint(context_tokens / sequences / GRAIN).astype(np.intp)
@@ -167,8 +167,10 @@ class StepTable:
             return self._of_chunk(*chunks[0])
         if not chunks:
             return 0.0, 0.0
-        seconds, busy_s = self._attention_of(StepShape.ragged(chunks)).tolist()
-        return seconds, busy_s
+        new, cached = np.array(chunks, dtype=np.float64).T
+        prefill = Sequences(new=new, context=cached, ragged=True)
+        timing = steps_s(self._attending_to(StepShape(prefill=prefill, sampled=len(chunks))), self._chip)
+        return float(timing.seconds), float(timing.busy_s)
 
     def _of_chunk(self, new: int, cached: int) -> tuple[float, float]:
         """Timing of one chunk's attention, from a table for chunks of about this size."""
@@ -182,8 +184,11 @@ class StepTable:
         return table.item(0, size, place), table.item(1, size, place)
 
     def _attention_of(self, shape: StepShape) -> Array:
+        return self._timed(self._attending_to(shape))
+
+    def _attending_to(self, shape: StepShape) -> list[Operator]:
         layers = Layers(config=self._config, part=self._part, shape=shape, precision=self._precision)
-        return self._timed(op for op in layers.attending() if op.kind is Kind.ATTENTION)
+        return [op for op in layers.attending() if op.kind is Kind.ATTENTION]
 
     def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
         return step(self._config, shape, self._shard, self._precision)
