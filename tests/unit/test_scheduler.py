@@ -109,7 +109,7 @@ def test_idle_blocks_are_evicted_longest_unused_first_and_ends_before_beginnings
     for at, block in enumerate(chain):
         contents = packed([at])
         key = child_key(parent, contents)
-        pool.publish(block, key, parent, contents)
+        pool.publish([block], [key], [parent], [contents])
         parent = key
     pool.release(chain)
     assert (pool.free, pool.idle, pool.used) == (4, 3, 0)
@@ -123,7 +123,7 @@ def test_idle_blocks_are_evicted_longest_unused_first_and_ends_before_beginnings
 def test_a_key_is_not_proof_the_tokens_are_compared():
     pool = BlockPool(2)
     (block,) = pool.take(1)
-    pool.publish(block, b"same key", ROOT, packed([1, 2]))
+    pool.publish([block], [b"same key"], [ROOT], [packed([1, 2])])
     assert pool.find(b"same key", ROOT, packed([1, 2])) == block
     assert pool.find(b"same key", ROOT, packed([1, 3])) is None
     assert pool.find(b"same key", b"other", packed([1, 2])) is None

@@ -161,10 +161,12 @@ class Kernels:
         )
         lib, chip = self.library, self.silicon
         cache, window = attends.cache, attends.window
-        is_decode = bool(np.all(np.asarray(new) == 1))
-        shapes = np.stack(
-            np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (batch, new, context)))
-        )
+        is_decode = bool((np.asarray(new) == 1).all())
+        if np.ndim(batch) or np.ndim(new) or np.ndim(context):
+            each = (np.asarray(x, dtype=np.float64) for x in (batch, new, context))
+            shapes = np.stack(np.broadcast_arrays(*each))
+        else:
+            shapes = np.array((batch, new, context), dtype=np.float64)
         key = ("attention", heads, cache, window, is_decode, shapes.shape, shapes.tobytes())
 
         def price() -> Array:

@@ -218,7 +218,7 @@ class Relay:
         """Give a request, in order of arrival."""
         if self._events:
             self.advance(request.arrival_s)
-        self._whole[request.id] = request
+        self._whole[request.id] = request = replace(request, keys={})
         self.first.send(prefill_part(request))
         self._pass_on(request.arrival_s)
 
@@ -237,7 +237,7 @@ class Relay:
 
     def again(self, request: Request) -> None:
         """Give what is left of a request to the first pool, at this moment."""
-        self._whole[request.id] = request
+        self._whole[request.id] = request = replace(request, keys={})
         self.first.again(prefill_part(request))
 
     def tear(self, pool: Front, index: int) -> list[Torn]:
@@ -359,6 +359,7 @@ def decode_part(request: Request, arrival_s: float) -> Request:
         output_tokens=request.output_tokens - 1,
         arrival_s=arrival_s,
         handed_tokens=len(request.prompt),
+        keys=None if request.keys is None else {size: keys[:] for size, keys in request.keys.items()},
     )
 
 

@@ -201,7 +201,7 @@ class Sequences:
 
     def _sum(self, each: Number) -> Number:
         total = self.count * each
-        return np.sum(total, axis=-1, dtype=np.float64) if self.ragged else total
+        return np.asarray(total).sum(axis=-1, dtype=np.float64) if self.ragged else total
 
     @property
     def sequences(self) -> Number:

@@ -275,11 +275,15 @@ class EngineLoop:
         foreseen = min(ahead.steps, at_most)
         each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, foreseen)
         # Summed one after the other, as the clock would.
-        moments_s = np.add.accumulate(np.concatenate(([begin_s], each_s)))
-        steps = min(foreseen, int(np.searchsorted(moments_s[1:], until_s)) + 1)
+        moments_s = np.empty(foreseen + 1)
+        moments_s[0], moments_s[1:] = begin_s, each_s
+        np.add.accumulate(moments_s, out=moments_s)
+        steps = min(foreseen, int(moments_s[1:].searchsorted(until_s)) + 1)
         executor.went(steps)
-        spent_s = np.diff(moments_s[: steps + 1])
-        self._busy_s = float(np.add.accumulate(np.concatenate(([self._busy_s], spent_s)))[-1])
+        spent_s = np.empty(steps + 1)
+        spent_s[0] = self._busy_s
+        np.subtract(moments_s[1 : steps + 1], moments_s[:steps], out=spent_s[1:])
+        self._busy_s = float(np.add.accumulate(spent_s)[-1])
         self.clock.wait_until(float(moments_s[steps]))
         pool, running, waiting = scheduler.pool, scheduler.running, scheduler.waiting
         used, taken = pool.used, pool.taken

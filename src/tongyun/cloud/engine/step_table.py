@@ -132,7 +132,7 @@ class StepTable:
 
     def decode(self, sequences: int, context_tokens: NDArray[np.int64]) -> Array:
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""
-        return np.asarray(self._row(sequences)[:, self._place(sequences, context_tokens)])
+        return self._row(sequences).take(self._place(sequences, context_tokens), axis=1)
 
     def _place(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.rint(context_tokens / sequences / GRAIN).astype(np.intp)
@@ -209,8 +209,9 @@ class StepTable:
             return self._of_chunk(*chunks[0])
         if not chunks:
             return 0.0, 0.0
-        seconds, busy_s = self._attention_of(self._shape(0, 0, chunks, 0)).tolist()
-        return seconds, busy_s
+        shape = StepShape(prefill=_prompts(chunks), sampled=len(chunks))
+        timing = steps_s(self._attending_to(shape), self._chip)
+        return float(timing.seconds), float(timing.busy_s)
 
     def _of_chunk(self, new: int, cached: int) -> tuple[float, float]:
         """Timing of one chunk's attention, from a table for chunks of about this size."""
@@ -224,8 +225,11 @@ class StepTable:
         return table.item(0, size, place), table.item(1, size, place)
 
     def _attention_of(self, shape: StepShape) -> Array:
+        return self._timed(self._attending_to(shape))
+
+    def _attending_to(self, shape: StepShape) -> list[Operator]:
         layers = Layers(config=self._config, part=self._part, shape=shape, precision=self._precision)
-        return self._timed(op for op in layers.attending() if op.kind is Kind.ATTENTION)
+        return [op for op in layers.attending() if op.kind is Kind.ATTENTION]
 
     def _decoding(self, sequences: int, context: Number) -> StepShape:
         """So many that decode, each with all the positions that a step has for it."""
@@ -265,5 +269,5 @@ class StepTable:
 
 def _prompts(chunks: Chunks) -> Sequences:
     """Chunks of prompts, those of one token too, which only here are none that decode."""
-    table = np.asarray(chunks, dtype=np.float64)
-    return Sequences(new=table[:, 0], context=table[:, 1], ragged=True)
+    new, cached = np.array(chunks, dtype=np.float64).T
+    return Sequences(new=new, context=cached, ragged=True)

@@ -67,15 +67,15 @@ class BlockPool:
 
     def take(self, count: int) -> list[int]:
         """`count` blocks for one new holder; blank ones first, then the longest idle, forgotten."""
-        taken = []
-        for _ in range(count):
-            if self._blank:
-                block = self._blank.pop()
-            else:
-                block, _unused = self._idle.popitem(last=False)
-                self._forget(block)
-            self._holders[block] = 1
-            taken.append(block)
+        blank, holders = self._blank, self._holders
+        kept = max(len(blank) - count, 0)
+        taken = blank[kept:]
+        taken.reverse()
+        del blank[kept:]
+        if len(taken) < count:
+            taken += self._evict(count - len(taken))
+        for block in taken:
+            holders[block] = 1
         self.taken += count
         return taken
 
@@ -89,13 +89,14 @@ class BlockPool:
     def release(self, blocks: Sequence[int]) -> None:
         """One holder fewer for each of a request's blocks, given in the request's order."""
         # Backwards, so that the end of a prefix is evicted before what it depends on.
+        holders, keys, idle, blank = self._holders, self._key, self._idle, self._blank
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if not self._holders[block]:
-                if self._key[block] is None:
-                    self._blank.append(block)
+            holders[block] = left = holders[block] - 1
+            if not left:
+                if keys[block] is None:
+                    blank.append(block)
                 else:
-                    self._idle[block] = None
+                    idle[block] = None
 
     def clear(self) -> None:
         """Forget everything, as memory does that lost its power; nobody may hold a block."""
@@ -112,27 +113,39 @@ class BlockPool:
     def forget(self, count: int) -> int:
         """Make up to `count` idle blocks blank, the longest idle first; returns how many there were."""
         count = min(count, len(self._idle))
-        for _ in range(count):
-            block, _unused = self._idle.popitem(last=False)
-            self._forget(block)
-            self._blank.append(block)
+        self._blank += self._evict(count)
         return count
 
-    def publish(self, block: int, key: bytes, parent: bytes, contents: bytes) -> None:
-        """Let others find this full, computed block; if an equal one is known already, it stays private."""
-        if key in self._block_by_key:
-            return
-        self._block_by_key[key] = block
-        self._key[block] = key
-        self._contents[block] = (parent, contents)
-        self.published += 1
-        if self.tiers is not None:
-            self.tiers.drop(key)
+    def publish(
+        self,
+        blocks: Sequence[int],
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
+        contents: Sequence[bytes],
+    ) -> None:
+        """Let others find these full, computed blocks; one whose equal is known already stays private."""
+        known, key_of, contents_of, tiers = self._block_by_key, self._key, self._contents, self.tiers
+        before = len(known)
+        for block, key, named in zip(blocks, keys, zip(parents, contents, strict=True), strict=True):
+            if known.setdefault(key, block) == block:
+                key_of[block] = key
+                contents_of[block] = named
+                if tiers is not None:
+                    tiers.drop(key)
+        self.published += len(known) - before
 
-    def _forget(self, block: int) -> None:
-        key, contents = self._key[block], self._contents[block]
-        if key is not None and contents is not None:
+    def _evict(self, count: int) -> list[int]:
+        """So many idle blocks, the longest idle first, forgotten."""
+        idle, keys, contents, known = self._idle, self._key, self._contents, self._block_by_key
+        evicted = []
+        for _ in range(count):
+            block = idle.popitem(False)[0]
+            key, named = keys[block], contents[block]
+            # Idle are those alone that can be found.
+            assert key is not None and named is not None
             if self.tiers is not None:
-                self.tiers.demote((key, *contents))
-            del self._block_by_key[key]
-            self._key[block] = self._contents[block] = None
+                self.tiers.demote((key, *named))
+            del known[key]
+            keys[block] = contents[block] = None
+            evicted.append(block)
+        return evicted

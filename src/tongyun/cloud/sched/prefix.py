@@ -8,7 +8,7 @@ which lets a router compare prefixes with workers it only talks to. Knows no blo
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 TOKEN_BYTES = array("i").itemsize
@@ -31,11 +31,23 @@ def child_key(parent: bytes, contents: bytes) -> bytes:
     return blake2b(parent + contents, digest_size=16).digest()
 
 
+def contents_of(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
+    """The packed tokens of each full block of `tokens`; a last block that is not full is left out."""
+    contents, block_bytes = packed(tokens), block_tokens * TOKEN_BYTES
+    ends = range(block_bytes, len(contents) + 1, block_bytes)
+    return [contents[end - block_bytes : end] for end in ends]
+
+
 def block_keys(tokens: Sequence[int], block_tokens: int) -> list[bytes]:
     """Keys of the full blocks of `tokens`; a last block that is not full has none."""
-    contents, block_bytes = packed(tokens), block_tokens * TOKEN_BYTES
-    keys, parent = [], ROOT
-    for end in range(block_bytes, len(contents) + 1, block_bytes):
-        parent = child_key(parent, contents[end - block_bytes : end])
-        keys.append(parent)
+    keys: list[bytes] = []
+    extend_keys(keys, contents_of(tokens, block_tokens))
     return keys
+
+
+def extend_keys(keys: list[bytes], contents: Iterable[bytes]) -> None:
+    """Add the keys of the blocks that follow those with `keys`, as `child_key` makes them."""
+    parent = keys[-1] if keys else ROOT
+    for of_block in contents:
+        parent = blake2b(parent + of_block, digest_size=16).digest()
+        keys.append(parent)

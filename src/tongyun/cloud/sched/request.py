@@ -9,7 +9,7 @@ is committed and must be copied by whoever wants to keep it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -47,6 +47,9 @@ class Request:
     """Which model it is for, where a fleet has several."""
     priority_class: str | None = None
     """The name of its class of service, for who reports by class; `priority` is what the scheduler reads."""
+    keys: dict[int, list[bytes]] | None = field(default=None, compare=False, repr=False)
+    """By tokens of a block, keys of the prompt's first blocks (see `prefix`). An engine that names more adds
+    them, so that one after it, whose prompt begins alike, need not; never for two engines at a time."""
 
 
 class Piece(NamedTuple):

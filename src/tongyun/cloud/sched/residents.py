@@ -162,7 +162,8 @@ class Residents:
         blocks = [entry if isinstance(entry, int) else next(fresh) for entry in found]
         for index, entry in enumerate(found):
             if not isinstance(entry, int):
-                self.pool.publish(blocks[index], *seq.named(index, block_tokens))
+                key, parent, contents = seq.named(index, block_tokens)
+                self.pool.publish((blocks[index],), (key,), (parent,), (contents,))
         seq.restored = tuple(counts)
         return blocks + list(fresh)
 

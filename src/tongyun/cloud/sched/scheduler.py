@@ -98,7 +98,8 @@ class Scheduler:
         self._waiting.push(self._new(request))
 
     def _new(self, request: Request) -> Sequence:
-        seq = Sequence(request, self._serial, self.config.aging_s)
+        keys = None if request.keys is None else request.keys.setdefault(self.config.block_tokens, [])
+        seq = Sequence(request, self._serial, self.config.aging_s, keys=keys)
         self._serial += 1
         self._sequences[request.id] = seq
         return seq

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import Enum
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.prefix import ROOT, child_key, row
+from tongyun.cloud.sched.prefix import ROOT, child_key, contents_of, extend_keys, row
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.tiers import Tiers
 
@@ -64,7 +64,10 @@ class Sequence:
         "state",
     )
 
-    def __init__(self, request: Request, serial: int, aging_s: float | None = None) -> None:
+    def __init__(
+        self, request: Request, serial: int, aging_s: float | None = None, *, keys: list[bytes] | None = None
+    ) -> None:
+        """`keys` are of the first blocks of the prompt, where they are known; more are added to them."""
         self.request = request
         self.rank = rank_of(request, serial, aging_s)
         self.state = State.WAITING
@@ -86,7 +89,7 @@ class Sequence:
         self.refused_at: tuple[int, int] | None = None
         """The pool's (free, published) when admission last failed for want of blocks."""
         # Keys depend on contents alone, so they outlive a preemption.
-        self._keys: list[bytes] = []
+        self._keys: list[bytes] = [] if keys is None else keys
 
     def named(self, index: int, block_tokens: int) -> tuple[bytes, bytes, bytes]:
         """Key, parent key and packed tokens of the full block `index`, the next after known ones."""
@@ -127,7 +130,14 @@ class Sequence:
 
     def publish(self, pool: BlockPool, block_tokens: int) -> None:
         """Let others share the blocks that have become full and computed."""
-        while self.publish_at <= self.computed:
-            pool.publish(self.blocks[self.published], *self.named(self.published, block_tokens))
-            self.published += 1
-            self.publish_at += block_tokens
+        first, past = self.published, self.computed // block_tokens
+        if first >= past:
+            return
+        contents = contents_of(self.history[first * block_tokens : past * block_tokens], block_tokens)
+        keys = self._keys
+        if len(keys) < past:
+            extend_keys(keys, contents[len(keys) - first :])
+        parents = keys[first - 1 : past - 1] if first else [ROOT, *keys[: past - 1]]
+        pool.publish(self.blocks[first:past], keys[first:past], parents, contents)
+        self.published = past
+        self.publish_at = (past + 1) * block_tokens
