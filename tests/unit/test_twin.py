@@ -137,6 +137,34 @@ def test_moments_are_those_of_the_simulation_to_the_last_bit(running: Running) -
     assert stats.running == stats.waiting == stats.kv_blocks_used == 0
 
 
+def test_accepted_drafts_are_told_with_their_step() -> None:
+    def engine() -> EngineLoop:
+        executor = SimulatedExecutor(Price())
+        executor.acceptance = 0.7
+        return EngineLoop(Scheduler(replace(CONFIG, draft_tokens=3)), executor, VirtualClock())
+
+    reader = Reader()
+    twin = Twin([([engine()], LeastLoad())], lambda _: 0.0, reader, grace_s=0.25)
+    try:
+        begun_s = time.perf_counter()
+        sent = [
+            Request(id=f"r{i}", prompt=tuple(range(20 + i)), output_tokens=40, arrival_s=begun_s)
+            for i in range(4)
+        ]
+        for request in sent:
+            twin.submit(request)
+        reader.wait(*(request.id for request in sent))
+        arrived = [replace(request, arrival_s=begun_s - twin._origin_s) for request in sent]
+    finally:
+        twin.close()
+    for record in play_fleet(arrived, [engine()], LeastLoad())[0].records:
+        told = reader.events[record.id]
+        assert len(told) == record.output_tokens == 40
+        assert told[-1].moment_s == record.last_token_s
+        assert [event.finish for event in told] == [None] * 39 + [Finish.LENGTH]
+        assert len({event.moment_s for event in told}) < 30
+
+
 def test_nothing_is_told_before_its_time(running: Running) -> None:
     for i in range(5):
         running.send(f"r{i}")

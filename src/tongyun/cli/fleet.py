@@ -39,10 +39,23 @@ TOLD = (
     "prefix_caching",
     "dtype",
     "kv_dtype",
+    "draft_tokens",
+    "acceptance",
 )
 """Flags whose part a fleet file takes over."""
 
-PLANNED = ("chips", "tp", "ep", "dp", "batch", "step_tokens", "dtype", "kv_dtype")
+PLANNED = (
+    "chips",
+    "tp",
+    "ep",
+    "dp",
+    "batch",
+    "step_tokens",
+    "dtype",
+    "kv_dtype",
+    "draft_tokens",
+    "acceptance",
+)
 """And those that a plan's file takes over; --model and --chip may say where its files are."""
 
 
@@ -54,14 +67,19 @@ def read_fleet(
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
+    from tongyun.codesign.space import MOST_DRAFTED
     from tongyun.codesign.tiers import CacheTiers
     from tongyun.codesign.upkeep import Upkeep
     from tongyun.specs import find_fleet, find_market
+    from tongyun.units import Source
 
     if find_market(path) is not None:
         raise InputError(f"{path}: model: several of them are played by `tongyun simulate` alone")
     spec = find_fleet(path)
     find_router(spec.router)
+    drafts = spec.drafts
+    if drafts is not None and drafts.tokens > MOST_DRAFTED:
+        raise SpecError(path, "drafts.tokens", f"expected 1 … {MOST_DRAFTED}, got {drafts.tokens}")
     chips = sum(each.replicas * each.tp * each.dp for each in spec.pool)
     question = ask(
         {
@@ -70,6 +88,8 @@ def read_fleet(
             "chips": chips,
             "isl": isl,
             "osl": osl,
+            "draft_tokens": None if drafts is None else drafts.tokens,
+            "acceptance": None if drafts is None else drafts.acceptance.value,
         },
         ttft_s=None,
         tpot_s=None,
@@ -94,6 +114,7 @@ def read_fleet(
         aging_s=spec.class_aging_s,
         migration=spec.migration,
         upkeep=upkeep,
+        acceptance_source=Source.ASSUMED if drafts is None else drafts.acceptance.source,
     )
     if upkeep is not None:
         upkeep.check(fleet.sites(), question.chip.at())
@@ -117,6 +138,7 @@ def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question
             "chips": _whole(file, told, "chips", under=""),
             "isl": isl,
             "osl": osl,
+            **_drafted(file, told),
         },
         ttft_s=None,
         tpot_s=None,
@@ -205,6 +227,15 @@ def _whole(
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise SpecError(file, f"{under}{key}", f"expected a whole number ≥ {least}, got {value!r}")
     return value
+
+
+def _drafted(file: Path, told: Mapping[str, Any]) -> dict[str, Any]:
+    """How many tokens the plan drafts, and how often one is right; older files do not say."""
+    share = told.get("acceptance", 0.0)
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        raise SpecError(file, "acceptance", f"expected a probability from 0 to 1, got {share!r}")
+    tokens = _whole(file, {"draft_tokens": 0, **told}, "draft_tokens", least=0, under="")
+    return {"draft_tokens": tokens, "acceptance": float(share)}
 
 
 def _stored(file: Path, told: Mapping[str, Any]) -> Precision:

@@ -78,8 +78,7 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
     for flag in ("engine", "checkpoint"):
         if given[flag] is not None and given["launch"] is None:
             raise InputError(f"--{flag} says what --launch writes, which is not given")
-    if (given["draft_tokens"] is None) != (given["acceptance"] is None):
-        raise InputError("--draft-tokens and --acceptance go together: how many, and how often one is right")
+    check_drafts(given)
     if given["launch"] is not None and given["pools"] not in (None, "mixed"):
         raise InputError(f"--launch writes replicas that do both: --pools {given['pools']} has no files yet")
     rest = [] if compare is None else named(compare, chips)
@@ -102,12 +101,9 @@ def _demand(given: dict[str, Any]) -> Demand | None:
         return None
     if given["chip"] is None:
         raise InputError("--rate, --workload and --trace are about one chip's plan: name it with --chip")
-    for flag, why in (
-        ("draft_tokens", "drafts are not played request by request"),
-        ("prefix_hit", "a demand's requests bring their own prefixes"),
-    ):
-        if given[flag] is not None:
-            raise InputError(f"--{flag.replace('_', '-')} is for equal requests: {why}; leave it out")
+    if given["prefix_hit"] is not None:
+        why = "a demand's requests bring their own prefixes"
+        raise InputError(f"--prefix-hit is for equal requests: {why}; leave it out")
     from tongyun.codesign.demand import of_rate, of_trace, of_workload
 
     if given["workload"] is not None:
@@ -257,6 +253,14 @@ def command(given: Mapping[str, Any], name: str = "plan") -> str:
             text = f"{value:g}" if isinstance(value, float) else str(value)
             words += [flag, text]
     return shlex.join(words)
+
+
+def check_drafts(given: Mapping[str, Any]) -> None:
+    """InputError where only one of the flags about drafts is there."""
+    from tongyun.errors import InputError
+
+    if (given["draft_tokens"] is None) != (given["acceptance"] is None):
+        raise InputError("--draft-tokens and --acceptance go together: how many, and how often one is right")
 
 
 def ask(

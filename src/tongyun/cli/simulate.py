@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
-from tongyun.cli.planning import ask, command
+from tongyun.cli.planning import ask, check_drafts, command
 from tongyun.cli.simulated import as_json, show, write_trace
 from tongyun.errors import Infeasible, InputError
 
@@ -71,6 +71,12 @@ def simulate(
     tpot_ms: Annotated[float | None, typer.Option(help="Limit on the mean time between tokens.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Weights and arithmetic; default as released.")] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Keys and values; default bf16.")] = None,
+    draft_tokens: Annotated[
+        int | None, typer.Option(help="Tokens drafted for each step (MTP, EAGLE); default none.")
+    ] = None,
+    acceptance: Annotated[
+        float | None, typer.Option(help="Probability that a drafted token is right, with --draft-tokens.")
+    ] = None,
     usd_per_chip_hour: Annotated[float | None, typer.Option(help="Your price.")] = None,
     seed: Annotated[int, typer.Option(help="Of moments, lengths and tokens.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="For programs: SI units.")] = False,
@@ -236,6 +242,7 @@ def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[st
     for name in ("model", "chip"):
         if given[name] is None:
             raise InputError(f"--{name} is missing; or --fleet or --plan names a file that says it")
+    check_drafts(given)
     question = ask(
         {**given, "isl": isl, "osl": osl},
         ttft_s=slo.ttft_s,

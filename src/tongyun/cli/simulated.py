@@ -40,6 +40,10 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         **{name: getattr(done, name) for name in (*rates, "attainment")},
         "use": played.use,
         "prefix_hits": played.prefix_hits,
+        "draft_tokens": question.draft_tokens,
+        "acceptance": question.acceptance,
+        "accepted_per_step": played.accepted,
+        "tokens_per_step": None if played.accepted is None else 1 + played.accepted,
         "tier_hits": _tier_hits(fleet, played),
         "expert_crowding": _crowding(fleet),
         "kv_occupancy": None if played.recording is None else _occupancy_json(played.recording),
@@ -140,6 +144,7 @@ def _figures(fleet: Fleet, played: Played) -> Table:
             [f"busiest expert rank, ep{ep}", f"{times:.2f} × the mean"]
             for ep, times in _crowding(fleet).items()
         ),
+        *_drafts(fleet, played),
         *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         *_moves(played),
@@ -153,6 +158,19 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
     tag = source_tag(frozenset({Source.SIMULATED}) | played.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
+
+
+def _drafts(fleet: Fleet, played: Played) -> list[list[str]]:
+    """What came of drafts, where any are verified."""
+    from tongyun.report import number
+
+    if played.accepted is None:
+        return []
+    drafted = fleet.question.draft_tokens
+    return [
+        ["drafts right in a step", f"{number(played.accepted)} of {drafted}"],
+        ["tokens of a request's step", number(1 + played.accepted)],
+    ]
 
 
 def _occupied(played: Played) -> list[tuple[str, str]]:

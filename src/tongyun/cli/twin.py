@@ -44,7 +44,7 @@ def twin_gateway(
         raise InputError(f"{file}: model: the fleet serves {own}, not {model}; leave MODEL out or name it")
     chip = fleet.question.chip.at()
     # Refuses what does not fit before a port is announced.
-    limits = [fleet.limits(chip, pool.plan) for pool in fleet.pools]
+    limits = [fleet.limits(chip, pool.plan, pool.role) for pool in fleet.pools]
     tokenizer, vocabulary, words = _text(spec.model, fleet)
 
     def start(sink: Sink) -> Twin:

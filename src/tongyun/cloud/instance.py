@@ -202,9 +202,10 @@ class Instance:
             return
         if self._watch is not None:
             self._watch(done)
+        further = done.result.further
         for piece in done.batch.pieces:
             if piece.samples:
-                self.in_flight[piece.request.id].count += 1
+                self.in_flight[piece.request.id].count += 1 + len(further.get(piece.request.id, ()))
                 self._begun(piece, done.moment_s)
         for request_id, finish in done.ended.items():
             self._end(self.in_flight[request_id], done.moment_s, finish)

@@ -105,7 +105,8 @@ def _what(one: Stretch) -> str:
 
 
 def _told(one: Stretch) -> dict[str, Any]:
-    return {
+    told = {"accepted_tokens": one.accepted_tokens} if one.accepted_tokens else {}
+    return told | {
         "steps": one.steps,
         "decoding": one.decoding,
         "context_tokens": one.context_tokens,

@@ -262,7 +262,7 @@ class _EngineTape:
 
 def _integrate(rows: Array, parts: Array, width_s: float) -> None:
     """Add to each part the integrals of `COLUMNS` over the stretches, which follow each other."""
-    begin_s, end_s, steps, decoding, _, prompt, running, waiting, kv_begin, kv_end = rows.T
+    begin_s, end_s, steps, decoding, _, prompt, running, waiting, kv_begin, kv_end, accepted = rows.T
     spent_s = end_s - begin_s
     ones = np.ones_like(spent_s)
     level = np.stack(
@@ -271,7 +271,7 @@ def _integrate(rows: Array, parts: Array, width_s: float) -> None:
             running,
             waiting,
             kv_begin,
-            steps * decoding / spent_s,
+            (steps * decoding + accepted) / spent_s,
             prompt / spent_s,
             steps / spent_s,
             decoding,

@@ -13,6 +13,7 @@ import numpy as np
 
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question, cuts
+from tongyun.codesign.speculate import draft_bytes
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.errors import Infeasible
 from tongyun.model.shard import slice_of
@@ -59,15 +60,19 @@ class Fit:
 
 
 def fit(question: Question, chip: Chip, plan: Plan, block_tokens: int) -> Fit:
-    """What a rank of `plan`, whose batch and budget are an attention group's, has to hold."""
+    """What a rank of `plan`, whose batch and budget are an attention group's, has to hold.
+
+    Where tokens are drafted, the draft module and its KV among it.
+    """
     model, precision, part = question.model, question.precision, slice_of(question.model, plan.shard)
-    tokens, sequences = np.array(plan.step_tokens), np.array(plan.batch)
+    tokens, sequences = np.array(plan.step_tokens), np.array((1 + question.draft_tokens) * plan.batch)
+    drafting, drafted = draft_bytes(question, part)
     return Fit(
         memory_bytes=floor(chip.memory_bytes),
         usable_bytes=floor(USABLE_MEMORY * chip.memory_bytes),
-        weight_bytes=ceil(weight_bytes(model, plan.shard, precision)),
+        weight_bytes=ceil(weight_bytes(model, plan.shard, precision) + drafting),
         activation_bytes=ceil(float(activation_bytes(question, part, tokens, sequences))),
-        block_bytes=block_tokens * float(kv_bytes(model, 1, precision, part)),
+        block_bytes=block_tokens * (float(kv_bytes(model, 1, precision, part)) + drafted),
         request_blocks=-(-(question.isl + question.osl) // block_tokens),
     )
 

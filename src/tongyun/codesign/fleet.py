@@ -33,6 +33,7 @@ from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
 from tongyun.codesign.space import Question
+from tongyun.codesign.speculate import draft_bytes
 from tongyun.codesign.tiers import CacheTiers
 from tongyun.codesign.upkeep import Kept, Site, Upkeep
 from tongyun.cost import usd_per_mtoken
@@ -89,6 +90,12 @@ class Played:
     def prefix_hits(self) -> float:
         """Share of the prompt tokens that were found in a cache."""
         return self.report.cached_tokens / self.report.prompt_tokens if self.report.prompt_tokens else 0.0
+
+    @property
+    def accepted(self) -> float | None:
+        """Drafts that were right in a request's step, the mean; a token more is what it got. None without."""
+        steps = sum(one.verifications for one in self.engines)
+        return sum(one.accepted_tokens for one in self.engines) / steps if steps else None
 
     @property
     def tier_hits(self) -> tuple[float, ...]:
@@ -222,6 +229,8 @@ class Fleet:
     """Failures and autoscaling."""
     experts: ExpertLoads | None = None
     """How unevenly experts are picked; the pools' cuts know it already."""
+    acceptance_source: Source = Source.ASSUMED
+    """Where the question's acceptance of drafts comes from, if there are any."""
 
     def __post_init__(self) -> None:
         if [pool.role for pool in self.pools] not in (["mixed"], ["prefill", "decode"]):
@@ -240,19 +249,23 @@ class Fleet:
         """Chips there are that no pool takes."""
         return self.question.chips - sum(pool.chips for pool in self.pools)
 
-    def limits(self, chip: Chip, plan: Plan) -> SchedulerConfig:
+    def limits(self, chip: Chip, plan: Plan, role: str = "mixed") -> SchedulerConfig:
         """An attention group's scheduler: the plan's limits, and the KV blocks that fit the memory.
+
+        A pool that only prefills verifies no drafts; that its prompts pass the draft module is priced.
 
         Infeasible with the bytes that are missing, where weights and activations leave no room
         for one request of the question's lengths.
         """
         held = check_fit(self.question, chip, plan, self.block_tokens)
+        drafts = 0 if role == "prefill" else self.question.draft_tokens
         return SchedulerConfig(
             blocks=held.blocks,
             block_tokens=self.block_tokens,
             max_context_tokens=min(self.question.model.max_positions, held.blocks * self.block_tokens),
             max_sequences=plan.batch,
-            max_step_tokens=max(plan.step_tokens, plan.batch),
+            max_step_tokens=max(plan.step_tokens, (1 + drafts) * plan.batch),
+            draft_tokens=drafts,
             prefix_caching=self.prefix_caching,
             tiers=None if self.tiers is None else self.tiers.blocks(held.block_bytes),
             aging_s=self.aging_s,
@@ -261,9 +274,10 @@ class Fleet:
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
         """A pool's engines, every one on a virtual clock of its own.
 
-        With `words`, the tokens they make up, every step is taken by itself and can be told.
+        With `words`, the tokens they make up, every step is taken by itself and can be told; where
+        drafts are verified it is too, since none can be foreseen.
         """
-        question, limits = self.question, self.limits(chip, pool.plan)
+        question, limits = self.question, self.limits(chip, pool.plan, pool.role)
         table = StepTable(
             question.model,
             chip,
@@ -271,14 +285,16 @@ class Fleet:
             pool.plan.shard,
             max_step_tokens=limits.max_step_tokens,
             max_context_tokens=limits.max_context_tokens,
+            draft_tokens=question.draft_tokens,
         )
         groups = range(pool.plan.replicas * pool.plan.shard.dp)
-        kind = LeapingExecutor if words is None else SimulatedExecutor
+        kind = LeapingExecutor if words is None and not question.draft_tokens else SimulatedExecutor
         executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
+        for executor in executors:
+            executor.acceptance = question.acceptance
         if self.tiers is not None:
-            shard, part = pool.plan.shard, slice_of(question.model, pool.plan.shard)
-            each = self.block_tokens * float(kv_bytes(question.model, 1, question.precision, part))
-            restore = self.tiers.restore(chip, each, shard.ranks)
+            each = self.block_tokens * self._token_bytes(pool)
+            restore = self.tiers.restore(chip, each, pool.plan.shard.ranks)
             for executor in executors:
                 executor.restore = restore
         return Engines(
@@ -287,6 +303,11 @@ class Fleet:
             executors=executors,
             table=table,
         )
+
+    def _token_bytes(self, pool: Pool) -> float:
+        """KV of a token on a rank of the pool, the draft module's among it."""
+        question, part = self.question, slice_of(self.question.model, pool.plan.shard)
+        return float(kv_bytes(question.model, 1, question.precision, part)) + draft_bytes(question, part)[1]
 
     def sites(self) -> list[Site]:
         """The pools as failures and autoscaling see them."""
@@ -297,7 +318,8 @@ class Fleet:
                 replicas=pool.plan.replicas,
                 ranks=pool.plan.shard.ranks,
                 groups=pool.plan.shard.dp,
-                rank_bytes=weight_bytes(model, pool.plan.shard, precision),
+                rank_bytes=weight_bytes(model, pool.plan.shard, precision)
+                + draft_bytes(self.question, slice_of(model, pool.plan.shard))[0],
             )
             for pool in self.pools
         ]
@@ -318,7 +340,10 @@ class Fleet:
         rate = link.bytes_per_s * link.achieved
 
         def seconds(tokens: int) -> float:
-            share = max(float(kv_bytes(model, tokens, precision, part)) for part in parts)
+            share = max(
+                float(kv_bytes(model, tokens, precision, part)) + tokens * draft_bytes(question, part)[1]
+                for part in parts
+            )
             return link.latency_s + share / rate
 
         return seconds
@@ -368,6 +393,7 @@ class Fleet:
                 frozenset() if self.upkeep is None else self.upkeep.sources(chip),
                 frozenset() if self.tiers is None else self.tiers.sources(chip),
                 frozenset() if self.experts is None else self.experts.sources,
+                frozenset({self.acceptance_source} if question.draft_tokens else ()),
                 *(pool.table.sources for pool in pools),
             ),
             classes=grouped(records, lambda record: record.priority_class, limits),
@@ -410,9 +436,7 @@ class Fleet:
         assert self.migration is not None
         policy = migration_policy(self.migration, self.classes)
         results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
-        model, shard = self.question.model, pool.pool.plan.shard
-        each = float(kv_bytes(model, 1, self.question.precision, slice_of(model, shard)))
-        return results, Moves.of(log, each * shard.tp)
+        return results, Moves.of(log, self._token_bytes(pool.pool) * pool.pool.plan.shard.tp)
 
     def _spent(
         self,

@@ -97,6 +97,7 @@ def _cards(fleet: Fleet, played: Played) -> str:
             for series, one in zip(taken.series, taken.occupancy, strict=True)
         ),
         (f"{played.prefix_hits:.1%}", "", "prompt tokens from cache", "not computed again"),
+        *_drafts(fleet, played),
         (money or "no price", "", "per million output tokens", "all chips, idle ones too"),
         (quantity(energy, "J"), "", "energy per output token", "all chips, idle ones too"),
     ]
@@ -109,6 +110,14 @@ def _cards(fleet: Fleet, played: Played) -> str:
         )
         cells.insert(3, within)
     return f'<h2>Figures</h2><div class="cards">{"".join(card(*cell) for cell in cells)}</div>'
+
+
+def _drafts(fleet: Fleet, played: Played) -> list[tuple[str, str, str, str]]:
+    """What came of drafts, where any are verified."""
+    right, drafted = played.accepted, fleet.question.draft_tokens
+    if right is None:
+        return []
+    return [(number(1 + right), f"{number(right)} of {drafted} drafts", "tokens of a step", "of a request")]
 
 
 def _felt(one: Percentiles | None) -> tuple[str, str]:

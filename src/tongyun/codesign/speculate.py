@@ -18,30 +18,16 @@ from dataclasses import replace
 from tongyun.codesign.space import Question
 from tongyun.cost import ranks_cost
 from tongyun.model.graph import Operator, StepShape
-from tongyun.model.shard import Shard, Slice, slice_of
-from tongyun.model.steps import draft_operators, kv_bytes
+from tongyun.model.shard import Shard, Slice
+from tongyun.model.steps import draft_bytes as module_bytes
+from tongyun.model.steps import drafting
 from tongyun.specs import Chip
 from tongyun.units import Cost, Source
 
 
 def drafts(question: Question, shape: StepShape, shard: Shard) -> tuple[Operator, ...]:
-    """What drafting adds to a step of this shape on the last stage; nothing without drafting.
-
-    The first draft also takes the chunk of prompt tokens; the others follow for decoding sequences.
-    """
-    more = question.draft_tokens
-    if not more:
-        return ()
-    if shape.decode is None:
-        return draft_operators(question.model, shape, shard, question.precision)
-    decode = replace(shape.decode, new=1)
-    first = StepShape(decode=decode, prefill=shape.prefill, sampled=decode.count)
-    found = draft_operators(question.model, first, shard, question.precision)
-    if more > 1:
-        rest = StepShape(decode=decode, sampled=decode.count)
-        each = draft_operators(question.model, rest, shard, question.precision)
-        found += tuple(replace(op, repeat=(more - 1) * op.repeat, resident_bytes=0) for op in each)
-    return found
+    """What drafting adds to a step of this shape on the last stage; nothing without drafting."""
+    return drafting(question.model, shape, shard, question.precision, question.draft_tokens)
 
 
 class Drafts:
@@ -65,10 +51,6 @@ class Drafts:
 
 def draft_bytes(question: Question, part: Slice) -> tuple[float, float]:
     """Weights, and KV for a token of a sequence, that the draft module holds on a rank of `part`."""
-    if not (question.draft_tokens and part.last):
+    if not question.draft_tokens:
         return 0.0, 0.0
-    flat = replace(part.shard, pp=1)
-    module = draft_operators(question.model, StepShape.decoding(1, 0), flat, question.precision)
-    layer = replace(slice_of(question.model, flat), full_layers=1, window_layers=0)
-    each = float(kv_bytes(question.model, 1, question.precision, layer))
-    return sum(float(op.resident_bytes) for op in module), each
+    return module_bytes(question.model, part, question.precision)

@@ -94,6 +94,39 @@ def draft_operators(
     return tuple(replace(op, name=f"draft_{op.name}") for op in (join, *layer, *head))
 
 
+def drafting(
+    config: ModelConfig, shape: StepShape, shard: Shard, precision: Precision, draft_tokens: int
+) -> tuple[Operator, ...]:
+    """What drafting so many tokens adds to a step of this shape on the last stage; nothing for none.
+
+    The first draft also takes the chunk of prompt tokens; the others follow for decoding sequences.
+    """
+    if not draft_tokens:
+        return ()
+    if shape.decode is None:
+        return draft_operators(config, shape, shard, precision)
+    decode = replace(shape.decode, new=1)
+    first = StepShape(decode=decode, prefill=shape.prefill, sampled=decode.count)
+    found = draft_operators(config, first, shard, precision)
+    if draft_tokens > 1:
+        rest = StepShape(decode=decode, sampled=decode.count)
+        each = draft_operators(config, rest, shard, precision)
+        again = draft_tokens - 1
+        found += tuple(replace(op, repeat=again * op.repeat, resident_bytes=0) for op in each)
+    return found
+
+
+def draft_bytes(config: ModelConfig, part: Slice, precision: Precision) -> tuple[float, float]:
+    """Weights, and KV for a token of a sequence, that a draft module holds on a rank of `part`."""
+    if not part.last:
+        return 0.0, 0.0
+    flat = replace(part.shard, pp=1)
+    module = draft_operators(config, StepShape.decoding(1, 0), flat, precision)
+    layer = replace(slice_of(config, flat), full_layers=1, window_layers=0)
+    each = float(kv_bytes(config, 1, precision, layer))
+    return sum(float(op.resident_bytes) for op in module), each
+
+
 def layer_counts(part: Slice) -> dict[str, int]:
     """How often each of `layer_operators` comes in a stage."""
     return {

@@ -1,6 +1,7 @@
 """Facts as data: chips, fabrics, storage, models, prices and workloads, each figure with its source."""
 
 from tongyun.specs.cache import CacheSpec
+from tongyun.specs.drafts import DraftsSpec
 from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.figure import Corner, Figure
 from tongyun.specs.find import (
@@ -41,6 +42,7 @@ __all__ = [
     "Chip",
     "ChipSpec",
     "Corner",
+    "DraftsSpec",
     "ExpertsSpec",
     "FabricSpec",
     "FailureSpec",

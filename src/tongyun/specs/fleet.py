@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tongyun.specs.cache import CacheSpec
 from tongyun.specs.classes import ClassSpec, MigrationSpec
+from tongyun.specs.drafts import DraftsSpec
 from tongyun.specs.experts import ExpertsSpec
 from tongyun.specs.form import Flag, Number, OneOrMore, Section, Sections, Text, Whole, has
 from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec
@@ -51,6 +52,7 @@ class FleetSpec:
     prefix_caching: bool = has(Flag(), default=True)
     cache: CacheSpec | None = has(Section(CacheSpec), default=None)
     experts: ExpertsSpec | None = has(Section(ExpertsSpec), default=None)
+    drafts: DraftsSpec | None = has(Section(DraftsSpec), default=None)
     classes: tuple[ClassSpec, ...] = has(Sections(ClassSpec), key="class", default=())
     class_aging_s: float | None = has(Number(least=1e-3), default=None)
     """Seconds of waiting that outweigh one step of priority; left out, priorities are strict."""

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from tongyun.cloud.engine.drafts import shortened
 from tongyun.cloud.engine.protocol import (
     Clock,
     EngineStats,
@@ -24,12 +25,13 @@ from tongyun.cloud.engine.protocol import (
     Stretch,
     Tape,
     TokenEvent,
+    Verifies,
 )
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.scheduler import Scheduler
-from tongyun.errors import ServiceError
+from tongyun.errors import InputError, ServiceError
 
 
 class StepError(ServiceError):
@@ -50,15 +52,22 @@ class Turn(NamedTuple):
 
     def events(self) -> list[TokenEvent]:
         """What the step did to each request of its batch."""
-        tokens, scores = self.result.tokens, self.result.scores or {}
+        tokens, scores, further = self.result.tokens, self.result.scores or {}, self.result.further
         ended, now_s = self.ended, self.moment_s
         events = []
-        for request, _, _, samples, _, _, cached_tokens, _ in self.batch.pieces:
+        for request, _, _, samples, _, _, cached_tokens, *_ in self.batch.pieces:
             if samples:
-                one = request.id
+                one, finish = request.id, ended.get(request.id)
+                more = further.get(one, ())
                 events.append(
-                    TokenEvent(one, tokens[one], now_s, ended.get(one), scores.get(one), cached_tokens)
+                    TokenEvent(
+                        one, tokens[one], now_s, None if more else finish, scores.get(one), cached_tokens
+                    )
                 )
+                for left, token in enumerate(more, 1 - len(more)):
+                    events.append(
+                        TokenEvent(one, token, now_s, None if left else finish, None, cached_tokens)
+                    )
         return events
 
 
@@ -114,6 +123,11 @@ class EngineLoop:
         *,
         eos_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """InputError where the scheduler has drafts verified and the executor cannot."""
+        if scheduler.config.draft_tokens and not isinstance(executor, Verifies):
+            raise InputError(
+                f"scheduler: draft_tokens: {type(executor).__name__} has no draft model; accepted: 0"
+            )
         self.clock = clock
         self._scheduler = scheduler
         self._executor = executor
@@ -224,14 +238,16 @@ class EngineLoop:
         try:
             result = self._executor.execute(batch)
             stopped = self._stopped(batch, result.tokens)
+            if result.further:
+                result = shortened(result, batch, self._ends, stopped)
         # An executor may fail in any way (out of memory, a kernel, a bug): the batch must end.
         except Exception as error:
             raise self._fail(batch, error) from error
         self.clock.wait_until(begin_s + result.duration_s)
         now_s = self.clock.now()
         tape = self._tape
-        stretch = None if tape is None else self._stretch(batch, begin_s, now_s)
-        ended = self._scheduler.commit(batch, result.tokens, stopped)
+        stretch = None if tape is None else self._stretch(batch, begin_s, now_s, result.further)
+        ended = self._scheduler.commit(batch, result.tokens, stopped, result.further)
         if tape is not None and stretch is not None:
             self._note(tape, stretch, batch.pieces, ended)
         self._watched.difference_update(ended)
@@ -306,7 +322,9 @@ class EngineLoop:
         self._preempted.clear()
         tape.note(stretch, pieces, ended)
 
-    def _stretch(self, batch: Batch, begin_s: float, end_s: float) -> Stretch:
+    def _stretch(
+        self, batch: Batch, begin_s: float, end_s: float, further: Mapping[str, Sequence[int]]
+    ) -> Stretch:
         """The step of a batch that is proposed and not committed yet."""
         decodes = [
             piece.start
@@ -314,7 +332,9 @@ class EngineLoop:
             if piece.samples and piece.length == 1 and piece.start >= len(piece.request.prompt)
         ]
         computed = sum(piece.length for piece in batch.pieces) - len(decodes)
-        return self._gauged(begin_s, end_s, len(decodes), sum(decodes), computed)
+        found = self._gauged(begin_s, end_s, len(decodes), sum(decodes), computed)
+        accepted = sum(map(len, further.values()))
+        return found._replace(accepted_tokens=accepted) if accepted else found
 
     def _gauged(
         self, begin_s: float, end_s: float, decoding: int, context_tokens: int, computed: int
@@ -346,6 +366,8 @@ class EngineLoop:
             computed_tokens=counters.computed_tokens,
             output_tokens=counters.output_tokens,
             preemptions=counters.preemptions,
+            verifications=counters.verifications,
+            accepted_tokens=counters.accepted_tokens,
             steps=self._steps,
             busy_s=self._busy_s,
             finished=dict(self._finished),
@@ -355,14 +377,16 @@ class EngineLoop:
 
     def _stopped(self, batch: Batch, tokens: dict[str, int]) -> dict[str, Finish]:
         """Who produced a token that ends it; KeyError if a sampling piece has no token."""
-        stopped, eos = {}, self._eos
+        stopped = {}
         for piece in batch.pieces:
             if piece.samples:
                 request = piece.request
-                token = tokens[request.id]
-                if (token in eos and not request.ignore_eos) or token in request.stop_token_ids:
+                if self._ends(tokens[request.id], request):
                     stopped[request.id] = Finish.STOP
         return stopped
+
+    def _ends(self, token: int, request: Request) -> bool:
+        return (token in self._eos and not request.ignore_eos) or token in request.stop_token_ids
 
     def _fail(self, batch: Batch, error: Exception) -> StepError:
         message = f"the step failed: {type(error).__name__}: {error}"

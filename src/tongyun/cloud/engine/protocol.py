@@ -35,6 +35,8 @@ class StepResult:
     joules: float | None = None
     chip_s: float | None = None
     """Simulated seconds of the step on a chip that is software; the duration is the simulator's own."""
+    further: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Tokens after the first, by request id: of pieces whose drafts were right, at most `Piece.drafts`."""
 
 
 class Executor(Protocol):
@@ -45,6 +47,14 @@ class Executor(Protocol):
     """
 
     def execute(self, batch: Batch) -> StepResult: ...
+
+
+@runtime_checkable
+class Verifies(Protocol):
+    """An executor that drafts tokens and verifies them: one that heeds `Piece.drafts`."""
+
+    def accepted(self, piece: Piece) -> int:
+        """How many of the piece's drafts are right."""
 
 
 @runtime_checkable
@@ -113,6 +123,8 @@ class Stretch(NamedTuple):
     """Blocks that requests hold in the first of the steps; in several, they are taken about evenly."""
     kv_end: int
     """And in the last, those that end with it included."""
+    accepted_tokens: int = 0
+    """Drafts that were right in a single step: tokens besides one of each that decodes."""
 
 
 class Tape(Protocol):
@@ -207,6 +219,10 @@ class EngineStats:
     """Simulated seconds on a chip that is software; zero where the engine's steps are measured."""
     chip_joules: float = 0.0
     """And the joules, simulated as well."""
+    verifications: int = 0
+    """Times a request had drafts verified in a step."""
+    accepted_tokens: int = 0
+    """Output tokens that were drafts."""
     tier_hit_tokens: tuple[int, ...] = ()
     """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""
     switched: Mapping[str, Switched] = field(default_factory=dict)

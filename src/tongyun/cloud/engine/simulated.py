@@ -7,8 +7,9 @@ again, and any stretch of them can be told at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
@@ -28,12 +29,22 @@ class StepLoad:
     context: NDArray[np.int64]
     """Tokens of the piece's request that already had keys and values when the step began."""
     samples: int
-    """Pieces that yield a token: rows of the output head."""
+    """Pieces that yield a token: rows of the output head, without those of drafts."""
+    verifying: int = 0
+    """The first so many pieces verify drafts, as many each as the price knows."""
 
     @classmethod
     def of(cls, batch: Batch) -> StepLoad:
         table = np.array([piece[1:4] for piece in batch.pieces], dtype=np.int64)
-        return cls(context=table[:, 0], new_tokens=table[:, 1], samples=int(table[:, 2].sum()))
+        pieces = batch.pieces
+        # Those that decode come first.
+        verifying = sum(piece.drafts > 0 for piece in pieces) if pieces and pieces[0].drafts else 0
+        return cls(
+            context=table[:, 0],
+            new_tokens=table[:, 1],
+            samples=int(table[:, 2].sum()),
+            verifying=verifying,
+        )
 
 
 StepCost = Callable[[StepLoad], Cost]
@@ -73,6 +84,8 @@ class SimulatedExecutor:
         """What it takes to bring blocks back from lower tiers, where there are any."""
         self.joules = 0.0
         """Of all steps so far."""
+        self.acceptance = 0.0
+        """Probability that a draft is right when those before it were, where drafts are verified."""
 
     def execute(self, batch: Batch) -> StepResult:
         cost = self._step_cost(StepLoad.of(batch))
@@ -83,7 +96,33 @@ class SimulatedExecutor:
             for piece in batch.pieces
             if piece.samples
         }
-        return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
+        return StepResult(
+            tokens=tokens, duration_s=seconds, joules=joules, further=self._further(batch.pieces)
+        )
+
+    def accepted(self, piece: Piece) -> int:
+        """How many of the piece's drafts are right: the same for a request and place, whenever asked.
+
+        m with a^(m+1) ≤ u < a^m for u uniform in [0, 1), at most as many as the output limit leaves.
+        """
+        request, known = piece.request, len(piece.history)
+        most = min(piece.drafts, len(request.prompt) + request.output_tokens - known - 1)
+        digest = blake2b(f"{request.id} {known}".encode(), digest_size=8).digest()
+        drawn, chance, right = int.from_bytes(digest, "big") / 2**64, self.acceptance, 0
+        while right < most and drawn < chance:
+            right += 1
+            chance *= self.acceptance
+        return right
+
+    def _further(self, pieces: Sequence[Piece]) -> Mapping[str, Sequence[int]]:
+        found: dict[str, Sequence[int]] = {}
+        for piece in pieces:
+            # Those that decode come first.
+            if not piece.drafts:
+                break
+            if right := self.accepted(piece):
+                found[piece.request.id] = self.new_tokens(piece.request, len(piece.history) + 1, right)
+        return found
 
     def _whole(self, seconds: float, joules: float, pieces: Sequence[Piece]) -> tuple[float, float]:
         """A step with the blocks that come back before it; without any, as it is."""

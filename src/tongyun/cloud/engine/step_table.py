@@ -5,7 +5,9 @@ Where every operator's price depends on that operator alone, a step is looked up
 of four parts: what its tokens take, its rows of the head, its decoding attention and its
 prompts' attention. On a calibrated machine the whole step decides (its footprint says
 which memory serves it), and steps are remembered whole. Either way a step costs what
-`step_cost` says, with contexts taken to the nearest `GRAIN` or `CHUNK_GRAIN`.
+`step_cost` says, with contexts taken to the nearest `GRAIN` or `CHUNK_GRAIN`. With drafts every
+decoding request is priced with all of its positions, as an engine runs it that has captured one
+shape of step, and what drafts the next ones is added.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from numpy.typing import NDArray
 from tongyun.chip.calibrated import measured
 from tongyun.chip.roofline import steps_s
 from tongyun.cloud.engine.simulated import StepLoad
-from tongyun.cost import sources_of, step_cost
+from tongyun.cost import ranks_cost, sources_of, step_cost
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Kind, Operator, Precision, Sequences, StepShape
 from tongyun.model.layers import Layers
 from tongyun.model.shard import Shard, slice_of
-from tongyun.model.steps import WHOLE, step
+from tongyun.model.steps import WHOLE, drafting, step
 from tongyun.specs import Chip
-from tongyun.units import Cost
+from tongyun.units import Cost, Number, Source
 
 Array = NDArray[np.float64]
 
@@ -58,11 +60,13 @@ class StepTable:
         *,
         max_step_tokens: int = 8192,
         max_context_tokens: int | None = None,
+        draft_tokens: int = 0,
     ) -> None:
         if shard.pp > 1:
             raise ValueError("a table prices steps of one pipeline stage")
         self._config, self._chip, self._precision, self._shard = config, chip, precision, shard
         self._most = max_step_tokens
+        self._drafts, self._positions = draft_tokens, 1 + draft_tokens
         self._part = slice_of(config, shard)
         # MLA multiplies other matrices when it decodes than in a prompt: not a sum of parts.
         self._apart = measured(chip) is None and config.latent is None
@@ -75,14 +79,36 @@ class StepTable:
         self._tokens: Array | None = None
         self._heads: Array | None = None
         self._cached = np.arange(0, longest + CHUNK_GRAIN, CHUNK_GRAIN, dtype=np.float64)
-        self.sources = sources_of(self._operators(StepShape.decoding(1, 1)), chip)
+        alone = self._decoding(1, 1.0)
+        self.sources = sources_of(self._operators(alone) + self._module(alone), chip)
+        if draft_tokens and not config.mtp_layers:
+            # The module is that of another model.
+            self.sources |= {Source.ASSUMED}
 
     def __call__(self, load: StepLoad) -> Cost:
         """The cost of one batch."""
+        if self._drafts:
+            return self._verified(load)
         one = load.new_tokens == 1
         chunks = zip(load.new_tokens[~one].tolist(), load.context[~one].tolist(), strict=True)
         context_tokens = int(load.context[one].sum())
         seconds, joules = self.mixed(int(one.sum()), context_tokens, tuple(chunks), load.samples)
+        return Cost(seconds=seconds, joules=joules, sources=self.sources)
+
+    def _verified(self, load: StepLoad) -> Cost:
+        """The cost of a batch whose first pieces verify drafts; whatever else it has are prompts."""
+        count = load.verifying
+        rest = zip(load.new_tokens[count:].tolist(), load.context[count:].tolist(), strict=True)
+        place = round(int(load.context[:count].sum()) / count / GRAIN) if count else 0
+        chunks = tuple(rest)
+        if chunks:
+            samples = load.samples + count * self._drafts
+            key = count, place, chunks, samples
+            if key not in self._mixed:
+                self._mixed[key] = self._mix(*key)
+            seconds, joules = self._mixed[key]
+        else:
+            seconds, joules = self._row(count)[:, place].tolist()
         return Cost(seconds=seconds, joules=joules, sources=self.sources)
 
     def mixed(
@@ -114,19 +140,35 @@ class StepTable:
     def _row(self, sequences: int) -> Array:
         """Seconds and joules of decoding steps behind each of the contexts, [2, contexts]."""
         if sequences not in self._rows:
+            tokens = sequences * self._positions
             if self._apart:
-                rest = self._of_tokens()[:, sequences] + self._of_heads()[:, sequences]
-                self._rows[sequences] = self._costs(rest[:, None] + self._attending(sequences))
+                rest = self._of_tokens()[:, tokens] + self._of_heads()[:, tokens]
+                row = self._costs(rest[:, None] + self._attending(sequences))
             else:
-                self._rows[sequences] = self._whole(StepShape.decoding(sequences, self._contexts))
+                row = self._whole(self._decoding(sequences, self._contexts))
+            if self._drafts:
+                row = row + self._of_drafts(self._decoding(sequences, self._contexts))
+            self._rows[sequences] = row
         return self._rows[sequences]
 
     def _mix(self, decoding: int, place: int, chunks: Chunks, samples: int) -> tuple[float, float]:
-        tokens = decoding + sum(new for new, _ in chunks)
+        seconds, joules = self._mix_alone(decoding, place, chunks, samples)
+        if self._drafts:
+            shape = self._shape(decoding, place, chunks, samples)
+            drafting_s, drafting_j = self._of_drafts(shape).tolist()
+            return seconds + drafting_s, joules + drafting_j
+        return seconds, joules
+
+    def _shape(self, decoding: int, place: int, chunks: Chunks, samples: int) -> StepShape:
+        decode = self._decoding(decoding, self._contexts[place]).decode if decoding else None
+        prefill = _prompts(chunks) if chunks else None
+        return StepShape(decode=decode, prefill=prefill, sampled=samples)
+
+    def _mix_alone(self, decoding: int, place: int, chunks: Chunks, samples: int) -> tuple[float, float]:
+        """What a step takes without what drafts the next tokens."""
+        tokens = decoding * self._positions + sum(new for new, _ in chunks)
         if not self._apart or tokens > self._most:
-            decode = Sequences(new=1, context=self._contexts[place], count=decoding) if decoding else None
-            prefill = StepShape.ragged(chunks).prefill if chunks else None
-            cost = self._whole(StepShape(decode=decode, prefill=prefill, sampled=samples))
+            cost = self._whole(self._shape(decoding, place, chunks, samples))
             return float(cost[0]), float(cost[1])
         seconds, busy_s = self._of_chunks(chunks)
         tables = [(self._of_tokens(), tokens), (self._of_heads(), samples)]
@@ -140,7 +182,7 @@ class StepTable:
     def _attending(self, sequences: int) -> Array:
         """Timings of decoding attention behind each of the contexts, [2, contexts]."""
         if sequences not in self._attention:
-            self._attention[sequences] = self._attention_of(StepShape.decoding(sequences, self._contexts))
+            self._attention[sequences] = self._attention_of(self._decoding(sequences, self._contexts))
         return self._attention[sequences]
 
     def _of_tokens(self) -> Array:
@@ -167,9 +209,8 @@ class StepTable:
             return self._of_chunk(*chunks[0])
         if not chunks:
             return 0.0, 0.0
-        new, cached = np.array(chunks, dtype=np.float64).T
-        prefill = Sequences(new=new, context=cached, ragged=True)
-        timing = steps_s(self._attending_to(StepShape(prefill=prefill, sampled=len(chunks))), self._chip)
+        shape = StepShape(prefill=_prompts(chunks), sampled=len(chunks))
+        timing = steps_s(self._attending_to(shape), self._chip)
         return float(timing.seconds), float(timing.busy_s)
 
     def _of_chunk(self, new: int, cached: int) -> tuple[float, float]:
@@ -189,6 +230,19 @@ class StepTable:
     def _attending_to(self, shape: StepShape) -> list[Operator]:
         layers = Layers(config=self._config, part=self._part, shape=shape, precision=self._precision)
         return [op for op in layers.attending() if op.kind is Kind.ATTENTION]
+
+    def _decoding(self, sequences: int, context: Number) -> StepShape:
+        """So many that decode, each with all the positions that a step has for it."""
+        group = Sequences(new=self._positions, context=context, count=sequences)
+        return StepShape(decode=group, sampled=sequences * self._positions)
+
+    def _of_drafts(self, shape: StepShape) -> Array:
+        """Seconds and joules that drafting adds to a step, [2] or [2, contexts]."""
+        cost = ranks_cost(self._module(shape), self._chip, self._shard.stage_ranks)
+        return np.stack(np.broadcast_arrays(cost.seconds, cost.joules)).astype(np.float64)
+
+    def _module(self, shape: StepShape) -> tuple[Operator, ...]:
+        return drafting(self._config, shape, self._shard, self._precision, self._drafts)
 
     def _operators(self, shape: StepShape) -> tuple[Operator, ...]:
         return step(self._config, shape, self._shard, self._precision)
@@ -211,3 +265,9 @@ class StepTable:
     def _whole(self, shape: StepShape) -> Array:
         cost = step_cost(self._config, shape, self._chip, self._shard, self._precision)
         return np.stack(np.broadcast_arrays(cost.seconds, cost.joules)).astype(np.float64)
+
+
+def _prompts(chunks: Chunks) -> Sequences:
+    """Chunks of prompts, those of one token too, which only here are none that decode."""
+    new, cached = np.array(chunks, dtype=np.float64).T
+    return Sequences(new=new, context=cached, ragged=True)

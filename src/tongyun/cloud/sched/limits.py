@@ -26,6 +26,8 @@ class SchedulerConfig:
     """Share of the blocks that admission leaves free for running requests to grow into."""
     tiers: tuple[int, ...] | None = None
     """Blocks in each slower memory behind the cache, for executors that heed `Piece.restored`."""
+    draft_tokens: int = 0
+    """Drafts that a step verifies behind the newest token of every decoding request; 0: none."""
     aging_s: float | None = None
     """None: priorities are strict. Else seconds of waiting that outweigh one step of priority."""
 
@@ -35,16 +37,24 @@ class SchedulerConfig:
                 raise InputError(f"scheduler: {name}: must be at least 1, not {getattr(self, name)}")
         if self.tiers is not None and min(self.tiers, default=0) < 0:
             raise InputError(f"scheduler: tiers: must be at least 0, not {min(self.tiers)}")
+        if self.draft_tokens < 0:
+            raise InputError(f"scheduler: draft_tokens: must be at least 0, not {self.draft_tokens}")
         if self.aging_s is not None and not 0 < self.aging_s < inf:
             raise InputError(f"scheduler: aging_s: must be a positive number, not {self.aging_s}")
         if not 0 <= self.watermark < 1:
             raise InputError(f"scheduler: watermark: must be in [0, 1), not {self.watermark}")
-        if self.max_step_tokens < self.max_sequences:
+        if self.max_step_tokens < self.max_sequences * self.positions:
             # Otherwise decodes alone could fill every step and prompts would never start.
+            each = f" · (1 + {self.draft_tokens} drafts)" if self.draft_tokens else ""
             raise InputError(
                 f"scheduler: max_step_tokens: {self.max_step_tokens} is less than"
-                f" max_sequences {self.max_sequences}; accepted: at least that many"
+                f" max_sequences {self.max_sequences}{each}; accepted: at least that many"
             )
+
+    @property
+    def positions(self) -> int:
+        """Tokens that a decoding request takes of a step's budget."""
+        return 1 + self.draft_tokens
 
 
 @dataclass(slots=True)
@@ -59,5 +69,9 @@ class Counters:
     computed_tokens: int = 0
     output_tokens: int = 0
     preemptions: int = 0
+    verifications: int = 0
+    """Times a request had drafts verified."""
+    accepted_tokens: int = 0
+    """Output tokens that were drafts."""
     queued_s: float = 0.0
     """Seconds requests spent between arrival and first admission, summed."""

@@ -72,6 +72,8 @@ class Piece(NamedTuple):
     """How much of the prompt was found in the prefix cache when the request was admitted."""
     restored: Sequence[int] = ()
     """Blocks to bring back from each lower tier before the piece can be computed."""
+    drafts: int = 0
+    """Drafted tokens that are verified behind the piece; `blocks` hold those before the output limit."""
 
     @property
     def end(self) -> int:
@@ -84,10 +86,11 @@ class Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One step: decode pieces (one token each) first, then prefill chunks, in scheduling order."""
+    """One step: decode pieces (one known token each) first, then prefill chunks, in scheduling order."""
 
     pieces: Sequence[Piece]
 
     @property
     def tokens(self) -> int:
-        return sum(piece.length for piece in self.pieces)
+        """Computed in it, drafts included."""
+        return sum(piece.length + piece.drafts for piece in self.pieces)

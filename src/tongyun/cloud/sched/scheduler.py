@@ -7,9 +7,9 @@ be takes lighter turns, in which requests that only decode are counted and not l
 `next_step` and `commit_step`, or where turns would only repeat, `ahead` and `leap`.
 Nothing else changes a request.
 
-A step holds one token of every request that is decoding, then prompt chunks as far as
-the token budget goes. A request is admitted when its whole known text fits, and grows a
-block at a time. When blocks run out, the lowest-ranked request gives all of its blocks
+A step holds one token of every request that is decoding, with the drafts it verifies, then
+prompt chunks as far as the token budget goes. A request is admitted when its whole known
+text fits, and grows a block at a time. When blocks run out, the lowest-ranked request gives all of its blocks
 back and is computed again later; the best-ranked one therefore always moves, and every
 request ends.
 """
@@ -232,7 +232,8 @@ class Scheduler:
         preempted = self._propose_decodes(pieces)
         chosen = self._decoding[:]
         # What was just preempted would come straight back and be preempted again.
-        self._propose_prompts(now, pieces, chosen, len(pieces), admit=not preempted)
+        taken = len(pieces) * self.config.positions
+        self._propose_prompts(now, pieces, chosen, taken, admit=not preempted)
         if not pieces:
             self._check_idle()
             return None
@@ -241,14 +242,23 @@ class Scheduler:
         return batch
 
     def commit(
-        self, batch: Batch, tokens: Mapping[str, int], stopped: Mapping[str, Finish]
+        self,
+        batch: Batch,
+        tokens: Mapping[str, int],
+        stopped: Mapping[str, Finish],
+        further: Mapping[str, Series[int]] | None = None,
     ) -> dict[str, Finish]:
         """Record a step: `tokens` of the pieces that sample, and who ends for a reason of the caller's.
 
-        Returns every request that ended with this step, those at their output limit included.
+        `further` are the tokens after those, of pieces whose drafts were right; what lies past an
+        output limit is left out. Returns every request that ended with this step, those at their
+        output limit included.
         """
         ended: dict[str, Finish] = {}
-        self._record(batch.pieces, self._take_proposed(batch), tokens, stopped, ended)
+        chosen = self._take_proposed(batch)
+        if further:
+            self._check_drafts(batch, further)
+        self._record(batch.pieces, chosen, tokens, stopped, ended, further or {})
         self._leave(ended)
         return ended
 
@@ -257,9 +267,12 @@ class Scheduler:
     def next_step(self, now: float, new_tokens: NewTokens) -> Step | None:
         """As `next_batch`, with those that decode only counted; `commit_step` must follow at once.
 
-        None also where a request may have to be preempted: `next_batch` knows how.
+        None also where a request may have to be preempted: `next_batch` knows how; and with drafts,
+        since a count of steps does not tell tokens then.
         """
         self._check_turn()
+        if self.config.draft_tokens:
+            return None
         if self._waiting:
             worst = self._residents.worst()
             if worst is not None and self._waiting.head().rank[0] < worst.rank[0]:
@@ -285,7 +298,7 @@ class Scheduler:
         self.counters.output_tokens += step.decoding
         ended = {seq.request.id: Finish.LENGTH for seq in coast.commit()}
         if chosen:
-            self._record(step.pieces, chosen, tokens, {}, ended)
+            self._record(step.pieces, chosen, tokens, {}, ended, {})
             for seq in chosen:
                 if seq.state is State.DECODING:
                     coast.join(seq)
@@ -295,7 +308,7 @@ class Scheduler:
     def ahead(self, new_tokens: NewTokens) -> Ahead | None:
         """The steps in which the same requests decode and nothing is decided; None if the next is not one."""
         decoding = self._decoding
-        if self._proposed is not None or self._prefilling or not decoding:
+        if self._proposed is not None or self._prefilling or not decoding or self.config.draft_tokens:
             return None
         full = self._residents.full
         if self._waiting:
@@ -345,6 +358,13 @@ class Scheduler:
         if self._sequences:
             raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
 
+    def _check_drafts(self, batch: Batch, further: Mapping[str, Series[int]]) -> None:
+        """ValueError where a step yields more than it verified, for which there may be no blocks."""
+        for piece in batch.pieces:
+            more = len(further.get(piece.request.id, ()))
+            if more > piece.drafts:
+                raise ValueError(f"{more} drafts accepted for '{piece.request.id}', {piece.drafts} verified")
+
     def _take_proposed(self, work: Batch | Step) -> list[Sequence]:
         """The sequences of the turn that is committed."""
         if self._proposed is None or self._proposed[0] is not work:
@@ -355,7 +375,8 @@ class Scheduler:
     def _propose_prompts(
         self, now: float, pieces: list[Piece], chosen: list[Sequence], decoding: int, *, admit: bool
     ) -> None:
-        """Chunks of prompts, those under way first, as far as the budget goes beside so many that decode."""
+        """Chunks of prompts, those under way first, as far as the budget goes beside the tokens of those
+        that decode."""
         budget = self.config.max_step_tokens - decoding
         for seq in self._prefilling:
             if budget <= 0:
@@ -374,6 +395,7 @@ class Scheduler:
         tokens: Mapping[str, int],
         stopped: Mapping[str, Finish],
         ended: dict[str, Finish],
+        further: Mapping[str, Series[int]],
     ) -> None:
         """What was computed and sampled; adds to `ended`."""
         caching, block_tokens = self.config.prefix_caching, self.config.block_tokens
@@ -390,6 +412,11 @@ class Scheduler:
             output_tokens += 1
             request_id = piece.request.id
             seq.history.append(tokens[request_id])
+            if piece.drafts:
+                computed_tokens += piece.drafts
+                accepted = self._accept(seq, further.get(request_id, ()))
+                output_tokens += accepted
+                computed += accepted
             if stopped and request_id in stopped:
                 ended[request_id] = stopped[request_id]
             elif computed + 1 >= seq.limit:
@@ -399,6 +426,17 @@ class Scheduler:
                 insort(self._decoding, seq, key=by_rank)
         self.counters.computed_tokens += computed_tokens
         self.counters.output_tokens += output_tokens
+
+    def _accept(self, seq: Sequence, more: Series[int]) -> int:
+        """Take in the drafts that were right, up to the output limit; returns how many."""
+        more = more[: seq.limit - len(seq.history)]
+        seq.history.extend(more)
+        seq.computed += len(more)
+        if self.config.prefix_caching and seq.computed >= seq.publish_at:
+            seq.publish(self.pool, self.config.block_tokens)
+        self.counters.verifications += 1
+        self.counters.accepted_tokens += len(more)
+        return len(more)
 
     def _leave(self, ended: Collection[str]) -> None:
         """Forget who ended, and sort out who decodes and who is in prefill now."""
@@ -411,13 +449,19 @@ class Scheduler:
 
     def _propose_decodes(self, pieces: list[Piece]) -> bool:
         """One piece for every decoding request that has or gets room; whether any was preempted."""
-        before = self.counters.preemptions
+        before, drafts = self.counters.preemptions, self.config.draft_tokens
         for seq in self._decoding:
             known = len(seq.history)
-            if known > seq.room and not self._residents.grow(seq):
+            # The last token produced is never fed back, as a draft no more than otherwise.
+            wanted = min(known + drafts, seq.limit - 1) if drafts else known
+            while wanted > seq.room and self._residents.grow(seq):
+                pass
+            if wanted > seq.room:
                 # It was the lowest-ranked one left, so nobody comes after it.
                 break
-            pieces.append(Piece(seq.request, known - 1, 1, True, seq.history, seq.blocks, seq.cached_tokens))
+            pieces.append(
+                Piece(seq.request, known - 1, 1, True, seq.history, seq.blocks, seq.cached_tokens, (), drafts)
+            )
         return self.counters.preemptions > before
 
     def _propose_chunk(self, seq: Sequence, budget: int, pieces: list[Piece], chosen: list[Sequence]) -> int:
