@@ -18,6 +18,9 @@ from typing import Any
 
 import openai
 
+WARM = 32
+"""Connections that are open when the load begins; a fleet of the benchmark streams about as many at once."""
+
 
 async def one(client: openai.AsyncOpenAI, model: str, due_s: float, request: list[Any]) -> list[Any]:
     """Send a request that is due now and read its stream to the end."""
@@ -45,8 +48,9 @@ async def one(client: openai.AsyncOpenAI, model: str, due_s: float, request: lis
 async def load(told: dict[str, Any]) -> list[list[Any]]:
     """Every request at its moment, whether or not earlier ones have come back."""
     async with openai.AsyncOpenAI(base_url=told["url"], api_key="none", max_retries=0) as client:
-        # A first request opens a connection and imports what the client imports late.
-        await one(client, told["model"], time.perf_counter(), [0.0, "hello", 2])
+        # First requests open connections, which a client at work has, and import what it imports late.
+        hello = [0.0, "hello", 2]
+        await asyncio.gather(*(one(client, told["model"], time.perf_counter(), hello) for _ in range(WARM)))
         gc.freeze()
         begin_s = time.perf_counter() + 0.1
         tasks = []

@@ -68,6 +68,7 @@ class StepPrices:
     def __init__(self, config: ModelConfig, shape: StepShape, chip: Chip, precision: Precision) -> None:
         self._config, self._shape, self._chip, self._precision = config, shape, chip, precision
         self._known: dict[Shard, tuple[dict[str, Timing], frozenset[Source]]] = {}
+        self._handed: dict[int, tuple[Timing, frozenset[Source]]] = {}
 
     def at(self, shard: Shard, stage: int) -> Cost:
         """The cost of one step on one stage; see `step_cost`."""
@@ -98,9 +99,12 @@ class StepPrices:
 
     def _deeper(self, shard: Shard) -> tuple[dict[str, Timing], frozenset[Source]]:
         each, sources = self._layers(replace(shard, pp=1))
-        hand_over = hand_overs(self._config, self._shape, shard, self._precision)
-        timings = {**each, "hand_over": steps_s(hand_over, self._chip)}
-        return timings, sources | sources_of(hand_over, self._chip)
+        # A group's activations are whole on each of its ranks; how far they go the replica's size decides.
+        if shard.ranks not in self._handed:
+            hand_over = hand_overs(self._config, self._shape, shard, self._precision)
+            self._handed[shard.ranks] = steps_s(hand_over, self._chip), sources_of(hand_over, self._chip)
+        timing, further = self._handed[shard.ranks]
+        return {**each, "hand_over": timing}, sources | further
 
 
 def host_s(chip: Chip, shape: StepShape, operators: Iterable[Operator]) -> Number:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tongyun.cli import build
-from tongyun.cli.plan import ask
+from tongyun.cli.planning import ask
 from tongyun.codesign.fit import check_fit, fit, smallest_cut
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question

@@ -126,6 +126,15 @@ def test_flags_hold_the_cut(shard: Shard) -> None:
 
 
 @pytest.mark.parametrize("shard", SHARDS, ids=str)
+def test_a_script_names_the_release_that_its_flags_need(shard: Shard) -> None:
+    deployment = deployed(shard, model="Qwen/Qwen3-30B-A3B" if shard == Shard() else "Qwen/Qwen3-235B-A22B")
+    text = files(deployment)["sglang.sh"]
+    assert ("# --attn-dp-size: SGLang 0.5.23 has it" in text) is (
+        "--attn-dp-size" in flags(SGLANG, deployment)
+    )
+
+
+@pytest.mark.parametrize("shard", SHARDS, ids=str)
 def test_flags_hold_the_load_and_the_memory(shard: Shard) -> None:
     deployment = deployed(shard, model="Qwen/Qwen3-30B-A3B" if shard == Shard() else "Qwen/Qwen3-235B-A22B")
     vllm, sglang = flags(VLLM, deployment), flags(SGLANG, deployment)

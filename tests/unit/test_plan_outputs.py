@@ -15,7 +15,8 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tongyun.cli.compared import named
-from tongyun.cli.plan import command, plan
+from tongyun.cli.plan import plan
+from tongyun.cli.planning import command
 from tongyun.codesign.drawing import Bar, Point, points, ranges, waterfall
 from tongyun.errors import Infeasible, InputError
 

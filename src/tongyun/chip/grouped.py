@@ -20,7 +20,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +127,9 @@ def _normal_bins(tokens: Array, share: float) -> Array:
 @lru_cache(maxsize=1)
 def _normal_offsets() -> Array:
     """Means of `BINS` equal shares of the standard normal distribution, from its density at their edges."""
+    # Dense models need no distribution.
+    from statistics import NormalDist
+
     normal = NormalDist()
     edges = [0.0, *(normal.pdf(normal.inv_cdf(i / BINS)) for i in range(1, BINS)), 0.0]
     return np.asarray(-np.diff(edges) * BINS)

@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from tongyun.errors import InputError, unknown
@@ -154,7 +154,7 @@ class Library:
 @lru_cache(maxsize=1)
 def tables() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
     """The contents of `silicon.toml`: `chip`, `sibling` and `library`, by name."""
-    return tomllib.loads(files("tongyun.chip").joinpath("silicon.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(Path(__file__).with_name("silicon.toml").read_text(encoding="utf-8"))
 
 
 def silicon(name: str) -> Silicon:

@@ -2,18 +2,21 @@
 
 Each command is a module of this package with a function of its name; a module is
 cheap to import and brings in what it needs when it runs, so that `tongyun plan`
-starts without PyTorch. `main` turns an error of our tree into one line and the exit
-code it carries: 0 ok, 1 the answer is no, 2 bad input.
+starts without PyTorch, and asked plainly without Typer. `main` turns an error of our
+tree into one line and the exit code it carries: 0 ok, 1 the answer is no, 2 bad input.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
-
-import typer
+from typing import TYPE_CHECKING
 
 from tongyun.errors import TongyunError
+
+if TYPE_CHECKING:
+    import typer
 
 INTERRUPTED = 130
 COMMANDS = ("up", "calibrate", "plan", "simulate", "serve", "bench", "train", "validate", "chip", "specs")
@@ -25,6 +28,8 @@ def build(wanted: str | None = None) -> typer.Typer:
 
     Reading ten modules and describing their options takes longer than most answers.
     """
+    import typer
+
     app = typer.Typer(
         name="tongyun",
         help="Design the chip, plan and run the cloud, serve the model, and say what a million tokens costs.",
@@ -51,7 +56,7 @@ def _nothing() -> None:
 def main() -> None:
     """Entry point of the `tongyun` console script."""
     try:
-        build(sys.argv[1] if len(sys.argv) > 1 else None)()
+        _run(sys.argv[1:])
     except TongyunError as error:
         # An answer for programs needs neither of them.
         from rich.console import Console
@@ -61,3 +66,21 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # Nobody reads on; what is left must not be tried again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(words: list[str]) -> None:
+    """The command that the words name, read in the quickest way."""
+    from tongyun.cli.straight import PLAN, read
+
+    given = read(words[1:], PLAN) if words[:1] == ["plan"] else None
+    if given is None:
+        build(words[0] if words else None)()
+    else:
+        from tongyun.cli.planning import carry_out
+
+        carry_out(given)
+        sys.stdout.flush()

@@ -50,7 +50,7 @@ def read_fleet(
     path: Path, *, isl: int = 1, osl: int = 2, usd_per_chip_hour: float | None = None
 ) -> tuple[FleetSpec, Fleet]:
     """A fleet file and the fleet it describes, which has to hold a request of `isl` and `osl` tokens."""
-    from tongyun.cli.plan import ask
+    from tongyun.cli.planning import ask
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.experts import ExpertLoads
     from tongyun.codesign.fleet import Fleet
@@ -102,7 +102,7 @@ def read_fleet(
 
 def read_plan(given: Mapping[str, Any], *, isl: int, osl: int) -> tuple[Question, Plan]:
     """The best plan that `tongyun plan --json` wrote to the file `given["plan"]`, and what it was for."""
-    from tongyun.cli.plan import ask
+    from tongyun.cli.planning import ask
 
     file = given["plan"]
     told = _read_answer(file)

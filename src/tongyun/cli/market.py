@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tongyun.cli.fleet import TOLD, pool_of, refuse_told, typed
-from tongyun.cli.plan import ask
+from tongyun.cli.planning import ask
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def simulate(
     schedule: Schedule | None,
 ) -> None:
     """Play the load on the file's models, and show or write what came of it."""
-    from tongyun.cli.simulate import write_trace
+    from tongyun.cli.simulated import write_trace
     from tongyun.cloud.sched.router import find_router
 
     given_flags = typed(given["context"])
@@ -156,24 +156,16 @@ def _names(models: Sequence[str]) -> str:
 
 def show(spec: MarketSpec, market: Market, played: MarketPlayed) -> None:
     from tongyun import report
+    from tongyun.cli.simulated import latencies
 
-    report.show(_latencies(spec, market, played), _figures(played), _models(played))
+    head = latencies(_headline(spec, market, played), played.whole.report)
+    report.show(head, _figures(played), _models(played))
 
 
-def _latencies(spec: MarketSpec, market: Market, played: MarketPlayed) -> Table:
-    from tongyun.report import NOTHING, column, number, table
-    from tongyun.units import MS
-
-    done = played.whole.report
+def _headline(spec: MarketSpec, market: Market, played: MarketPlayed) -> str:
     chip = next(iter(market.models.values())).question.chip
     parts = "; ".join(_title(part) for part in market.parts)
-    title = f"{spec.name}: {len(market.models)} models on {played.chips} × {chip.title}: {parts}"
-    rows = []
-    for name, one in (("TTFT ms", done.ttft_s), ("TPOT ms", done.tpot_s), ("end to end ms", done.latency_s)):
-        values = () if one is None else (one.mean, one.p50, one.p90, one.p99, one.p99_9, one.most)
-        rows.append([name, *([number(value / MS) for value in values] or [NOTHING] * 6)])
-    names = ("mean", "p50", "p90", "p99", "p99.9", "max")
-    return table(title, [column("", left=True), *map(column, names)], rows)
+    return f"{spec.name}: {len(market.models)} models on {played.chips} × {chip.title}: {parts}"
 
 
 def _title(part: Part) -> str:

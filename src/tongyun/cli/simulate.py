@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
-from tongyun.cli.plan import ask, command
-from tongyun.cli.simulated import as_json, show
+from tongyun.cli.planning import ask, command
+from tongyun.cli.simulated import as_json, show, write_trace
 from tongyun.errors import Infeasible, InputError
 
 if TYPE_CHECKING:
@@ -151,19 +151,6 @@ def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:
     except ValueError as error:
         raise InputError(f"--window {window}: accepted: FROM:TO in seconds, such as 0:60") from error
     return Schedule(begin_s, end_s)
-
-
-def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
-    """And say which part of the run, which ended at `whole_s`, it holds."""
-    from tongyun.cloud.perfetto import save
-    from tongyun.report import number
-
-    count = save(schedule, place)
-    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
-    more = (
-        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
-    )
-    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)
 
 
 def _told(given: dict[str, Any]) -> str:

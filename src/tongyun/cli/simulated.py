@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from tongyun.cli.kept import kept_json, lines
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from rich.table import Table
 
-    from tongyun.cloud.latency import Group
+    from tongyun.cloud.latency import Group, LatencyReport
     from tongyun.cloud.record import Recording
-    from tongyun.codesign.fleet import Fleet, Played, Pool
+    from tongyun.cloud.schedule import Schedule
+    from tongyun.codesign.fleet import Fleet, Played
 
 PARTS = 240
 """Of the run, at most, that --json tells of."""
@@ -94,35 +98,29 @@ def _groups_json(groups: Mapping[str, Group], played: Played) -> dict[str, Any]:
 def show(fleet: Fleet, played: Played, router: str) -> None:
     from tongyun import report
 
-    parts = [_latencies(fleet, played, router), _figures(fleet, played)]
+    parts = [latencies(_title(fleet, router), played.report), _figures(fleet, played)]
     for head, groups in (("class", played.classes), ("model", played.models)):
         if groups:
             parts.append(_groups(head, groups, played))
     report.show(*parts)
 
 
-def _latencies(fleet: Fleet, played: Played, router: str) -> Table:
+def _title(fleet: Fleet, router: str) -> str:
+    question, pools = fleet.question, " + ".join(map(str, fleet.pools))
+    return f"{question.model.name} on {question.chips} × {question.chip.title}: {pools}, {router}"
+
+
+def latencies(title: str, done: LatencyReport) -> Table:
+    """Mean and percentiles of what requests felt."""
     from tongyun.report import NOTHING, column, number, table
     from tongyun.units import MS
 
-    done, question = played.report, fleet.question
-    pools = " + ".join(_title(pool) for pool in fleet.pools)
-    title = f"{question.model.name} on {question.chips} × {question.chip.title}: {pools}, {router}"
     rows = []
     for name, one in (("TTFT ms", done.ttft_s), ("TPOT ms", done.tpot_s), ("end to end ms", done.latency_s)):
         values = () if one is None else (one.mean, one.p50, one.p90, one.p99, one.p99_9, one.most)
         rows.append([name, *([number(value / MS) for value in values] or [NOTHING] * 6)])
     names = ("mean", "p50", "p90", "p99", "p99.9", "max")
     return table(title, [column("", left=True), *map(column, names)], rows)
-
-
-def _title(pool: Pool) -> str:
-    plan, shard = pool.plan, pool.plan.shard
-    role = "" if pool.role == "mixed" else f"{pool.role} "
-    return (
-        f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), "
-        f"batch {plan.batch}, {plan.step_tokens} tokens a step"
-    )
 
 
 def _figures(fleet: Fleet, played: Played) -> Table:
@@ -229,3 +227,19 @@ def _crowding(fleet: Fleet) -> dict[int, float]:
     """Tokens of the busiest expert rank over those of the mean one, by the ranks experts are spread over."""
     spread = {pool.plan.shard.ep for pool in fleet.pools}
     return {} if fleet.experts is None else {ep: fleet.experts.crowding(ep) for ep in sorted(spread)}
+
+
+# ── for a file ───────────────────────────────────────────────────────────────────────
+
+
+def write_trace(schedule: Schedule, place: Path, whole_s: float) -> None:
+    """And say which part of the run, which ended at `whole_s`, it holds."""
+    from tongyun.cloud.perfetto import save
+    from tongyun.report import number
+
+    count = save(schedule, place)
+    part = f"{number(schedule.begin_s)}–{number(min(schedule.end_s, whole_s))} s of {number(whole_s)} s"
+    more = (
+        "; it ends where it would have grown too large: --window shows another part" if schedule.cut else ""
+    )
+    typer.echo(f"wrote {place}: {count:,} events, {part}{more}", err=True)

@@ -108,6 +108,15 @@ class Pool:
     def chips(self) -> int:
         return self.plan.replicas * self.plan.shard.ranks
 
+    def __str__(self) -> str:
+        """`4 × prefill (tp4 ep8 dp2), batch 64, 2048 tokens a step`; a mixed pool goes without its role."""
+        plan, shard = self.plan, self.plan.shard
+        role = "" if self.role == "mixed" else f"{self.role} "
+        return (
+            f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), "
+            f"batch {plan.batch}, {plan.step_tokens} tokens a step"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Engines:

@@ -56,7 +56,7 @@ class Leftover:
         if not len(found):
             return np.array([np.inf])
         steps = np.geomspace(found.min(), found.max(), STEPS)
-        return np.unique(np.append(steps, [] if tpot_s is None else [tpot_s]))
+        return np.array(sorted({*steps.tolist(), *(() if tpot_s is None else (tpot_s,))}), dtype=np.float64)
 
     def at(self, tpot_s: Array) -> Index:
         """The rung of the ladder that is no slower than each time; −1 where all are."""

@@ -13,7 +13,7 @@ import numpy as np
 from tongyun.cloud.latency import Group, LatencyReport, Percentiles, RequestRecord, Slo
 from tongyun.cloud.record import Recording, Series
 from tongyun.codesign.drawing import Line, Rule, curves
-from tongyun.codesign.fleet import Fleet, Played, Pool
+from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.over_time import over_time, waits
 from tongyun.codesign.sheet import card, chip_facts, document, figure, table, tags
 from tongyun.codesign.steady import USABLE_MEMORY
@@ -62,18 +62,9 @@ def _load(report: LatencyReport) -> str:
 
 
 def _fleet(fleet: Fleet, router: str) -> str:
-    pools = "; ".join(_pool(pool) for pool in fleet.pools)
+    pools = "; ".join(map(str, fleet.pools))
     idle = f"; {fleet.idle_chips} chips idle" if fleet.idle_chips else ""
     return f"<p><b>{escape(pools)}{idle}</b>, router {escape(router)}.</p>"
-
-
-def _pool(pool: Pool) -> str:
-    plan, shard = pool.plan, pool.plan.shard
-    role = "" if pool.role == "mixed" else f"{pool.role} "
-    return (
-        f"{plan.replicas} × {role}(tp{shard.tp} ep{shard.ep} dp{shard.dp}), batch {plan.batch}, "
-        f"{plan.step_tokens} tokens a step"
-    )
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────

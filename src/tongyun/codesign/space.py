@@ -20,7 +20,7 @@ from tongyun.specs import Chip, ChipSpec, Corner, PriceSpec
 
 CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
-BATCHES = np.unique(np.round(np.geomspace(1, 4096, 109))).astype(np.float64)
+BATCHES = np.array(sorted(set(np.round(np.geomspace(1, 4096, 109)).tolist())), dtype=np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
 POOLS = ("mixed", "split", "both")
 MOST_DRAFTED = 16

@@ -202,7 +202,7 @@ class Split:
         able = served[row, column] > 0
         row, column, partner = row[able], column[able], partner[able]
         # The side whose ranks hold more sets the pace.
-        each_s = {cut: self.prices.hand_over_s(self.shards[cut]) for cut in np.unique(second.cut)}
+        each_s = {cut: self.prices.hand_over_s(self.shards[cut]) for cut in set(second.cut.tolist())}
         own_s = np.array([each_s[cut] for cut in second.cut[column]])
         more_s = np.maximum(first.tpot_s[partner] - own_s / (self.question.osl - 1), 0.0)
         tpot_s, tokens_per_s = second.tpot_s[column] + more_s, served[row, column] * self.question.osl

@@ -9,59 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from tongyun.model.config import Experts, Latent, ModelConfig
+from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Attends, Kind, Operator, Precision, Routed, Sequences, StepShape
+from tongyun.model.latent import LatentAttention
+from tongyun.model.products import Storage, elementwise, matmul, together
 from tongyun.model.shard import Shard, Slice
-from tongyun.units import DType, Number
-
-
-@dataclass(frozen=True, kw_only=True)
-class Storage:
-    """How a weight matrix is kept and multiplied."""
-
-    weights: DType
-    compute: DType
-    activations: DType
-    block_scales: bool = False
-
-
-def matmul(name: str, size: tuple[Number, int, int], store: Storage, *, repeat: int, bias: bool) -> Operator:
-    """`size` = (rows m, inner k, columns n): 2·m·k·n FLOPs, weights read once."""
-    m, k, n = size
-    act = store.activations.bytes
-    weight_bytes = k * n * store.weights.bytes + (n * act if bias else 0)
-    return Operator(
-        name=name,
-        kind=Kind.MATMUL,
-        repeat=repeat,
-        m=m,
-        n=n,
-        k=k,
-        compute=store.compute,
-        stored=store.weights,
-        block_scales=store.block_scales,
-        flops=2 * m * k * n,
-        read_bytes=m * k * act,
-        weight_bytes=weight_bytes,
-        write_bytes=m * n * act,
-        resident_bytes=weight_bytes * repeat,
-    )
-
-
-def elementwise(name: str, kind: Kind, read: Number, write: Number, *, repeat: int) -> Operator:
-    """A pass over memory: bytes read and written, no products."""
-    return Operator(name=name, kind=kind, repeat=repeat, read_bytes=read, write_bytes=write)
-
-
-def _together(group: Sequences) -> tuple[int, Sequences]:
-    """Decoding sequences with several new tokens each, as kernels take them: every position's heads
-    are further rows beside those of the first, over one pass of the cache."""
-    if group.ragged or np.ndim(group.new) or int(group.new) == 1:
-        return 1, group
-    new = int(group.new)
-    return new, replace(group, new=1, context=group.context + (new - 1))
+from tongyun.units import Number
 
 
 def touched_experts(experts: Experts, tokens: Number) -> Number:
@@ -143,7 +96,11 @@ class Layers:
         config, part, tokens = self.config, self.part, self.shape.tokens
         repeat = part.layers
         values = config.latent.value_dim if config.latent else config.head_dim
-        inside = self._latent(config.latent) if config.latent else self._grouped_query()
+        inside = (
+            LatentAttention(layers=self, latent=config.latent).operators()
+            if config.latent
+            else self._grouped_query()
+        )
         output = matmul(
             "attention_out",
             (tokens, part.heads * values, config.hidden),
@@ -218,7 +175,7 @@ class Layers:
         """4·d FLOPs for each head and query-key pair; keys and values read once."""
         heads, width = self.part.heads, self.config.head_dim
         tokens, kv = group.tokens, self.precision.kv.bytes
-        rows, seen = _together(group) if group is self.shape.decode else (1, group)
+        rows, seen = together(group) if group is self.shape.decode else (1, group)
         return Operator(
             name=name,
             kind=Kind.ATTENTION,
@@ -241,130 +198,6 @@ class Layers:
             read_bytes=tokens * heads * width * self.act
             + 2 * self.part.kv_heads * width * kv * group.keys(window),
             write_bytes=tokens * heads * width * self.act,
-        )
-
-    # ── multi-head latent attention ──────────────────────────────────────────────────
-
-    def _latent(self, latent: Latent) -> list[Operator]:
-        """MLA: down-projections, latent norms, then each phase in the form engines use."""
-        part, tokens, repeat = self.part, self.shape.tokens, self.part.layers
-        down = latent.q_rank + latent.kv_rank + latent.rope_dim
-        operators = [
-            matmul(
-                "qkv_down",
-                (tokens, self.config.hidden, down),
-                self.projection,
-                repeat=repeat,
-                bias=self.config.attention_bias,
-            ),
-            self.norm("latent_norm", tokens, latent.q_rank + latent.kv_rank, repeat),
-            matmul(
-                "q_up",
-                (tokens, latent.q_rank, part.heads * (latent.nope_dim + latent.rope_dim)),
-                self.projection,
-                repeat=repeat,
-                bias=False,
-            ),
-            elementwise(
-                "rotate",
-                Kind.ELEMENTWISE,
-                tokens * (part.heads + 1) * latent.rope_dim * self.act,
-                tokens * part.heads * latent.rope_dim * self.act
-                + tokens * (latent.kv_rank + latent.rope_dim) * self.precision.kv.bytes,
-                repeat=repeat,
-            ),
-        ]
-        prefill, decode = self.shape.prefill, self.shape.decode
-        if prefill is not None:
-            operators += self._expanded(latent, prefill)
-        if decode is not None:
-            operators += self._absorbed(latent, decode, resident=prefill is None)
-        return operators
-
-    def _expanded(self, latent: Latent, group: Sequences) -> list[Operator]:
-        """Prefill: keys and values of context and chunk are expanded from the latent, then multi-head."""
-        heads, layers, keys = self.part.heads, self.part.layers, group.keys()
-        qk, v = latent.nope_dim + latent.rope_dim, latent.value_dim
-        expand = matmul(
-            "kv_up",
-            (keys, latent.kv_rank, heads * (latent.nope_dim + v)),
-            self.projection,
-            repeat=layers,
-            bias=False,
-        )
-        attend = Operator(
-            name="attention_prefill",
-            kind=Kind.ATTENTION,
-            repeat=layers,
-            m=group.tokens * heads,
-            n=heads,
-            k=qk,
-            groups=group.sequences,
-            compute=self.precision.activations,
-            attends=Attends(
-                group=group,
-                key_heads=heads,
-                width=qk,
-                value_width=v,
-                cached_width=qk + v,
-                cache=self.precision.activations,
-                is_latent=True,
-            ),
-            flops=2 * heads * (qk + v) * group.pairs(),
-            read_bytes=(group.tokens * heads * qk + keys * heads * (qk + v)) * self.act,
-            write_bytes=group.tokens * heads * v * self.act,
-        )
-        return [expand, attend]
-
-    def _absorbed(self, latent: Latent, group: Sequences, *, resident: bool) -> list[Operator]:
-        """Decode: queries move into the latent space, so that all heads read the cache as it is, once."""
-        heads, layers, rank = self.part.heads, self.part.layers, latent.kv_rank
-        wide = rank + latent.rope_dim
-        rows, seen = _together(group)
-        attend = Operator(
-            name="attention_decode",
-            kind=Kind.ATTENTION,
-            repeat=layers,
-            m=group.tokens * heads,
-            n=rows * heads,
-            k=wide,
-            groups=group.sequences,
-            compute=self.precision.activations,
-            attends=Attends(
-                group=seen,
-                key_heads=1,
-                width=wide,
-                value_width=rank,
-                cached_width=wide,
-                cache=self.precision.kv,
-                is_latent=True,
-            ),
-            flops=2 * heads * (wide + rank) * group.pairs(),
-            read_bytes=group.tokens * heads * wide * self.act + group.keys() * wide * self.precision.kv.bytes,
-            write_bytes=group.tokens * heads * rank * self.act,
-        )
-        into = self._per_head("absorb_q", group.tokens, (latent.nope_dim, rank), resident=resident)
-        back = self._per_head("absorb_v", group.tokens, (rank, latent.value_dim), resident=resident)
-        return [into, attend, back]
-
-    def _per_head(self, name: str, tokens: Number, size: tuple[int, int], *, resident: bool) -> Operator:
-        heads, (k, n) = self.part.heads, size
-        weight_bytes = heads * k * n * self.precision.weights.bytes
-        return Operator(
-            name=name,
-            kind=Kind.GROUPED_MATMUL,
-            repeat=self.part.layers,
-            m=tokens * heads,
-            n=n,
-            k=k,
-            groups=heads,
-            compute=self.precision.activations,
-            stored=self.precision.weights,
-            flops=2 * tokens * heads * k * n,
-            read_bytes=tokens * heads * k * self.act,
-            weight_bytes=weight_bytes,
-            write_bytes=tokens * heads * n * self.act,
-            resident_bytes=weight_bytes * self.part.layers if resident else 0,
         )
 
     # ── feed-forward ─────────────────────────────────────────────────────────────────

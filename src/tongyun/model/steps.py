@@ -14,7 +14,8 @@ import numpy as np
 
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Kind, Operator, Precision, StepShape
-from tongyun.model.layers import Layers, elementwise, matmul
+from tongyun.model.layers import Layers
+from tongyun.model.products import elementwise, matmul
 from tongyun.model.shard import Shard, Slice, slice_of
 from tongyun.units import DType, Number
 

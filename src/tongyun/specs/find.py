@@ -22,7 +22,6 @@ from tongyun.specs.market import MarketSpec
 from tongyun.specs.ppu import PpuSpec
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
-from tongyun.store import home
 
 S = TypeVar("S", bound=Spec)
 
@@ -42,6 +41,9 @@ def find(kind: str, name: str) -> Any:
 def find_chip(name: str) -> ChipSpec:
     """A chip by catalogue name, alias or path of a TOML file; `local` is this machine as calibrated."""
     if name.lower() == LOCAL:
+        # What keeps files brings databases and sockets, which catalogue chips do without.
+        from tongyun.store import home
+
         path = home() / "chips" / f"{LOCAL}.toml"
         if not path.exists():
             raise SpecError(path, "", "this machine is not calibrated yet: run `tongyun calibrate`")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,9 @@ def dumps(spec: Spec) -> str:
 
 def save(spec: Spec, path: Path) -> None:
     """Write a spec file in one move: a reader sees the old file or the new one."""
+    # Most that read specs write none.
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

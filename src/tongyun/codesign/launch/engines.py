@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tongyun.codesign.launch.deployment import Deployment
-from tongyun.codesign.launch.platforms import SGLANG, VLLM
+from tongyun.codesign.launch.platforms import SGLANG, VERSIONS, VLLM
 from tongyun.codesign.steady import USABLE_MEMORY
 from tongyun.errors import Infeasible
 from tongyun.units import DType
 
 Flags = Mapping[str, int | float | str | None]
+WITHOUT_ATTENTION_GROUPS = "0.5.8"
+"""The newest release of SGLang whose argument parser was seen to lack `--attn-dp-size`."""
 
 
 def flags(engine: str, deployment: Deployment) -> Flags:
@@ -51,6 +53,10 @@ def notes(engine: str, deployment: Deployment) -> list[str]:
         found.append(
             f"SGLang counts chips, tokens and requests over all attention groups: "
             f"--tp-size {shard.tp * shard.dp} holds {shard.dp} groups of tp {shard.tp}"
+        )
+        found.append(
+            f"--attn-dp-size: SGLang {VERSIONS[SGLANG]} has it, {WITHOUT_ATTENTION_GROUPS} does not yet "
+            "and stops at this flag"
         )
     if engine == SGLANG:
         found.append("--enable-mixed-chunk: the plan lets decoding and prefill share a step")
