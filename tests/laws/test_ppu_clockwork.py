@@ -15,6 +15,7 @@ import pytest
 
 from tongyun.chip.ppu import asm
 from tongyun.chip.ppu.capture import compile_step
+from tongyun.chip.ppu.emit import attention
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.matmul import Tiling, matmul
 from tongyun.chip.ppu.functional import _alu
@@ -143,14 +144,18 @@ class Plain:
             )
             if not m * n * k:
                 return 0, 0
+            if here.op == "ATTN" and p.attention_rows:
+                m, n = -(-m // p.attention_rows) * p.attention_rows, here.plain("n")
             flops = 2 * p.tile_m * p.tile_n * p.tile_k * TICKS
             each = -(-flops // int(p.tensor_flops["bf16"]))  # type: ignore[index]
             tiles = -(-m // p.tile_m) * -(-n // p.tile_n) * -(-k // p.tile_k)
             if here.op == "MMA":
                 return tiles * each, int(tensor * self.cycle)
             tiles += -(-m // p.tile_m) * -(-k // p.tile_n) * -(-n // p.tile_k)
-            exponentials = int(m * n * (TICKS / p.special_lanes))
-            return max(tiles * each, exponentials), int(tensor * self.cycle + vector * self.cycle)
+            softmax = int(m * n * (TICKS / p.softmax_lanes))
+            less, more = sorted([tiles * each, softmax])
+            shown = int(less * (1 - p.softmax_hidden))
+            return more + shown, int(tensor * self.cycle + vector * self.cycle)
         if here.opcode.engine is not Engine.VECTOR or here.op.startswith("SYNC"):
             return 0, 0
         rows, cols, plain, special = passes(core, here)
@@ -269,3 +274,54 @@ def test_a_tile_on_its_way_is_no_earlier_for_a_second_core() -> None:
     for each in times:
         assert each.cycles[0] >= PPU.hbm_latency_s * PPU.clock_hz + port * PPU.port_bytes / PPU.l2_rate
     assert times[1].cycles[0] >= times[0].cycles[0]
+
+
+@pytest.mark.parametrize(("tokens", "context", "many"), [(40, 30, 1), (1, 900, 4), (300, 0, 3)])
+def test_attention_as_a_kernel_takes_the_ticks_of_the_plain_simulator(
+    tokens: int, context: int, many: int
+) -> None:
+    program, ppu = attended(dataclasses.replace(find_ppu("h100").at(), cores=7), tokens, context, many)
+    check(program, ppu, {"position": [context]})
+
+
+def attended(ppu: Ppu, tokens: int, context: int, many: int) -> tuple[Program, Ppu]:
+    b, room = Builder(ppu), tokens + context
+    q, out = (b.layout.place(name, (2 * tokens, 256), Type.BF16, "input") for name in ("q", "out"))
+    k, v = (b.layout.place(name, (2, 2, room, 64), Type.BF16, "input") for name in ("k", "v"))
+    shape = attention.Attention(
+        sequences=2,
+        tokens=tokens,
+        heads=4,
+        kv_heads=2,
+        width=64,
+        room=room,
+        scale=0.1,
+        query_stride=512,
+        alone=True,
+    )
+    position = b.layout.place("position", (1,), Type.I32, "input")
+    attention.emit(b, shape, q, (k, v), out, position, "attention", many=many)
+    return b.program(), ppu
+
+
+def test_few_rows_cost_a_whole_tile_and_keys_are_cut_over_idle_cores() -> None:
+    h100 = find_ppu("h100").at()
+    one = attention.Attention(
+        sequences=1,
+        tokens=1,
+        heads=8,
+        kv_heads=1,
+        width=128,
+        room=65536,
+        scale=0.1,
+        query_stride=2048,
+        alone=True,
+    )
+    assert attention.parts(one, h100) > 64
+    assert attention.parts(dataclasses.replace(one, room=512), h100) == 1
+    assert attention.parts(dataclasses.replace(one, sequences=264), h100) == 1
+    took = [simulate(*attended(h100, 1, 4000, many), {"position": [4000]}).total_cycles for many in (1, 8)]
+    assert took[1] < took[0]
+    rows = dataclasses.replace(h100, attention_rows=2 * h100.attention_rows)
+    program, _ = attended(h100, 1, 4000, 1)
+    assert simulate(program, rows, {"position": [4000]}).total_cycles > took[0]

@@ -17,7 +17,7 @@ from tongyun.chip.ppu.functional import Chip, Counts
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.tiles import TORCH
-from tongyun.specs import find_ppu
+from tongyun.specs import Ppu, find_ppu
 
 PPU = dataclasses.replace(find_ppu("zhenwu-810e").at(), cores=5)
 BF16 = 0.004
@@ -28,8 +28,8 @@ TYPES = {dtype: kind for kind, dtype in TORCH.items()}
 class Bench:
     """Tensors by name, a kernel over them, and what it made."""
 
-    def __init__(self, **given: torch.Tensor) -> None:
-        self.builder = Builder(PPU)
+    def __init__(self, ppu: Ppu = PPU, **given: torch.Tensor) -> None:
+        self.builder = Builder(ppu)
         self.given = given
         self.tensors = {name: self._place(name, value, "input") for name, value in given.items()}
 
@@ -136,21 +136,26 @@ def test_rotation_with_the_norm_of_each_head() -> None:
     assert error(chip.view("out"), (heads * cos + torch.cat((-right, left), -1) * sin).reshape(37, 64)) < BF16
 
 
+GPU = dataclasses.replace(find_ppu("a100").at(), cores=5, attention_rows=32, attention_keys=16)
+
+
+@pytest.mark.parametrize("many", [1, 2, 4])
+@pytest.mark.parametrize("ppu", [PPU, GPU], ids=["one instruction", "a kernel"])
 @pytest.mark.parametrize(("tokens", "start"), [(37, 11), (1, 40), (20, 0)])
-def test_attention_over_a_cache(tokens: int, start: int) -> None:
+def test_attention_over_a_cache(tokens: int, start: int, ppu: Ppu, many: int) -> None:
     heads, kv, width, room = 4, 2, 16, 64
     bench = Bench(
-        q=bf16(2 * tokens, heads * width), k=bf16(2, kv, room, width), v=bf16(2, kv, room, width) * 0.5,
+        ppu, q=bf16(2 * tokens, heads * width), k=bf16(2, kv, room, width), v=bf16(2, kv, room, width) * 0.5,
         position=torch.arange(start, start + tokens),
     )  # fmt: skip
-    bench.out("out", 2 * tokens, heads * width)
+    out = bench.out("out", 2 * tokens, heads * width)
     shape = attend.Attention(
         sequences=2, tokens=tokens, heads=heads, kv_heads=kv, width=width, room=room, scale=width**-0.5,
-        query_stride=heads * width * 2,
+        query_stride=heads * width * 2, alone=ppu is GPU,
     )  # fmt: skip
-    chip, counts = bench.run(
-        lambda b, t: attend.attention(b, shape, t["q"], t["k"], t["v"], t["out"], t["position"])
-    )
+    t = bench.tensors
+    attend.emit(bench.builder, shape, t["q"], (t["k"], t["v"]), out, t["position"], "test", many=many)
+    chip, counts = bench.run()
     q = bench.given["q"].float().view(2, tokens, heads, width).transpose(1, 2)
     k, v = (bench.given[name].float().repeat_interleave(heads // kv, 1) for name in "kv")
     seen = torch.arange(room)[None] <= (start + torch.arange(tokens))[:, None]

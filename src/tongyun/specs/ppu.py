@@ -29,6 +29,20 @@ from tongyun.units import DType, Source
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """Attention of a chip on which it is a kernel of tensor unit and lanes and not one instruction's work."""
+
+    rows: Figure = has(Fact(COUNT, more_is_better=False))
+    """Query rows of a tile; fewer cost as much."""
+    keys: Figure = has(Fact(COUNT, more_is_better=False))
+    """Keys of a tile of heads 128 wide, in proportion fewer of wider ones; fewer cost as much."""
+    softmax: Figure = has(Fact(WORK_PER_CYCLE))
+    """Pairs of query and key a cycle whose scores the lanes turn into weights."""
+    hidden: Figure = has(Fact(FRACTION))
+    """Part of the shorter of products and softmax that runs beside the longer."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CoreSpec:
     """One core: its tensor unit, its lanes and its SRAM."""
 
@@ -50,6 +64,7 @@ class CoreSpec:
     """Bytes a cycle between one core and the L2, each way."""
     tensor_achieved: Figure | None = has(Fact(FRACTION), default=None)
     """What a stream of products reaches of `tensor` at `clock`: the clock falls under load, operands wait."""
+    attention: AttentionSpec | None = has(Section(AttentionSpec), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +150,11 @@ class Ppu:
     tensor_peak: float
     """What the tensor unit would do, as a multiple of what it reaches."""
     tensor_latency_s: float
+    attention_rows: int
+    """Query rows of an attention tile that cost as much as fewer; 0 where one instruction does it all."""
+    attention_keys: int
+    softmax_lanes: float
+    softmax_hidden: float
     vector_lanes: float
     special_lanes: float
     vector_latency_s: float
@@ -181,6 +201,7 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         return figure.at(corner, more_is_better=False)
 
     core, shared, icn, energy = spec.core, spec.shared, spec.icn, spec.energy
+    tile = core.attention
     reached = 1.0 if core.tensor_achieved is None else more(core.tensor_achieved)
     return Ppu(
         name=spec.name,
@@ -193,6 +214,10 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         tensor_flops={dtype: more(figure) * reached for dtype, figure in core.tensor.items()},
         tensor_peak=1 / reached,
         tensor_latency_s=less(core.tensor_latency),
+        attention_rows=0 if tile is None else int(less(tile.rows)),
+        attention_keys=0 if tile is None else int(less(tile.keys)),
+        softmax_lanes=more(core.special if tile is None else tile.softmax),
+        softmax_hidden=1.0 if tile is None else more(tile.hidden),
         vector_lanes=more(core.vector),
         special_lanes=more(core.special),
         vector_latency_s=less(core.vector_latency),

@@ -97,6 +97,20 @@ def _product(m: Any, n: Any, k: Any, tile_ticks: Any, rates: Any) -> Any:
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)
+def _attention(m: Any, n: Any, width: Any, most: Any, tile_ticks: Any, rates: Any) -> Any:
+    """Ticks of a tile of attention: two products and the softmax between them.
+
+    Where it is a kernel of its own and not one instruction's work, tiles are as large as written.
+    """
+    rows = np.int64(rates[17])
+    if rows:
+        m, n = (m + rows - 1) // rows * rows, most
+    products = _product(m, n, width, tile_ticks, rates)[0] + _product(m, width, n, tile_ticks, rates)[0]
+    softmax = np.int64(m * n * rates[18])
+    return max(products, softmax) + np.int64(min(products, softmax) * rates[19])
+
+
+@njit(cache=True, error_model="numpy", forceinline=True)
 def _elements(rows: Any, cols: Any, plain: Any, special: Any, rates: Any) -> Any:
     """(ticks, elements times passes) of a pass over rows · cols elements."""
     each = rows * cols
@@ -316,9 +330,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     n = _cut(code[at + 6], state[regs + code[at + 9]])
                     width = _cut(code[at + 7], state[regs + code[at + 10]])
                     if m and n:
-                        took = _product(m, n, width, code[at + 11], rates)[0]
-                        took += _product(m, width, n, code[at + 11], rates)[0]
-                        took = max(took, np.int64(m * n * rates[6]))
+                        took = _attention(m, n, width, code[at + 6], code[at + 11], rates)
                         latency, pairs = code[at + 12], m * n
                         if code[at + 13]:
                             query = code[at + 14] + state[regs + code[at + 15]]

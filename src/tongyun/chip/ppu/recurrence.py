@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from tongyun.chip.ppu.clockwork import _access, _attended, _cut, _elements, _product
+from tongyun.chip.ppu.clockwork import _access, _attended, _attention, _cut, _elements, _product
 
 # As in `microcode` and `clockwork`.
 _LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _MMA, _ATTN, _VEC, _ALL_REDUCE, _ADD = (
@@ -267,9 +267,8 @@ def walk(
             m, n = _cut(code[at, 5], regs[code[at, 8]]), _cut(code[at, 6], regs[code[at, 9]])
             width = _cut(code[at, 7], regs[code[at, 10]])
             if m and n:
-                taken = _product(m, n, width, code[at, 11], rates)[0]
-                taken += _product(m, width, n, code[at, 11], rates)[0]
-                ticks, latency, many = max(np.float64(taken), m * n * rates[6]), rates[4] + rates[7], m * n
+                ticks = np.float64(_attention(m, n, width, code[at, 6], code[at, 11], rates))
+                latency, many = rates[4] + rates[7], m * n
                 if code[at, 13]:
                     query = code[at, 14] + regs[code[at, 15]]
                     many = _attended(m, n, query - code[at, 16] - regs[code[at, 17]], code[at, 18])

@@ -134,7 +134,8 @@ def _rates(ppu: Ppu) -> NDArray[np.float64]:
     l2 = [TICKS / ppu.port_bytes, TICKS / ppu.l2_rate, ppu.l2_latency_s * cycle]
     hbm = [cycle / ppu.hbm_bytes_per_s, ppu.hbm_latency_s * cycle]
     link = [cycle / ppu.icn_bytes_per_s if ppu.icn_bytes_per_s else 0.0, ppu.icn_latency_s * cycle]
-    return np.array([*tensor, *vector, *l2, *hbm, ppu.l2_bytes, ppu.barrier_s * cycle, *link])
+    tile = [ppu.attention_rows, TICKS / ppu.softmax_lanes, 1 - ppu.softmax_hidden]
+    return np.array([*tensor, *vector, *l2, *hbm, ppu.l2_bytes, ppu.barrier_s * cycle, *link, *tile])
 
 
 # Repeated kernels.
