@@ -65,11 +65,12 @@ CELLS = (
     _Cell(streams=2, output=16, prompt=36),
 )
 CELL_S = 2.5
+BARE_STEPS = 32
 AROUND_S, AROUND_TOKEN_S = 3e-4, 9e-5
 """What serving about adds to a step, and to it for each token: a rate without it would flood small models."""
-STREAMS = (1, 4, 16, 32, 64)
+STREAMS = (1, 4, 12, 24, 40)
 """Sequences in the steps that are measured without a server, and at which its cost is told."""
-LEAST_SEEN = 10.0
+LEAST_SEEN = 20.0
 """Steps, and requests, that are enough to tell a cost from."""
 FAR_OFF_S = 0.02
 """A step that waits longer than this waited for something else on the machine."""
@@ -168,34 +169,42 @@ def _shapes(bench: Bench) -> list[ModelConfig]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A model under one load."""
+
+    cell: _Cell
+    records: Records
+    bare_s: NDArray[np.float64]
+    """The step of each of `STREAMS` without a server, just before and just after: machines drift."""
+
+    def ways(self, seen: _Seen) -> list[tuple[int, float]]:
+        """Of each request: tokens of its first step, and seconds outside the engine."""
+        inside = seen.firsts(self.cell.prompt, len(self.records))
+        return [(n, felt - s) for (n, s), felt in zip(inside, _ttfts(self.records), strict=True)]
+
+    def excess(self, seen: _Seen) -> list[tuple[int, int, float]]:
+        """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
+        gaps = [
+            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
+            for n, came, s in seen.gaps(self.cell.prompt)
+            if n <= STREAMS[-1]
+        ]
+        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Round:
     """One synthetic model, served and not."""
 
     seen: _Seen
     singles: tuple[Records, Records]
     """Short and long prompts, each alone."""
-    cells: tuple[tuple[_Cell, Records], ...]
-    bare_s: tuple[float, ...]
-    """The step of each of `STREAMS` without a server around it."""
+    loaded: tuple[_Loaded, ...]
 
     def way_s(self, prompt: int, records: Records) -> float:
         """Mean seconds that first tokens spent outside the engine."""
         inside_s = [s for _, s in self.seen.firsts(prompt, len(records))]
         return statistics.fmean(_ttfts(records)) - statistics.fmean(inside_s)
-
-    def ways(self, cell: _Cell, records: Records) -> list[tuple[int, float]]:
-        """Of each request under a load: tokens of its first step, and seconds outside the engine."""
-        inside = self.seen.firsts(cell.prompt, len(records))
-        return [(n, felt - s) for (n, s), felt in zip(inside, _ttfts(records), strict=True)]
-
-    def excess(self, cell: _Cell) -> list[tuple[int, int, float]]:
-        """Of decoding steps under a load: sequences, requests that came meanwhile, seconds it took more."""
-        gaps = [
-            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
-            for n, came, s in self.seen.gaps(cell.prompt)
-            if n <= STREAMS[-1]
-        ]
-        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
 
 
 def _ttfts(records: Records) -> list[float]:
@@ -205,18 +214,20 @@ def _ttfts(records: Records) -> list[float]:
 
 def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Round:
     seen, engine = _Seen(), steps.Engine(bench, config)
-    before = [_bare_s(engine, batch) for batch in STREAMS]
-    cells = CELLS[-1:] if bench.quick else CELLS
-    loads = [_arrivals(cell, float(np.interp(cell.streams, STREAMS, before)), bench.quick) for cell in cells]
     with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(engine, seen)), sock) as url:
-        short, long, *rest = pool.submit(_load, url, loads, bench.quick).result()
-    after = [_bare_s(engine, batch) for batch in STREAMS]
-    return _Round(
-        seen=seen,
-        singles=(short, long),
-        cells=tuple(zip(cells, rest, strict=True)),
-        bare_s=tuple((a + b) / 2 for a, b in zip(before, after, strict=True)),
-    )
+
+        def put(load: Sequence[Arrival]) -> Records:
+            return pool.submit(_load, url, load).result()
+
+        count = 6 if bench.quick else SINGLES
+        short, long = (put([Arrival(i * GAP_S, n, 2) for i in range(count)]) for n in (SHORT, LONG))
+        loaded, before = [], _bare_s(engine)
+        for cell in CELLS[-1:] if bench.quick else CELLS:
+            records = put(_arrivals(cell, float(np.interp(cell.streams, STREAMS, before)), bench.quick))
+            after = _bare_s(engine)
+            loaded.append(_Loaded(cell=cell, records=records, bare_s=(before + after) / 2))
+            before = after
+    return _Round(seen=seen, singles=(short, long), loaded=tuple(loaded))
 
 
 def _arrivals(cell: _Cell, step_s: float, quick: bool) -> list[Arrival]:
@@ -234,9 +245,10 @@ def _arrivals(cell: _Cell, step_s: float, quick: bool) -> list[Arrival]:
     )
 
 
-def _bare_s(engine: steps.Engine, batch: int) -> float:
-    each = steps.Round(batch=batch, prompt=CELLS[0].prompt, output=CELLS[0].output)
-    return next(engine.samples((each,), ())).seconds
+def _bare_s(engine: steps.Engine) -> NDArray[np.float64]:
+    """Seconds of a decoding step of each of `STREAMS` without a server."""
+    rounds = [steps.Round(batch=batch, prompt=CELLS[0].prompt, output=BARE_STEPS) for batch in STREAMS]
+    return np.array([next(engine.samples((each,), ())).seconds for each in rounds])
 
 
 def _prompt_token_s(rounds: Sequence[_Round]) -> float:
@@ -255,10 +267,10 @@ def _ways(rounds: Sequence[_Round], prompt_token_s: float) -> dict[int, float]:
     next step has the cores and, for Python's own part of it, the interpreter.
     """
     seen = [
-        (n, s - prompt_token_s * cell.prompt)
+        (n, s - prompt_token_s * loaded.cell.prompt)
         for one in rounds
-        for cell, records in one.cells
-        for n, s in one.ways(cell, records)
+        for loaded in one.loaded
+        for n, s in loaded.ways(one.seen)
     ]
     streams, weights = _about([n for n, _ in seen])
     found = nonnegative(weights, np.array([s for _, s in seen]))
@@ -271,7 +283,7 @@ def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
     Server and client take cores, caches and the interpreter from the engine. The tokens of a few
     streams are sent by a core that the step leaves free; those of many make it wait.
     """
-    seen = [row for one in rounds for cell, _ in one.cells for row in one.excess(cell)]
+    seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess(one.seen)]
     streams, weights = _about([n for n, _, _ in seen])
     came = np.array([float(came) for _, came, _ in seen])
     found = nonnegative(np.column_stack((weights, came)), np.array([more for _, _, more in seen]))
@@ -318,9 +330,5 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
     return Gateway(served=served, start_engine=start)
 
 
-def _load(url: str, loads: Sequence[Sequence[Arrival]], quick: bool) -> list[Records]:
-    """Loads one after the other: short prompts alone, long prompts alone, and those given."""
-    singles = 6 if quick else SINGLES
-    alone = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
-    options = LoadOptions(warmup_requests=2)
-    return [measure(Target(url=url), load, options).records for load in (*alone, *loads)]
+def _load(url: str, load: Sequence[Arrival]) -> Records:
+    return measure(Target(url=url), load, LoadOptions(warmup_requests=2)).records
