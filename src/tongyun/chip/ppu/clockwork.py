@@ -191,10 +191,10 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any, order: An
         level = state[_NOW]
         while True:
             if follow:
-                c = np.int64(order[turn])
+                c = int(order[turn])
                 turn += 1
             else:
-                c = first[1] & CORES - 1 if first[1] != _NEVER else np.int64(-1)
+                c = first[1] & CORES - 1 if first[1] != _NEVER else -1
                 if keep:
                     if turn == len(order):
                         longer = np.zeros(2 * turn, np.int16)

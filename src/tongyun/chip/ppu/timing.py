@@ -49,7 +49,7 @@ class Timing:
     @property
     def cycles(self) -> NDArray[np.float64]:
         """By kernel."""
-        return self.ticks * (self.ppu.clock_hz / TICKS)
+        return self.ticks.astype(np.float64) * (self.ppu.clock_hz / TICKS)
 
     @property
     def total_cycles(self) -> float:
@@ -121,11 +121,11 @@ def _run(
     from tongyun.chip.ppu.clockwork import AS_THEY_COME, FOLLOW, KEEP, run
 
     if np.array_equal(mine, order):
-        return run(code, *memory, mine, kernels, np.zeros(1, np.int16), AS_THEY_COME)[:-1]
+        return tuple(run(code, *memory, mine, kernels, np.zeros(1, np.int16), AS_THEY_COME)[:-1])
     *answer, turns = run(code.copy(), *memory, order, kernels, np.zeros(1 << 16, np.int16), KEEP)
     if answer[3]:
         return tuple(answer)
-    return run(code, *memory, mine, kernels, turns, FOLLOW)[:-1]
+    return tuple(run(code, *memory, mine, kernels, turns, FOLLOW)[:-1])
 
 
 def chips(program: Program, ppu: Ppu) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
