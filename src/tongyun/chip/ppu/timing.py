@@ -141,7 +141,8 @@ def chips(program: Program, ppu: Ppu) -> tuple[NDArray[np.float64], NDArray[np.f
             f"the program is for {order[0]:.0f} cores, {ppu.name} has {ppu.cores}: compile it for that chip"
         )
     mine[0] = order[0]
-    return mine, order
+    # A type that the other chip has no rate for is taken at this one's.
+    return mine, np.where(order < 0, mine, order)
 
 
 def tables(program: Program, symbols: Mapping[str, ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
