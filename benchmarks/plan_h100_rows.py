@@ -46,8 +46,6 @@ TYPES = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "mxfp4"}
 SLIP = ("2025-11-21", "2025-12-08")
 """Days between which one of InferenceX's scripts asked with `SLIPPED` users."""
 SLIPPED = 512
-FITTED_TP = (2, 8)
-"""Of the first campaign; see `fitted`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +61,8 @@ class Row:
     step_tokens: int
     engine: str
     """A name of `engines.toml`."""
-    fitted: bool
-    """Whether the times of `engines.toml` were fitted to it."""
-    ttft_s: float
-    tpot_s: float
+    measured: dict[str, float]
+    """Mean seconds, TTFT and TPOT."""
 
     @property
     def group(self) -> str:
@@ -130,9 +126,7 @@ def _row(raw: dict[str, str]) -> Row:
         loads=tuple(_loads(raw, source)),
         step_tokens=STEP_TOKENS if plain else users + question.isl + 1500,
         engine="vllm-async" if inferencex and raw["backend"] == "vllm" else raw["backend"],
-        fitted=_first_campaign(source) and raw["tp_size"] in map(str, FITTED_TP) and not has_experts,
-        ttft_s=float(raw["silicon_ttft_ms"]) / 1e3,
-        tpot_s=float(raw["silicon_tpot_ms"]) / 1e3,
+        measured={what: float(raw[f"silicon_{what.lower()}_ms"]) / 1e3 for what in ("TTFT", "TPOT")},
     )
 
 
@@ -147,10 +141,6 @@ def _loads(raw: dict[str, str], source: str) -> Iterator[Users]:
         if seats <= most:
             count = min(SLIPPED, 10 * seats)
             yield Users(count=count, rounds=10 * seats / count, shortest=0.8, seats=seats)
-
-
-def _first_campaign(source: str) -> bool:
-    return "auto-gap-analysis" in source and "gtl_job_id" not in source
 
 
 def _count(text: str) -> int:
@@ -169,7 +159,8 @@ def contradicted(rows: Sequence[Row]) -> set[str]:
     found = set()
     for row in rows:
         fewer = (other for other in by_load[row.load] if other.users.count < row.users.count)
-        if len({other.tpot_s for other in fewer if row.tpot_s < 0.75 * other.tpot_s}) > 1:
+        seen = {other.measured["TPOT"] for other in fewer}
+        if sum(row.measured["TPOT"] < 0.75 * other for other in seen) > 1:
             found.add(row.raw["id"])
     return found
 
