@@ -44,7 +44,7 @@ def price(rows: Iterable[Row], left_out: Counter[str]) -> dict[str, Table]:
     found = {}
     for row in rows:
         try:
-            found[row.raw["id"]] = Table(row.question, row.shard, row.users, row.step_tokens)
+            found[row.raw["id"]] = Table(row.question, row.shard, row.users, row.step_tokens, row.room)
         except TongyunError as error:
             left_out[str(error)[:80]] += 1
     return found
@@ -58,7 +58,8 @@ def predict_lost(row: Row, times: Times) -> dict[str, float]:
     """
     played = habits(row.engine, times)
     felt = {
-        load: predict(Table(row.question, row.shard, load, row.step_tokens), played) for load in row.loads
+        load: predict(Table(row.question, row.shard, load, row.step_tokens, row.room), played)
+        for load in row.loads
     }
     said, seats = {}, {}
     for what, other in (("TTFT", "TPOT"), ("TPOT", "TTFT")):

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tongyun.codesign.space import Question
-from tongyun.codesign.users import Users
+from tongyun.codesign.users import Room, Users
 from tongyun.errors import TongyunError
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision
@@ -46,6 +46,10 @@ TYPES = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "mxfp4"}
 SLIP = ("2025-11-21", "2025-12-08")
 """Days between which one of InferenceX's scripts asked with `SLIPPED` users."""
 SLIPPED = 512
+VISIBLE_BYTES = 79.1 * 2**30
+"""Of an H100's memory, as CUDA reports it."""
+CONTEXT_BYTES = 0.5 * 2**30
+"""What CUDA itself takes of that for a process (assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,7 @@ class Row:
     loads: tuple[Users, ...]
     """What it may have been measured with, one of them, where `users` is known to be wrong; else none."""
     step_tokens: int
+    room: Room
     engine: str
     """A name of `engines.toml`."""
     measured: dict[str, float]
@@ -125,9 +130,20 @@ def _row(raw: dict[str, str]) -> Row:
         ),
         loads=tuple(_loads(raw, source)),
         step_tokens=STEP_TOKENS if plain else users + question.isl + 1500,
+        room=_room(raw["backend"], source),
         engine="vllm-async" if inferencex and raw["backend"] == "vllm" else raw["backend"],
         measured={what: float(raw[f"silicon_{what.lower()}_ms"]) / 1e3 for what in ("TTFT", "TPOT")},
     )
+
+
+def _room(backend: str, source: str) -> Room:
+    """What memory is left for keys and values; the module's text says from where."""
+    free = VISIBLE_BYTES - CONTEXT_BYTES
+    if backend == "trtllm":
+        return Room(usable_bytes=free, kv=0.8 if "gtl_job_id" in source else 0.7)
+    if backend == "sglang":
+        return Room(usable_bytes=0.8 * free, holds_step=False)
+    return Room(usable_bytes=0.9 * VISIBLE_BYTES - CONTEXT_BYTES)
 
 
 def _loads(raw: dict[str, str], source: str) -> Iterator[Users]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tongyun.codesign.closed_loop import play
 from tongyun.codesign.engines import Engine, Prompts
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import USABLE_MEMORY, distinct_stages
+from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes, distinct_stages
 from tongyun.cost import StepPrices
 from tongyun.errors import Infeasible
 from tongyun.model.graph import Sequences, StepShape
@@ -58,6 +58,17 @@ class Users:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """What an engine lets weights, a step, and keys and values take of a chip."""
+
+    usable_bytes: float
+    kv: float = 1.0
+    """Share, of what weights and a step leave of that, for keys and values."""
+    holds_step: bool = True
+    """Whether a step's tensors come out of it, or are kept beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Felt:
     """Latencies of every request as its user sees them: `ttft_s` in the order of first tokens,
     `tpot_s` in the order of last ones."""
@@ -72,13 +83,16 @@ class Table:
     A plan is priced once and can then be played under many engines' habits.
     """
 
-    def __init__(self, question: Question, shard: Shard, users: Users, step_tokens: int) -> None:
-        """Infeasible where the cache holds no request."""
+    def __init__(
+        self, question: Question, shard: Shard, users: Users, step_tokens: int, room: Room | None = None
+    ) -> None:
+        """Infeasible where the cache holds no request; without `room` an engine takes `USABLE_MEMORY`."""
+        room = room or Room(usable_bytes=USABLE_MEMORY * question.at().memory_bytes)
         self.question = replace(question, isl=users.mean(question.isl), osl=max(2, users.mean(question.osl)))
         self._shard = shard
         self.users = replace(users, count=math.ceil(users.count / (shard.dp * shard.pp)))
         seats = self.users.count if users.seats is None else min(users.seats, self.users.count)
-        self.most = min(seats, _capacity(self.question, shard, step_tokens))
+        self.most = min(seats, _capacity(self.question, shard, seats, step_tokens, room))
         if self.most < 1:
             raise Infeasible(f"{question.model.name} on {shard}: no room for one request")
         self.budget = max(step_tokens, self.most)
@@ -131,15 +145,14 @@ def play_users(table: Table, engine: Engine) -> Felt:
     return Felt(ttft_s=ttft_s, tpot_s=tpot_s)
 
 
-def _capacity(question: Question, shard: Shard, step_tokens: int) -> int:
-    """Sequences at full length that an attention group keeps, beside weights and a step's residuals."""
-    room = USABLE_MEMORY * question.at().memory_bytes
+def _capacity(question: Question, shard: Shard, seats: int, step_tokens: int, room: Room) -> int:
+    """Sequences at full length that an attention group keeps, beside weights and a step's tensors."""
     length = question.isl + question.osl
-    act = question.precision.activations.bytes
     left = []
     for part, (stage, _) in distinct_stages(question.model, shard).items():
-        weights = weight_bytes(question.model, shard, question.precision, stage=stage)
-        residuals = 3 * step_tokens * question.model.hidden * act
+        taken = weight_bytes(question.model, shard, question.precision, stage=stage)
+        if room.holds_step:
+            taken += float(activation_bytes(question, part, np.array(step_tokens), np.array(seats)))
         kv = shard.pp * float(kv_bytes(question.model, length, question.precision, part))
-        left.append((room - weights - residuals) / kv)
+        left.append(room.kv * (room.usable_bytes - taken) / kv)
     return math.floor(min(left))
