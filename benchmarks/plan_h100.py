@@ -21,46 +21,50 @@ import json
 import os
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from plan_h100_fit import BARS, GRID, Fits, Times, family, habits, predict, whole_model
+from plan_h100_fit import BARS, GRID, Fit, Fits, Grouping, Tables, family, predict, table, whole_model
 from plan_h100_rows import Row, contradicted, installed, read
-from tongyun.codesign.engines import engine
-from tongyun.codesign.users import Table
 from tongyun.errors import TongyunError
 from tongyun.specs import find_model
 
 Predicted = dict[str, dict[str, float]]
 """Mean seconds by row and figure."""
-Grouping = Callable[[Row], str]
 
 
-def price(rows: Iterable[Row], left_out: Counter[str]) -> dict[str, Table]:
-    """Priced once for all ways of playing them."""
-    found = {}
+def feasible(rows: Iterable[Row], tables: Tables, left_out: Counter[str]) -> list[Row]:
+    """Those that fit; the others are counted by reason."""
+    found = []
     for row in rows:
         try:
-            found[row.raw["id"]] = Table(row.question, row.shard, row.users, row.step_tokens, row.room)
+            tables.at(row, 0.0)
+            found.append(row)
         except TongyunError as error:
             left_out[str(error)[:80]] += 1
     return found
 
 
-def predict_lost(row: Row, times: Times) -> dict[str, float]:
+def held_out(rows: Iterable[Row], tables: Tables, fits: dict[str, Fit], group: Grouping) -> Predicted:
+    """Each row with what was fitted without its group; none where that has no row of its engine."""
+    found = {}
+    for row in rows:
+        fit = fits[group(row)]
+        if fit.knows(row):
+            found[row.raw["id"]] = predict(tables.at(row, fit.skew), fit.habits(row))
+    return found
+
+
+def predict_lost(row: Row, fit: Fit) -> dict[str, float]:
     """A row whose load was one of several: each figure under the load that the other figure tells of.
 
     So no figure chooses the load it is judged by. Both grow with the load, so that one nearly tells the
     other: this shows what the row is rather than how well it is predicted.
     """
-    played = habits(row.engine, times)
-    felt = {
-        load: predict(Table(row.question, row.shard, load, row.step_tokens, row.room), played)
-        for load in row.loads
-    }
+    felt = {load: predict(table(row, fit.skew, load), fit.habits(row)) for load in row.loads}
     said, seats = {}, {}
     for what, other in (("TTFT", "TPOT"), ("TPOT", "TTFT")):
         seen = row.measured[other]
@@ -74,32 +78,19 @@ def predict_lost(row: Row, times: Times) -> dict[str, float]:
     return said
 
 
-def fits(rows: Sequence[Row], tables: dict[str, Table]) -> list[Fits]:
-    """One for each engine, to its rows whose load is known."""
-    known = [row for row in rows if not row.loads and row.raw["id"] in tables]
-    return [Fits(of_engine, tables) for of_engine in grouped(known, lambda row: row.raw["backend"]).values()]
-
-
-def held_out(
-    rows: Sequence[Row], tables: dict[str, Table], made: Sequence[Fits], group: Grouping
-) -> Predicted:
-    """Each row with the times fitted without its group."""
-    times = {name: found for fit in made for name, found in fit.without(group).items()}
-    return {
-        row.raw["id"]: predict(tables[row.raw["id"]], habits(row.engine, times[group(row)]))
-        for row in rows
-        if row.raw["id"] in tables and group(row) in times
-    }
-
-
-def show(made: Sequence[Fits]) -> None:
-    """The times that engines.toml ships, and how much those of the folds differ."""
-    for fit in made:
-        chosen, folds = fit.all(), fit.without(family).values()
-        print(f"{fit.rows[0].raw['backend']}: {len(fit.rows)} rows, {len(folds)} families")
+def show(fits: Fits) -> None:
+    """What is fitted to all rows, the times as engines.toml ships them, and what the folds have."""
+    chosen, folds = fits.all(), fits.without(family).values()
+    print(f"skew of experts {chosen.skew:g}; without a family: {_values(fold.skew for fold in folds)}")
+    for name, times in chosen.times.items():
+        print(name)
         for at, field in enumerate(GRID):
-            values = sorted({times[at] for times in folds})
-            print(f"  {field} = {chosen[at]:g}; without a family: {', '.join(f'{v:g}' for v in values)}")
+            values = _values(fold.times[name][at] for fold in folds)
+            print(f"  {field} = {times[at]:g}; without a family: {values}")
+
+
+def _values(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
 
 
 def ask_peer(python: str, rows: Sequence[Row]) -> Predicted:
@@ -140,7 +131,7 @@ def line(name: str, what: str, rows: Sequence[Row], said: Predicted) -> None:
     )
 
 
-def table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predicted) -> None:
+def print_table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predicted) -> None:
     print(f"\n{title}; absolute error in %, bias is the median of signed errors")
     print(f"{'':6}{'':46}{'rows':>5}{'mean':>8}{'median':>8}{'p75':>8}{'p90':>8}{'max':>9}{'bias':>8}")
     for what, bar in BARS.items():
@@ -157,7 +148,7 @@ def table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predi
                 print()
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def grouped(rows: Iterable[Row], key: Grouping) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[key(row)].append(row)
@@ -168,31 +159,26 @@ def by_engine(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {**grouped(rows, lambda row: row.raw["backend"]), "all engines": list(rows)}
 
 
-def report(rows: Sequence[Row], tables: dict[str, Table], made: Sequence[Fits], peer: Predicted) -> Predicted:
+def report(rows: Sequence[Row], tables: Tables, fits: Fits, peer: Predicted) -> Predicted:
     """Print the verdict and what lies behind it; what is said of every row, with the users it names."""
-    named = held_out(rows, tables, made, family)
-    rows = [row for row in rows if row.raw["id"] in named]
+    by_family = fits.without(family)
+    named = held_out(rows, tables, by_family, family)
     plain = [row for row in rows if not row.loads]
-    table("Every row with times fitted without its family (engine, model, tp)", by_engine(plain), named, peer)
-    table("The same by engine, version and model", grouped(plain, lambda row: row.group), named, {})
-    strict = held_out(plain, tables, made, whole_model)
+    print_table("Every row, fitted without its family (engine, model, tp)", by_engine(plain), named, peer)
+    print_table("The same by engine, version and model", grouped(plain, lambda row: row.group), named, {})
+    strict = held_out(plain, tables, fits.without(whole_model), whole_model)
     several = [row for row in plain if row.raw["id"] in strict]
-    table(
-        "With times fitted without its whole model, where there are several", by_engine(several), strict, {}
-    )
-    table("With the times that are shipped, fitted to all", by_engine(plain), shipped(plain, tables), {})
+    print_table("Fitted without its model, where the engine has others", by_engine(several), strict, {})
+    inside = fits.all()
+    said = held_out(plain, tables, dict.fromkeys(by_family, inside), family)
+    print_table("Fitted to all rows, as shipped", by_engine(plain), said, {})
     print(f"\n{len(rows) - len(plain)} rows name a wrong number of users, which measurements contradict in")
     print(f"{len(contradicted(rows))}; measured and predicted ms with the load of the script, whose seats")
     print("the other figure tells:")
-    times = {name: found for fit in made for name, found in fit.without(family).items()}
-    lost = named | {row.raw["id"]: predict_lost(row, times[family(row)]) for row in rows if row.loads}
-    table("First table with them, under the load of the script", by_engine(rows), lost, {})
-    table("First table with them, users as named", by_engine(rows), named, {})
+    lost = {row.raw["id"]: predict_lost(row, by_family[family(row)]) for row in rows if row.loads}
+    print_table("First table with them, under the load of the script", by_engine(rows), named | lost, {})
+    print_table("First table with them, users as named", by_engine(rows), named, {})
     return named
-
-
-def shipped(rows: Sequence[Row], tables: dict[str, Table]) -> Predicted:
-    return {row.raw["id"]: predict(tables[row.raw["id"]], engine(row.engine)) for row in rows}
 
 
 def keep(path: Path, rows: Sequence[Row], ours: Predicted, peer: Predicted) -> None:
@@ -220,15 +206,16 @@ def main() -> int:
         return 0
     left_out: Counter[str] = Counter()
     rows = list(read(given.rows, left_out))
-    tables = price(rows, left_out)
-    made = fits(rows, tables)
+    tables = Tables()
+    rows = feasible(rows, tables, left_out)
+    fits = Fits([row for row in rows if not row.loads], tables)
     if given.fit:
-        show(made)
+        show(fits)
         return 0
     if given.peer is None:
         print("aiconfigurator is not asked: --peer names its Python")
     peer = {} if given.peer is None else ask_peer(given.peer, rows[:: given.every])
-    ours = report(rows, tables, made, peer)
+    ours = report(rows, tables, fits, peer)
     print("left out:", ", ".join(f"{count} {why}" for why, count in left_out.items()) or "nothing")
     if given.list:
         keep(given.list, rows, ours, peer)
