@@ -9,12 +9,14 @@ catalogue entry takes DeepEP's 160 GB/s for its links.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
+import numpy as np
 import pytest
 
-from tongyun.chip.collective import Group, collective_s, link_bytes_per_s
+from tongyun.chip.collective import Group, collective_s, exchange_of, link_bytes_per_s
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.model.graph import Kind, Operator
 from tongyun.specs import find_chip, find_model
@@ -76,6 +78,29 @@ def test_a_copy_for_each_rank_would_be_slower_than_published() -> None:
         away = experts().reached(ranks) * (1 - 8 / ranks)
         alone = experts().reached(ranks / 8) / away * link_bytes_per_s(spec.scale_out, ranks // 8) / 1e9
         assert alone < 0.8 * {16: 43, 32: 58, 64: 51}[ranks]
+
+
+@pytest.mark.parametrize(
+    ("chip", "ranks"),
+    [("h100", 16), ("h100", 64), ("h800", 128), ("gb200", 128), ("zhenwu-810e", 64), ("mi300x", 32)],
+)
+def test_the_quicker_way_is_taken_and_more_bytes_or_less_network_are_never_quicker(
+    chip: str, ranks: int
+) -> None:
+    spec = find_chip(chip).at()
+    assert spec.scale_out is not None and Group.of(ranks, spec).nodes > 1
+    payloads = np.geomspace(1e3, 1e10, 57)
+    one = Operator(
+        name="x", kind=Kind.ALL_TO_ALL, axis="ep", ranks=ranks, payload_bytes=payloads, experts=experts()
+    )
+    found = exchange_of(one, spec)
+    assert found is not None
+    seconds = np.asarray(collective_s(one, spec))
+    assert (seconds == np.minimum(found.forwarded_s, found.direct_s)).all()
+    assert (np.diff(seconds) > 0).all()
+    assert (np.asarray(found.network_bytes) <= payloads).all()
+    slower = replace(spec, scale_out=replace(spec.scale_out, bytes_per_s=spec.scale_out.bytes_per_s / 2))
+    assert (np.asarray(collective_s(one, slower)) >= seconds).all()
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8, 16, 32, 64])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 from tongyun.codesign.launch import TARGETS, Deployment, launch_files, write_files
 from tongyun.codesign.launch.block_yaml import to_yaml
 from tongyun.codesign.launch.deployment import Member
-from tongyun.codesign.launch.engines import Flags, argv
+from tongyun.codesign.launch.engines import Flags
 from tongyun.codesign.launch.engines import flags as flags_of
 from tongyun.codesign.launch.platforms import PLATFORMS, SGLANG, VLLM
 from tongyun.codesign.plan import Figures, Offer, Plan
@@ -426,31 +425,6 @@ def test_yaml_reads_back() -> None:
     }
     assert yaml.safe_load(to_yaml(value)) == value
     assert json.loads(json.dumps(value)) == value
-
-
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-@pytest.mark.parametrize("shard", SHARDS[1:], ids=str)
-def test_vllm_reads_its_flags(shard: Shard) -> None:
-    from vllm.engine.arg_utils import AsyncEngineArgs  # type: ignore[import-not-found]
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # type: ignore[import-not-found]
-
-    found = flags(VLLM, deployed(shard))
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    read = parser.parse_args(["--model", "x", *argv(found)])
-    assert (read.tensor_parallel_size, read.data_parallel_size) == (shard.tp, shard.dp)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
-@pytest.mark.parametrize("shard", SHARDS[1:], ids=str)
-def test_sglang_reads_its_flags(shard: Shard) -> None:
-    import argparse
-
-    from sglang.srt.server_args import ServerArgs  # type: ignore[import-not-found]
-
-    parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    read = parser.parse_args(["--model-path", "x", *argv(flags(SGLANG, deployed(shard)))])
-    assert (read.tp_size, read.ep_size) == (shard.stage_ranks, shard.ep)
 
 
 def test_names_are_dns_labels() -> None:

@@ -115,7 +115,7 @@ def _crossing(line: Line) -> str:
     parts = f"{way.network_bytes / 1e6:.4g} MB over the network and {way.domain_bytes / 1e6:.4g} MB on inside"
     if way.direct_s <= way.forwarded_s:
         return (
-            f"{line.name}: straight to every rank, {quantity(way.direct_s, 's')}; once to a domain would take "
+            f"{line.name}: straight to every rank, {quantity(way.direct_s, 's')}; once to each domain "
             f"{quantity(way.forwarded_s, 's')}."
         )
     return (
