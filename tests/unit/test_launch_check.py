@@ -42,24 +42,23 @@ def test_an_engine_reads_its_files(engine: str) -> None:
     assert len(read) >= 15
 
 
-def test_every_case_has_files_and_says_which_it_has_not() -> None:
-    """The cases themselves, asked of nobody."""
-    module = check()
-    found = module.check(argparse.Namespace(**dict.fromkeys(MODULES), lws=None, only="pools"))
-    cases = {case.name for case in module.CASES if "pools" in case.name}
-    assert {one.case for one, _, _ in found} == cases
-    missing = {(one.case, one.file) for one, verdict, _ in found if verdict == "no file"}
-    assert {case for case, _ in missing} <= {"wide pools, searched"}
-    programs = {one.program for one, _, _ in found}
-    assert {
-        "vLLM",
-        "SGLang",
-        "vllm-router",
-        "sglang-router",
-        "Ray",
-        "Kubernetes",
-        "LeaderWorkerSet",
-    } <= programs
-    for one, _, _ in found:
-        if one.program == "vLLM":
-            assert "--tensor-parallel-size" in one.value
+def test_everything_a_plan_starts_is_found_in_its_files() -> None:
+    """Asked of nobody: both pools, the router and every object of one plan reach who reads them."""
+    found = check().check(argparse.Namespace(**dict.fromkeys(MODULES), lws=None, only="own drafts, pools"))
+    asked: dict[str, list[object]] = {}
+    for one, verdict, why in found:
+        assert (verdict, why) == ("unread", "not given")
+        asked.setdefault(one.program, []).append(one.value)
+    assert {program: len(values) for program, values in asked.items()} == {
+        "vLLM": 5,  # two scripts; a StatefulSet, a leader and a worker
+        "SGLang": 5,
+        "vllm-router": 2,
+        "sglang-router": 2,
+        "Ray": 1,
+        "Kubernetes": 8,
+        "LeaderWorkerSet": 2,
+    }
+    for words in asked["vLLM"]:
+        assert (
+            isinstance(words, list) and "--tensor-parallel-size" in words and "--speculative-config" in words
+        )
