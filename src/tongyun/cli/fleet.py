@@ -267,7 +267,7 @@ def typed(context: typer.Context) -> set[str]:
 
 def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--fleet says that") -> None:
     """InputError where a flag says what is said elsewhere."""
-    twice = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    twice = [f"--{name.rstrip('_').replace('_', '-')}" for name in names if name in given]
     if twice:
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
