@@ -18,14 +18,16 @@ from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.migration import Moves, play_migrating
 from tongyun.cloud.record import Recorder, Recording
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
+from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.answer import Plan
 from tongyun.codesign.classes import migration_policy, own_limits, priorities
