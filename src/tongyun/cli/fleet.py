@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import typer
 
     from tongyun.codesign.experts import ExpertLoads
-    from tongyun.codesign.fleet import Fleet, Pool
+    from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
+    from tongyun.codesign.replicas import Pool
     from tongyun.codesign.space import Question
     from tongyun.model.graph import Precision
     from tongyun.specs import FleetSpec, PoolSpec
@@ -274,8 +275,8 @@ def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--flee
 
 def pool_of(spec: PoolSpec, experts: ExpertLoads | None = None) -> Pool:
     """A pool as its table says."""
-    from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
+    from tongyun.codesign.replicas import Pool
     from tongyun.model.shard import Shard
 
     picks = () if experts is None else experts.picks(spec.ep)
