@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,6 +29,11 @@ Without = Annotated[
     list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
 ]
 
+Idle = Annotated[
+    bool,
+    typer.Option("--idle", help="Leave cores idle where that is faster; compiles for every number of cores."),
+]
+
 
 @app.command("compile")
 def compile_(
@@ -40,9 +45,11 @@ def compile_(
     layers: Layers = None,
     chips: Chips = 1,
     without: Without = None,
+    idle: Idle = False,
 ) -> None:
     """Compile one step of a model into a program."""
-    program, spec = _program(model, chip, tokens, context, layers, chips, without)
+    symbols = _symbols(model, tokens, context) if idle else None
+    program, spec = _program(model, chip, tokens, context, layers, chips, without, symbols)
     program.save(output)
     words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
     typer.echo(
@@ -75,6 +82,7 @@ def profile(
     layers: Layers = None,
     chips: Chips = 1,
     without: Without = None,
+    idle: Idle = False,
     every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
     by: Annotated[
         str, typer.Option(help="Rows of the table: kind, layer, operator; the last two run every layer.")
@@ -85,16 +93,11 @@ def profile(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the time, bytes and joules of one step go on the simulated chip."""
-    import numpy as np
-
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    program, spec = _program(model, chip, tokens, context, layers, chips, without)
-    symbols: dict[str, Any] = {"position": [context]}
-    if "expert_offset" in program.symbols:
-        experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
-        symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
+    symbols = _symbols(model, tokens, context)
+    program, spec = _program(model, chip, tokens, context, layers, chips, without, symbols if idle else None)
     from tongyun.chip.ppu.breakdown import names_by, shares
 
     names = names_by(by, program)
@@ -120,6 +123,7 @@ def _program(
     layers: int | None,
     chips: int,
     without: list[str] | None,
+    symbols: dict[str, list[int]] | None,
 ) -> tuple[Program, PpuSpec]:
     from tongyun.chip.ppu.cached import cached_step
     from tongyun.chip.ppu.lower import Fusions
@@ -131,16 +135,23 @@ def _program(
     fusions = Fusions.without(*(without or ()))
     try:
         return cached_step(
-            config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips
-        ), spec
+            config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips,
+            symbols=symbols,
+        ), spec  # fmt: skip
     except Infeasible as short:
         raise InputError(f"{model} with --chips {chips}: {short}") from None
 
 
-def _experts(model: str, key: str = "num_experts") -> int:
+def _symbols(model: str, tokens: int, context: int) -> dict[str, list[int]]:
+    """The numbers that a step reads from memory, experts' rows as balanced."""
     from tongyun.specs import find_model
 
-    return int(find_model(model)[0][key])
+    config, _ = find_model(model)
+    symbols = {"position": [context]}
+    if "num_experts" in config:
+        experts, pairs = int(config["num_experts"]), tokens * int(config["num_experts_per_tok"])
+        symbols["expert_offset"] = [number * pairs // experts for number in range(experts + 1)]
+    return symbols
 
 
 def _print_json(result: Timing, joules: Energy, by: str, parts: dict[str, Share]) -> None:

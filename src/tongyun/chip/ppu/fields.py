@@ -14,8 +14,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
-from tongyun.chip.ppu.isa import OPCODES, Form, Type
-from tongyun.chip.ppu.timing import ENGINES, TICKS
+from tongyun.chip.ppu.isa import OPCODES, Form
+from tongyun.chip.ppu.rates import TENSOR, TILES, rates
+from tongyun.chip.ppu.timing import ENGINES
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 from tongyun.units import DType
@@ -36,7 +37,6 @@ _FORMS = (
     Form.FLOAT, Form.COUNT, Form.SRAM, Form.POSITION, Form.HBM, Form.INTEGER, Form.STEP, Form.BYTES,
     Form.REGISTER,
 )  # fmt: skip
-_TENSOR = {Type.BF16: DType.BF16, Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
 
 
 @cache
@@ -57,32 +57,21 @@ def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], 
 
 
 def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
-    """(head, imm, reg): operation, engine, function, flags, wait, signal, bytes of the type and ticks of the
-    smallest product; then immediate and register of each operand.
+    """(head, imm, reg): operation, engine, function, flags, wait, signal, bytes of the type and type of
+    the smallest product; then immediate and register of each operand.
 
     InputError names the first word that is no instruction, or none of this chip.
     """
     head, imm, reg = (np.zeros((len(words), size), dtype=np.int64) for size in (8, _OPERANDS, _OPERANDS))
-    bad = _unpack(np.ascontiguousarray(words), *_tables(), _tile_ticks(ppu), head, imm, reg)
+    bad = _unpack(np.ascontiguousarray(words), *_tables(), rates(ppu)[TILES:] >= 0, head, imm, reg)
     if bad >= 0:
         each = decode(words[bad].tolist(), int(bad))
-        if each.op in {"MMA", "ATTN"} and _TENSOR.get(each.types[1], DType.BF16) not in ppu.tensor_flops:
+        if each.op in {"MMA", "ATTN"} and TENSOR.get(each.types[1], DType.BF16) not in ppu.tensor_flops:
             has = ", ".join(ppu.tensor_flops)
             raise InputError(f"{ppu.name} has no tensor rate for {each.types[1].name}; it has {has}")
         raise InputError(f"word {bad}: {each.op} with more than 12 semaphores; the timing simulator takes 12")
     _distances(head, imm)
     return head, imm, reg
-
-
-def _tile_ticks(ppu: Ppu) -> NDArray[np.int64]:
-    """By data type: ticks of the smallest product of the tensor unit, -1 where it has no rate."""
-    ticks = np.full(16, -1, dtype=np.int64)
-    for kind in Type:
-        dtype = _TENSOR.get(kind, DType.BF16)
-        if dtype in ppu.tensor_flops:
-            work = 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k * TICKS
-            ticks[kind] = -(-work // int(ppu.tensor_flops[dtype]))
-    return ticks
 
 
 @njit(cache=True, error_model="numpy")
@@ -92,7 +81,7 @@ def _unpack(
     forms: Any,
     slots: Any,
     functions: Any,
-    tile_ticks: Any,
+    rated: Any,
     head: Any,
     imm: Any,
     reg: Any,
@@ -119,8 +108,8 @@ def _unpack(
             return at
         head[at, 6] = sizes[first >> 16 & 15]
         if number == _MMA or number == _ATTN:
-            head[at, 7] = tile_ticks[first >> 20 & 15]
-            if head[at, 7] < 0:
+            head[at, 7] = first >> 20 & 15
+            if not rated[head[at, 7]]:
                 return at
         for place in range(_OPERANDS):
             form, slot = forms[code, place], slots[code, place]
