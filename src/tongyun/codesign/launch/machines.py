@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from tongyun.codesign.launch.deployment import Deployment, Member
 
-PORT_STEP = 100
+PORT_STEP = 1000
 """Between the ports of two members' first replicas."""
+SLOT_STEP = 10
+"""Between those of two replicas: SGLang's attention groups take seven more, from 233 above the port on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Seat:
     @property
     def port_offset(self) -> int:
         """From the engine's usual port to that of the first replica here."""
-        return PORT_STEP * self.member.index + self.slot
+        return PORT_STEP * self.member.index + SLOT_STEP * self.slot
 
 
 class _Machine:

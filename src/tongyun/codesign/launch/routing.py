@@ -15,7 +15,7 @@ from tongyun.codesign.launch.platforms import SGLANG, VLLM
 POOLS, MIXED = "pools", "mixed"
 COMMANDS = {VLLM: ("vllm-router",), SGLANG: ("python3", "-m", "sglang_router.launch_router")}
 _POOLED = {VLLM: "--vllm-pd-disaggregation", SGLANG: "--pd-disaggregation"}
-PORT = 8090
+PORT = 8890
 METRICS_PORT = 29000
 STARTUP_S = 3600
 """How long a router waits for its replicas to load their weights."""

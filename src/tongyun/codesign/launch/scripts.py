@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from tongyun.codesign.launch import routing
 from tongyun.codesign.launch.deployment import MIXED, PREFILL, Deployment, Member
 from tongyun.codesign.launch.engines import WITH_BOOTSTRAP, Flags, flags, notes
-from tongyun.codesign.launch.machines import PORT_STEP, Seat, seats, started
+from tongyun.codesign.launch.machines import PORT_STEP, SLOT_STEP, Seat, seats, started
 from tongyun.codesign.launch.platforms import ROUTERS, SGLANG, VERSIONS, VLLM
 
 COMMANDS = {VLLM: "vllm serve", SGLANG: "python3 -m sglang.launch_server --model-path"}
@@ -152,7 +152,7 @@ trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for ((i = 0; i < REPLICAS; i++)); do
   first=$((FIRST_CHIP + i * CHIPS))
   {some}{_prefix(engine, member, "i")}"${{serve[@]}}" \\
-    --host "$HOST" --port $((PORT + i)){_suffix(engine, member, "i")} &
+    --host "$HOST" --port $((PORT + {SLOT_STEP} * i)){_suffix(engine, member, "i")} &
 done
 # When one replica ends, all do: half a service must not look whole.
 wait -n
