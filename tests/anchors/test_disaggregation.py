@@ -13,8 +13,9 @@ import pytest
 from tongyun.cloud.latency import Slo
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.workload import Arrivals, Lengths, Process, Workload, sample
-from tongyun.codesign.fleet import Fleet, Played, pools_of
+from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.plan import Plan
+from tongyun.codesign.replicas import pools_of
 from tongyun.codesign.space import Question
 from tongyun.errors import InputError
 from tongyun.model.config import ModelConfig

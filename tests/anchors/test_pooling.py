@@ -24,9 +24,9 @@ import numpy as np
 from tongyun.cloud.latency import Slo
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.workload import Arrival, Arrivals, Distribution, Lengths, Process, Workload, sample
-from tongyun.codesign.fleet import Pool
 from tongyun.codesign.market import Market, MarketPlayed, Part, Served
 from tongyun.codesign.plan import Plan
+from tongyun.codesign.replicas import Pool
 from tongyun.codesign.space import Question
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision

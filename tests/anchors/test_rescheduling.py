@@ -26,8 +26,9 @@ import numpy as np
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.classes import headroom
-from tongyun.codesign.fleet import Fleet, Played, pools_of
+from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.plan import Plan
+from tongyun.codesign.replicas import pools_of
 from tongyun.codesign.space import Question
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision

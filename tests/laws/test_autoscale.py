@@ -12,12 +12,14 @@ from tests.laws.test_failures import clean, hand_over_s, one_pool, two_pools, wh
 from tests.laws.test_fleet import crowd, fleet, loads
 
 from tongyun.cloud.cold_start import ColdStarts, FromHost, FromNeighbour, FromStorage, Way
+from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord, Slo, summarise
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.sched.autoscale import Autoscaler, By, Rule, Seen
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, find_router
-from tongyun.cloud.simulate import Front, Relay, play_fleet
+from tongyun.cloud.simulate import play_fleet
 from tongyun.codesign.upkeep import Kept, Site, Upkeep
 from tongyun.specs import AutoscaleSpec, FailureSpec, Figure, find_chip
 from tongyun.units import Source

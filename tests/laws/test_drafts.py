@@ -27,7 +27,8 @@ from tongyun.cloud.sched.sequence import State
 from tongyun.cloud.simulate import simulate
 from tongyun.cloud.workload import Arrivals, Lengths, Process, Workload, sample
 from tongyun.codesign.answer import Plan
-from tongyun.codesign.fleet import Fleet, Played, Pool, pools_of
+from tongyun.codesign.fleet import Fleet, Played
+from tongyun.codesign.replicas import Pool, pools_of
 from tongyun.codesign.space import Question
 from tongyun.codesign.steady import steady
 from tongyun.cost import ranks_cost, step_cost

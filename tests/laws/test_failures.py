@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.laws.test_fleet import crowd, fleet, loads
 
+from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import State
 from tongyun.cloud.retries import LOST
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import ROUTERS, LeastLoad, find_router
-from tongyun.cloud.simulate import Front, Relay, play_fleet, play_pools
+from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.codesign.upkeep import Running, Site, Upkeep
 from tongyun.specs import FailureSpec, OutageSpec, find_chip
 

@@ -14,6 +14,7 @@ from tests.laws.test_fleet import Price
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
+from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.migration import Move, Mover, Moves, play_migrating
 from tongyun.cloud.sched.freeness import Load, Room, freeness
@@ -21,7 +22,7 @@ from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import ROUTERS, find_router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import Front, play_fleet
+from tongyun.cloud.simulate import play_fleet
 
 NEVER = MigrationPolicy(interval_s=0.07, below_steps=float("-inf"))
 EAGER = MigrationPolicy(interval_s=0.05, below_steps=30, above_steps=30, last_tokens=2)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tongyun.cloud.sched.router import LeastLoad
 from tongyun.cloud.workload import Arrivals, Lengths, Process, Workload, sample
 from tongyun.codesign.explain import explain
-from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
+from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.places import Room, counts
 from tongyun.codesign.plan import Answer, plan
 from tongyun.codesign.pools import PoolPrices, hand_over_link, most_use_s
+from tongyun.codesign.replicas import of_a_group, pools_of
 from tongyun.codesign.space import BATCHES, CHUNKS, Question, cuts
 from tongyun.codesign.steady import USABLE_MEMORY
 from tongyun.errors import InputError

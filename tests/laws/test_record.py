@@ -13,11 +13,12 @@ from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Stretch
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.record import Recorder, Recording
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import Front, play_fleet
+from tongyun.cloud.simulate import play_fleet
 from tongyun.cloud.workload import Arrivals, Distribution, Lengths, Process, Workload, requests, sample
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision

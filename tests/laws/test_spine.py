@@ -7,8 +7,9 @@ from functools import partial
 import pytest
 from tests.laws.test_fleet import crowd, fleet
 
+from tongyun.cloud.front import Front
 from tongyun.cloud.sched.router import find_router
-from tongyun.cloud.simulate import Front, play_fleet
+from tongyun.cloud.simulate import play_fleet
 
 
 def test_events_run_in_order_of_moment_and_then_of_asking() -> None:

@@ -13,6 +13,7 @@ from tests.laws.test_fleet import CONFIG, Price, crowd, fleet, loads
 
 from tongyun.cloud.engine.shared import SharedLoop, Switching, Tenant
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Slo, summarise
 from tongyun.cloud.sched.affinity import ByModel
@@ -21,7 +22,7 @@ from tongyun.cloud.sched.residence import Footprint
 from tongyun.cloud.sched.router import find_router
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.cloud.sched.turns import Groups, Rounds, Turns, Work, quotas_s
-from tongyun.cloud.simulate import Front, play_fleet
+from tongyun.cloud.simulate import play_fleet
 
 NAMES = "abcdef"
 ONE = 100.0 + 10.0 + CONFIG.blocks

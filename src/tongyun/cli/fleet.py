@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import typer
 
     from tongyun.codesign.experts import ExpertLoads
-    from tongyun.codesign.fleet import Fleet, Pool
+    from tongyun.codesign.fleet import Fleet
     from tongyun.codesign.plan import Plan
+    from tongyun.codesign.replicas import Pool
     from tongyun.codesign.space import Question
     from tongyun.model.graph import Precision
     from tongyun.specs import FleetSpec, PoolSpec
@@ -267,15 +268,15 @@ def typed(context: typer.Context) -> set[str]:
 
 def refuse_told(given: set[str], names: Sequence[str] = TOLD, why: str = "--fleet says that") -> None:
     """InputError where a flag says what is said elsewhere."""
-    twice = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    twice = [f"--{name.rstrip('_').replace('_', '-')}" for name in names if name in given]
     if twice:
         raise InputError(f"{twice[0]}: {why}; leave it out")
 
 
 def pool_of(spec: PoolSpec, experts: ExpertLoads | None = None) -> Pool:
     """A pool as its table says."""
-    from tongyun.codesign.fleet import Pool
     from tongyun.codesign.plan import Plan
+    from tongyun.codesign.replicas import Pool
     from tongyun.model.shard import Shard
 
     picks = () if experts is None else experts.picks(spec.ep)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,12 +48,17 @@ class ServeOptions:
     prefix_caching: bool = True
     api_key: str | None = None
     body_bytes: int = 16 * 2**20
+    priorities: Mapping[str, int] = field(default_factory=dict)
+    """Of the classes that requests may name."""
+    aging_s: float | None = None
+    """See `SchedulerConfig.aging_s`."""
 
 
 def build_gateway(options: ServeOptions) -> Gateway:
     """Load the model and put engine and gateway together; nothing runs yet."""
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
+    from tongyun.cloud.gateway.classes import Classes
     from tongyun.model.tokenizer import Tokenizer
     from tongyun.model.vocabulary import Vocabulary
     from tongyun.model.weights import find_model
@@ -82,7 +87,13 @@ def build_gateway(options: ServeOptions) -> Gateway:
         vocabulary=vocabulary,
         created=int(time.time()),
     )
-    return Gateway(served=served, start_engine=start, api_key=options.api_key, body_bytes=options.body_bytes)
+    return Gateway(
+        served=served,
+        start_engine=start,
+        api_key=options.api_key,
+        body_bytes=options.body_bytes,
+        classes=Classes(priorities=options.priorities),
+    )
 
 
 def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | PpuExecutor, int]:
@@ -145,6 +156,7 @@ def _limits(options: ServeOptions, blocks: int, block_tokens: int, context_token
         max_sequences=options.max_sequences,
         max_step_tokens=options.max_step_tokens,
         prefix_caching=options.prefix_caching,
+        aging_s=options.aging_s,
     )
 
 
@@ -180,6 +192,13 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
+    class_: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME=PRIORITY", help="A class that requests may name; repeatable."),
+    ] = None,
+    class_aging: Annotated[
+        float | None, typer.Option(help="Seconds of waiting worth a step of priority; else it is strict.")
+    ] = None,
 ) -> None:
     """Serve a model over an OpenAI-compatible HTTP endpoint until SIGTERM."""
     body_bytes = _amount("--body-limit-mb", body_limit_mb, 1e6)
@@ -223,6 +242,8 @@ def serve(
         max_step_tokens=max_step_tokens,
         prefix_caching=prefix_caching,
         body_bytes=body_bytes,
+        priorities=_priorities(class_ or ()),
+        aging_s=class_aging,
     )
     run_server(
         lambda key: build_gateway(replace(options, api_key=key)),
@@ -269,8 +290,25 @@ OF_A_MODEL = (
     "chip",
     "kernels",
     "threads",
+    "class_",
+    "class_aging",
 )
 """Flags that a twin has no use for: its fleet file says what there is."""
+
+
+def _priorities(told: Iterable[str]) -> dict[str, int]:
+    """Priorities by class, of `NAME=PRIORITY` each."""
+    priorities: dict[str, int] = {}
+    for one in told:
+        name, _, number = one.partition("=")
+        try:
+            priority = int(number)
+        except ValueError:
+            name, priority = "", 0
+        if not name or name in priorities:
+            raise InputError(f"--class {one}: accepted: NAME=PRIORITY, a whole number, each name once")
+        priorities[name] = priority
+    return priorities
 
 
 def _amount(flag: str, value: float, unit: float) -> int:

@@ -224,7 +224,8 @@ def _arrivals(given: dict[str, Any]) -> list[Arrival]:
 
 def _fleet(given: dict[str, Any], arrivals: list[Arrival], slo: Slo) -> tuple[str, Fleet]:
     """The router's name and the fleet, from its file or from the flags."""
-    from tongyun.codesign.fleet import Fleet, of_a_group, pools_of
+    from tongyun.codesign.fleet import Fleet
+    from tongyun.codesign.replicas import of_a_group, pools_of
 
     isl, osl = _lengths(arrivals)
     price = given["usd_per_chip_hour"]

@@ -39,6 +39,7 @@ def twin_gateway(
     """
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
+    from tongyun.cloud.gateway.classes import Classes
     from tongyun.cloud.sched.router import LeastLoad, find_router
     from tongyun.codesign.classes import headroom
     from tongyun.specs import find_model
@@ -86,6 +87,7 @@ def twin_gateway(
         api_key=api_key,
         body_bytes=body_bytes,
         headers=_said(spec.name, fleet, _own_tokenizer(spec.model)),
+        classes=Classes(priorities={one.name: one.priority for one in fleet.classes}),
     )
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from tongyun.cloud.front import Front
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica, State
-from tongyun.cloud.simulate import Front, Relay
 
 
 class Way(Protocol):

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tongyun.cloud.front import Front
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
-from tongyun.cloud.simulate import Front, Relay
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Instance, Passage, Simulated
 from tongyun.cloud.latency import Percentiles
 from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Router
-from tongyun.cloud.simulate import Front
 
 
 class Move(NamedTuple):

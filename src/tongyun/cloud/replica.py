@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Instance
-from tongyun.cloud.simulate import Front
 
 
 class State(StrEnum):

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Torn
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica
 from tongyun.cloud.sched.request import Finish, Request
-from tongyun.cloud.simulate import Front, Relay
 
 LOST = "lost: "
 """How the reason of a request begins that was lost."""

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tongyun.cloud.cold_start import ColdStarts
+from tongyun.cloud.front import Front
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.sched.autoscale import Autoscaler, Seen
-from tongyun.cloud.simulate import Front, Relay
 
 
 class Scaling:

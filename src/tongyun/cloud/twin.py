@@ -19,9 +19,10 @@ from threading import Condition, Lock, Thread
 from tongyun.cloud.engine.live import Sink
 from tongyun.cloud.engine.loop import EngineLoop, Turn
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
+from tongyun.cloud.front import Front
+from tongyun.cloud.relay import Relay, decode_part, prefill_part
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import Router
-from tongyun.cloud.simulate import Front, Relay, decode_part, prefill_part
 from tongyun.errors import ServiceError
 
 LATE_S, SAID_EACH_S = 0.02, 10.0

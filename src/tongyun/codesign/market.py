@@ -17,7 +17,8 @@ from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grou
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.workload import Arrival, requests
-from tongyun.codesign.fleet import Fleet, Played, Pool
+from tongyun.codesign.fleet import Fleet, Played
+from tongyun.codesign.replicas import Pool
 from tongyun.codesign.runs import Ended, Run, dedicated, shared
 from tongyun.codesign.sharing import Sharing
 from tongyun.codesign.space import Question

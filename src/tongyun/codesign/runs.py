@@ -9,13 +9,14 @@ from tongyun.cloud.engine.loop import Engine
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.shared import SharedLoop
 from tongyun.cloud.engine.step_table import StepTable
+from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.relay import Relay, joined
 from tongyun.cloud.sched.affinity import ByModel
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.schedule import Schedule
-from tongyun.cloud.simulate import Front, Relay, joined
 from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.sharing import Sharing
 from tongyun.specs import Chip

@@ -20,7 +20,8 @@ from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.residence import Footprint
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.cloud.sched.turns import Groups, Rounds
-from tongyun.codesign.fleet import Fleet, Pool
+from tongyun.codesign.fleet import Fleet
+from tongyun.codesign.replicas import Pool
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.shard import slice_of

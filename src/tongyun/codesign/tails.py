@@ -16,8 +16,9 @@ from tongyun.cloud.latency import Percentiles, Slo
 from tongyun.cloud.sched.router import LeastLoad
 from tongyun.codesign.answer import Answer, Offer, Plan
 from tongyun.codesign.demand import Demand
-from tongyun.codesign.fleet import Fleet, Played, of_a_group, pools_of
+from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.plan import plan as search
+from tongyun.codesign.replicas import of_a_group, pools_of
 from tongyun.cost import usd_per_mtoken
 from tongyun.units import Source
 

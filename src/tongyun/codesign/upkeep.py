@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 from tongyun.cloud.cold_start import ColdStarts, FromHost, FromNeighbour, FromStorage, Way
 from tongyun.cloud.failures import Failures, Outage, Part
+from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 from tongyun.cloud.scaling import Scaling
 from tongyun.cloud.sched.autoscale import Autoscaler, By, Rule
 from tongyun.cloud.sched.request import Request
-from tongyun.cloud.simulate import Front, Relay
 from tongyun.errors import SpecError, unknown
 from tongyun.specs import AutoscaleSpec, Chip, FailureSpec, OutageSpec, find_storage
 from tongyun.units import HOUR_S, Source

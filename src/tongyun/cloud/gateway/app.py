@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,13 +16,14 @@ from starlette.exceptions import HTTPException
 from tongyun import __version__
 from tongyun.cloud.gateway.ask import Served, ask_chat, ask_completion
 from tongyun.cloud.gateway.bridge import Bridge
+from tongyun.cloud.gateway.classes import HEADER, Classes
 from tongyun.cloud.gateway.exchange import Ask, Exchange
 from tongyun.cloud.gateway.faults import Refused, fault_object, status_of
 from tongyun.cloud.gateway.guard import ARRIVED, Guard
 from tongyun.cloud.gateway.meters import Meters
 from tongyun.cloud.gateway.ports import StartEngine
 from tongyun.cloud.gateway.reply import Reply
-from tongyun.cloud.gateway.wire import ChatBody, CompletionBody, read_chat, read_completion
+from tongyun.cloud.gateway.wire import Body, ChatBody, CompletionBody, read_chat, read_completion
 from tongyun.errors import RequestError
 
 
@@ -36,6 +37,7 @@ class Gateway:
     body_bytes: int = 16 * 2**20
     headers: Mapping[str, str] = field(default_factory=dict)
     """Said with every answer."""
+    classes: Classes = field(default_factory=Classes)
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -52,26 +54,33 @@ def build_app(gateway: Gateway) -> FastAPI:
     app = FastAPI(title="Tongyun", version=__version__, lifespan=lifespan)
     app.add_middleware(Guard, api_key=gateway.api_key, body_bytes=gateway.body_bytes, headers=gateway.headers)
     _add_faults(app, meters)
-    _add_generation(app, gateway.served, meters)
+    _add_generation(app, gateway, meters)
     _add_models(app, gateway.served)
     _add_state(app, meters)
     _add_schemas(app)
     return app
 
 
-def _add_generation(app: FastAPI, served: Served, meters: Meters) -> None:
-    def reply(ask: Ask, request: Request) -> Reply:
+def _add_generation(app: FastAPI, gateway: Gateway, meters: Meters) -> None:
+    served, classes = gateway.served, gateway.classes
+
+    def reply(ask: Ask, body: Body, request: Request) -> Reply:
+        name, priority = classes.of(request.headers.get(HEADER), body.service_tier)
+        if name is not None:
+            ask = replace(ask, priority=priority, priority_class=name)
         exchange = Exchange(ask, served.vocabulary, request.scope[ARRIVED])
         return Reply(exchange, app.state.bridge, meters)
 
     # The body is read by hand: pydantic parses the bytes in one pass, whatever content type came with them.
     @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
     async def completions(request: Request) -> Response:
-        return reply(await ask_completion(read_completion(await request.body()), served), request)
+        body = read_completion(await request.body())
+        return reply(await ask_completion(body, served), body, request)
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
-        return reply(await ask_chat(read_chat(await request.body()), served), request)
+        body = read_chat(await request.body())
+        return reply(await ask_chat(body, served), body, request)
 
 
 def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, object]:

@@ -97,4 +97,6 @@ def _request(exchange: Exchange, choice: Choice) -> Request:
         sampling=ask.sampling_of(choice.index),
         ignore_eos=ask.ignore_eos,
         stop_token_ids=ask.stop_token_ids,
+        priority=ask.priority,
+        priority_class=ask.priority_class,
     )

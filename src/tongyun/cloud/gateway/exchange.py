@@ -44,6 +44,8 @@ class Ask:
     include_usage: bool = False
     echoes: tuple[str, ...] = ()
     """The prompts' texts where they are to be repeated, one a prompt; otherwise none."""
+    priority: int = 0
+    priority_class: str | None = None
 
     def sampling_of(self, index: int) -> SamplingOptions:
         """The sampling of one choice: a seeded request's choices differ, and each can be repeated."""

@@ -23,7 +23,6 @@ INERT = frozenset(
         "user",
         "metadata",
         "store",
-        "service_tier",
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
@@ -78,6 +77,8 @@ class Body(BaseModel):
     stream_options: StreamOptions | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    service_tier: str | None = None
+    """A class of service, where the server has any."""
 
     @property
     def stops(self) -> tuple[str, ...]:
