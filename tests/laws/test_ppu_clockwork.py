@@ -19,9 +19,9 @@ from tongyun.chip.ppu.emit import attention
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.matmul import Tiling, matmul
 from tongyun.chip.ppu.functional import _alu
-from tongyun.chip.ppu.isa import At, Engine, Form, Instruction, Type
+from tongyun.chip.ppu.isa import TICKS, At, Engine, Form, Instruction, Type
 from tongyun.chip.ppu.program import Program
-from tongyun.chip.ppu.timing import TICKS, simulate
+from tongyun.chip.ppu.timing import simulate
 from tongyun.specs import Ppu, find_model, find_ppu
 
 PPU = dataclasses.replace(find_ppu("zhenwu-810e").at(), cores=5)

@@ -122,7 +122,7 @@ def _program(
     without: list[str] | None,
 ) -> tuple[Program, PpuSpec]:
     from tongyun.chip.ppu.cached import cached_step
-    from tongyun.chip.ppu.lower import Fusions
+    from tongyun.chip.ppu.fusions import Fusions
     from tongyun.errors import Infeasible, InputError
     from tongyun.specs import find_model, find_ppu
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from tongyun.chip.ppu.isa import TICKS
 from tongyun.chip.ppu.program import Program
-from tongyun.chip.ppu.timing import COUNTERS, TICKS, Timing, _rates, tables
+from tongyun.chip.ppu.timing import COUNTERS, Timing, _rates, tables
 from tongyun.specs.ppu import Ppu
 
 _WIDTH, _BARRIER = 20, 5

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from tongyun.chip.ppu import shard
-from tongyun.chip.ppu.lower import Fusions, Lowered, Scale, lower
+from tongyun.chip.ppu.fusions import Fusions
+from tongyun.chip.ppu.lower import Lowered, Scale, lower
 from tongyun.chip.ppu.repeat import UnlikeError
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu

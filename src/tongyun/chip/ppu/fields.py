@@ -14,8 +14,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
-from tongyun.chip.ppu.isa import OPCODES, Form, Type
-from tongyun.chip.ppu.timing import ENGINES, TICKS
+from tongyun.chip.ppu.isa import ENGINES, OPCODES, TICKS, Form, Type
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 from tongyun.units import DType

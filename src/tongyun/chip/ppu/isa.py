@@ -33,6 +33,11 @@ class Engine(StrEnum):
     ICN = "icn"
 
 
+ENGINES = tuple(Engine)
+TICKS = 256
+"""Parts of a cycle in which instructions are timed."""
+
+
 class Type(IntEnum):
     """Data type of an operand, as encoded."""
 

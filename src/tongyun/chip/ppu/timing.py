@@ -17,14 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.asm import decode
 from tongyun.chip.ppu.fault import Fault
-from tongyun.chip.ppu.isa import BY_NAME, OPCODES, Engine, Form
+from tongyun.chip.ppu.isa import BY_NAME, ENGINES, OPCODES, TICKS, Form
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 
-TICKS = 256
-"""Parts of a cycle."""
-ENGINES = tuple(Engine)
 COUNTERS = (
     "flops", "hbm_bytes", "l2_bytes", "sram_bytes", "icn_bytes", "vector_elements",
     *(f"{engine.value}_ticks" for engine in ENGINES),

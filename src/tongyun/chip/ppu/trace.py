@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tongyun.chip.ppu.isa import Engine
-from tongyun.chip.ppu.timing import COUNTERS, ENGINES, TICKS, Timing
+from tongyun.chip.ppu.isa import ENGINES, TICKS, Engine
+from tongyun.chip.ppu.timing import COUNTERS, Timing
 
 KERNELS = 0
 """The thread of the kernels; engines are the threads behind it."""
