@@ -26,7 +26,9 @@ from numpy.typing import ArrayLike, NDArray
 from silicon_tables import CHIPS, VERSIONS, families, installed, read, routed_rows
 from tongyun.chip.ppu.emit import attention, experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Matmul, matmul, split_matmul, splits
+from tongyun.chip.ppu.emit.mapper import BLOCK, Matmul, Tiling, splits
+from tongyun.chip.ppu.emit.matmul import Scales, matmul, split_matmul
+from tongyun.chip.ppu.emit.quantise import quantise
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Program, Tensor
 from tongyun.chip.ppu.timing import simulate
@@ -46,6 +48,7 @@ def place(b: Builder, name: str, *shape: int, type: Type = Type.BF16) -> Tensor:
 
 
 def product(m: int, n: int, k: int, ppu: Ppu) -> Program:
+    """As `torch.nn.functional.linear`."""
     b = Builder(ppu)
     a, w, out = place(b, "a", m, k), place(b, "w", n, k), place(b, "out", m, n)
     parts = splits(Matmul(m=m, n=n, k=k), ppu)
@@ -57,13 +60,42 @@ def product(m: int, n: int, k: int, ppu: Ppu) -> Program:
     return b.program()
 
 
-def products(folder: Path, chip: str) -> Table:
+def scaled(m: int, n: int, k: int, ppu: Ppu, blocks: bool) -> Program:
+    """As the engine's call: bf16 rows to fp8 and their scales, then the product; scales by row or by blocks.
+
+    Scales by row are CUTLASS's kernel, whose tile follows from m alone; those by blocks DeepGEMM's, which
+    chooses a tile by the shape, as the mapper does.
+    """
+    b = Builder(ppu)
+    x, w, out = place(b, "x", m, k), place(b, "w", n, k, type=Type.FP8), place(b, "out", m, n)
+    deep, high = (k // BLOCK, -(-n // BLOCK)) if blocks else (1, n)
+    a, scale = place(b, "a", m, k, type=Type.FP8), place(b, "scale", m, deep, type=Type.F32)
+    columns = place(b, "columns", high, deep, type=Type.F32)
+    with b.kernel("quantise", "rows"):
+        quantise(b, rows.Rows.of(x), a, scale)
+    with b.kernel("matmul", "product"):
+        tiling = None if blocks else library_tiling(m)
+        matmul(b, a, w, out, scales=Scales(rows=scale, columns=columns, blocks=blocks), tiling=tiling)
+    return b.program()
+
+
+def library_tiling(m: int) -> Tiling:
+    """The tile of sgl-kernel's fp8 product (0.5.14) for m, as deep as 228 KiB of shared memory hold twice."""
+    return Tiling(m=64, n=64, k=512) if m <= 256 else Tiling(m=128, n=128, k=256)
+
+
+DTYPES = {"product": "bfloat16", "fp8": "fp8", "blocks": "fp8_block"}
+
+
+def products(folder: Path, chip: str, kind: str = "product") -> Table:
     t = read(folder / "gemm" / "sglang" / VERSIONS[chip, "sglang"] / "gemm_perf.parquet")
     m, n, k = (t.number(axis) for axis in "mnk")
-    fits = (t["gemm_dtype"] == "bfloat16") & (2 * m * n * k <= PRODUCT_FLOPS) & (k % 32 == 0)
+    fits = (t["gemm_dtype"] == DTYPES[kind]) & (2 * m * n * k <= PRODUCT_FLOPS) & (k % 32 == 0)
+    fits &= (kind != "blocks") | (k % BLOCK == 0)
 
     def row(ppu: Ppu, i: int) -> Made:
-        return product(int(m[i]), int(n[i]), int(k[i]), ppu), {}
+        sizes = int(m[i]), int(n[i]), int(k[i])
+        return (product(*sizes, ppu) if kind == "product" else scaled(*sizes, ppu, kind == "blocks")), {}
 
     return row, t.number("latency") * 1e-3, families(n, k), fits
 

@@ -12,7 +12,8 @@ import pytest
 from tongyun.chip.ppu import asm
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul
+from tongyun.chip.ppu.emit.mapper import Tiling
+from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.energy import COMPONENTS, energy
 from tongyun.chip.ppu.functional import Chip
 from tongyun.chip.ppu.fusions import Fusions

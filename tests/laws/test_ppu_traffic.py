@@ -8,7 +8,7 @@ import pytest
 
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Matmul, mapped, traffic
+from tongyun.chip.ppu.emit.mapper import Matmul, mapped, traffic
 from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.isa import Type
 from tongyun.chip.ppu.program import Program

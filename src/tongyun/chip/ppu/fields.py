@@ -17,7 +17,6 @@ from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
 from tongyun.chip.ppu.isa import ENGINES, OPCODES, TICKS, Form, Type
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
-from tongyun.units import DType
 
 OPS = (
     "HALT", "ALU", "LDS", "LOOP", "ENDLOOP", "BARRIER", "LOAD", "GATHER", "STORE", "SCATTER", "MMA",
@@ -35,7 +34,6 @@ _FORMS = (
     Form.FLOAT, Form.COUNT, Form.SRAM, Form.POSITION, Form.HBM, Form.INTEGER, Form.STEP, Form.BYTES,
     Form.REGISTER,
 )  # fmt: skip
-_TENSOR = {Type.BF16: DType.BF16, Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
 
 
 @cache
@@ -65,9 +63,10 @@ def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
     bad = _unpack(np.ascontiguousarray(words), *_tables(), _tile_ticks(ppu), head, imm, reg)
     if bad >= 0:
         each = decode(words[bad].tolist(), int(bad))
-        if each.op in {"MMA", "ATTN"} and _TENSOR.get(each.types[1], DType.BF16) not in ppu.tensor_flops:
+        lacking = [kind.name for kind in each.types[:2] if kind.rate not in ppu.tensor_flops]
+        if each.op in {"MMA", "ATTN"} and lacking:
             has = ", ".join(ppu.tensor_flops)
-            raise InputError(f"{ppu.name} has no tensor rate for {each.types[1].name}; it has {has}")
+            raise InputError(f"{ppu.name} has no tensor rate for {lacking[0]}; it has {has}")
         raise InputError(f"word {bad}: {each.op} with more than 12 semaphores; the timing simulator takes 12")
     _distances(head, imm)
     return head, imm, reg
@@ -77,10 +76,9 @@ def _tile_ticks(ppu: Ppu) -> NDArray[np.int64]:
     """By data type: ticks of the smallest product of the tensor unit, -1 where it has no rate."""
     ticks = np.full(16, -1, dtype=np.int64)
     for kind in Type:
-        dtype = _TENSOR.get(kind, DType.BF16)
-        if dtype in ppu.tensor_flops:
+        if kind.rate in ppu.tensor_flops:
             work = 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k * TICKS
-            ticks[kind] = -(-work // int(ppu.tensor_flops[dtype]))
+            ticks[kind] = -(-work // int(ppu.tensor_flops[kind.rate]))
     return ticks
 
 
@@ -118,9 +116,11 @@ def _unpack(
             return at
         head[at, 6] = sizes[first >> 16 & 15]
         if number == _MMA or number == _ATTN:
-            head[at, 7] = tile_ticks[first >> 20 & 15]
-            if head[at, 7] < 0:
+            # Operands of two types run at the rate of the wider one.
+            one, other = tile_ticks[first >> 16 & 15], tile_ticks[first >> 20 & 15]
+            if one < 0 or other < 0:
                 return at
+            head[at, 7] = max(one, other)
         for place in range(_OPERANDS):
             form, slot = forms[code, place], slots[code, place]
             if form <= 0:
