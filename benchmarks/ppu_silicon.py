@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -84,7 +84,11 @@ def library_tiling(m: int) -> Tiling:
     return Tiling(m=64, n=64, k=512) if m <= 256 else Tiling(m=128, n=128, k=256)
 
 
-DTYPES = {"product": "bfloat16", "fp8": "fp8", "blocks": "fp8_block"}
+DTYPES = {
+    "product": "bfloat16", "fp8": "fp8", "blocks": "fp8_block", "experts": "bfloat16",
+    "experts fp8": "fp8_block",
+}  # fmt: skip
+"""As the tables name them."""
 
 
 def products(folder: Path, chip: str, kind: str = "product") -> Table:
@@ -141,48 +145,82 @@ def attended(folder: Path, chip: str, kind: str) -> Table:
     return row, t.number("latency") * 1e-3, families(heads, kv, width), fits
 
 
-def mixed(folder: Path, chip: str) -> Table:
+def mixed(folder: Path, chip: str, kind: str = "experts") -> Table:
     t = read(folder / "moe" / "sglang" / VERSIONS[chip, "sglang"] / "moe_perf.parquet")
     triton = np.asarray(["triton" in str(name) for name in t["kernel_source"]])
-    t = t.keep((t["moe_dtype"] == "bfloat16") & (t["moe_ep_size"].astype(int) == 1) & triton)
+    t = t.keep((t["moe_dtype"] == DTYPES[kind]) & (t["moe_ep_size"].astype(int) == 1) & triton)
     hidden, tokens, count = t.number("hidden_size"), t.number("num_tokens"), t.number("num_experts")
     inner, top = t.number("inter_size") / t.number("moe_tp_size"), t.number("topk")
     shares = routed_rows(t)
     flops = 6 * tokens * top * hidden * inner
-    fits = (flops <= OTHER_FLOPS) & (inner % 32 == 0) & (6 * count * hidden * inner < 70e9)
+    step = BLOCK if kind == "experts fp8" else 32
+    fits = (flops <= OTHER_FLOPS) & (inner % step == 0) & (6 * count * hidden * inner < 70e9)
+    fits &= (kind == "experts") | (hidden % BLOCK == 0)
 
     def row(ppu: Ppu, i: int) -> Made:
-        sizes = int(count[i]), int(hidden[i]), int(inner[i]), int(tokens[i]), int(top[i])
-        many, wide, deep, given, chosen = sizes
-        b, pairs = Builder(ppu), given * chosen
-        x, up, down = place(b, "x", given, wide), place(b, "up", many, 2 * deep, wide), None
-        down = place(b, "down", many, wide, deep)
-        index = [place(b, name, pairs, type=Type.I32) for name in ("token", "place")]
-        offset = place(b, "offset", many + 1, type=Type.I32)
-        both, act, made = (
-            place(b, "both", pairs, 2 * deep),
-            place(b, "act", pairs, deep),
-            place(b, "made", pairs, wide),
-        )
-        with b.kernel("experts_up", "up"):
-            experts.grouped(b, x, up, both, offset, token=index[0])
-        with b.kernel("swiglu", "act"):
-            left = rows.Rows(tensor=both, rows=pairs, cols=deep, stride=4 * deep)
-            right = rows.Rows(tensor=both, rows=pairs, cols=deep, stride=4 * deep, offset=2 * deep)
-            rows.swiglu(b, left, right, act)
-        with b.kernel("experts_down", "down"):
-            experts.grouped(b, act, down, made, offset)
-        with b.kernel("combine", "sum"):
-            out = place(b, "out", given, wide)
-            experts.combine(b, made, place(b, "share", given, chosen), index[1], out, top=chosen)
+        sizes = Mixture(*(int(each[i]) for each in (count, hidden, inner, tokens, top)))
+        many = sizes.count
         each = np.repeat(shares[i], many // len(shares[i])) if many % len(shares[i]) == 0 else None
         if each is None:
             each = np.interp((np.arange(many) + 0.5) / many, (np.arange(32) + 0.5) / 32, shares[i])
         each = np.random.default_rng(0).permutation(each)
-        ends = np.rint(np.cumsum([0.0, *each]) * pairs / each.sum()).astype(int)
-        return b.program(), {"expert_offset": ends}
+        ends = np.rint(np.cumsum([0.0, *each]) * sizes.pairs / each.sum()).astype(int)
+        return mixture(sizes, ppu, kind == "experts fp8"), {"expert_offset": ends}
 
     return row, t.number("latency") * 1e-3, families(hidden, inner), fits
+
+
+@dataclass(frozen=True)
+class Mixture:
+    count: int
+    hidden: int
+    inner: int
+    tokens: int
+    top: int
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top
+
+
+def mixture(m: Mixture, ppu: Ppu, fp8: bool) -> Program:
+    """As the engine's fused call; in fp8 by scaled blocks, rows made fp8 before each of the two products."""
+    b, kind = Builder(ppu), Type.FP8 if fp8 else Type.BF16
+    up, down = (
+        place(b, "up", m.count, 2 * m.inner, m.hidden, type=kind),
+        place(b, "down", m.count, m.hidden, m.inner, type=kind),
+    )
+    index = [place(b, name, m.pairs, type=Type.I32) for name in ("token", "place")]
+    offset = place(b, "offset", m.count + 1, type=Type.I32)
+    both, act = place(b, "both", m.pairs, 2 * m.inner), place(b, "act", m.pairs, m.inner)
+    made, out = place(b, "made", m.pairs, m.hidden), place(b, "out", m.tokens, m.hidden)
+    x, scales = given(b, place(b, "x", m.tokens, m.hidden), up, fp8)
+    with b.kernel("experts_up", "up"):
+        experts.grouped(b, x, up, both, offset, token=index[0], scales=scales)
+    with b.kernel("swiglu", "act"):
+        left = rows.Rows(tensor=both, rows=m.pairs, cols=m.inner, stride=4 * m.inner)
+        right = replace(left, offset=2 * m.inner)
+        rows.swiglu(b, left, right, act)
+    act, scales = given(b, act, down, fp8)
+    with b.kernel("experts_down", "down"):
+        experts.grouped(b, act, down, made, offset, scales=scales)
+    with b.kernel("combine", "sum"):
+        experts.combine(b, made, place(b, "share", m.tokens, m.top), index[1], out, top=m.top)
+    return b.program()
+
+
+def given(b: Builder, x: Tensor, weight: Tensor, fp8: bool) -> tuple[Tensor, Scales | None]:
+    """Rows as a grouped product takes them, and the scales of both sides."""
+    if not fp8:
+        return x, None
+    (many, width), (count, high, _) = x.shape, weight.shape
+    deep = width // BLOCK
+    q = place(b, f"{x.name}.fp8", many, width, type=Type.FP8)
+    scale = place(b, f"{x.name}.scale", many, deep, type=Type.F32)
+    columns = place(b, f"{weight.name}.scale", count, -(-high // BLOCK), deep, type=Type.F32)
+    with b.kernel("quantise", x.name):
+        quantise(b, rows.Rows.of(x), q, scale)
+    return q, Scales(rows=scale, columns=columns, blocks=True)
 
 
 def judged(table: Table, held_out: bool, most: int, ppu: Ppu) -> NDArray[np.float64]:

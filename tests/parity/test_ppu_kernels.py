@@ -354,3 +354,32 @@ def test_rows_become_few_bits_and_scales(kind: torch.dtype, blocks: int, norm: b
     want = want.round() if kind == torch.int8 else want
     assert torch.equal(chip.view("scale"), scale[..., 0])
     assert torch.equal(chip.view("q").float(), want.to(kind).float().reshape(37, -1))
+
+
+@pytest.mark.parametrize("how", ["rows", "gate", "blocks", "int8"])
+def test_experts_of_few_bits(how: str) -> None:
+    tokens, count, n, k = 23, 5, 96, 320
+    pairs, make = 2 * tokens, int8 if how == "int8" else fp8
+    ends = torch.tensor([0, 3, 3, 20, 45, 46], dtype=torch.int32)
+    token = torch.randint(0, tokens, (pairs,), generator=torch.Generator().manual_seed(0)).int()
+    deep, high = (-(-k // 128), -(-n // 128)) if how == "blocks" else (1, n)
+    bench = Bench(
+        H100, x=make(tokens, k), w=make(count, n, k), offset=ends, token=token,
+        sx=positive(tokens, deep), sw=positive(count, high, deep) / 64,
+    )  # fmt: skip
+    bench.out("out", pairs, n // 2 if how == "gate" else n)
+    chip, _ = bench.run(
+        lambda b, t: experts.grouped(
+            b, t["x"], t["w"], t["out"], t["offset"], token=t["token"], gate=how == "gate",
+            scales=Scales(rows=t["sx"], columns=t["sw"], blocks=how == "blocks"),
+        )
+    )  # fmt: skip
+    given = bench.given
+    wide, tall = (128, 128) if how == "blocks" else (k, 1)
+    x = given["x"].float() * given["sx"].repeat_interleave(wide, 1)[:, :k]
+    w = given["w"].float() * given["sw"].repeat_interleave(wide, 2)[..., :k].repeat_interleave(tall, 1)[:, :n]
+    owner = torch.repeat_interleave(torch.arange(count), ends.diff())
+    want = torch.einsum("pk,pnk->pn", x[token.long()], w[owner])
+    if how == "gate":
+        want = functional.silu(want[:, : n // 2]) * want[:, n // 2 :]
+    assert error(chip.view("out"), want) < BF16
