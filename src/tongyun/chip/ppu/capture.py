@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from tongyun.chip.ppu import shard
 from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.lower import Lowered, Scale, lower
+from tongyun.chip.ppu.quantised import quantised
 from tongyun.chip.ppu.repeat import UnlikeError
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
@@ -49,9 +50,11 @@ def compile_step(
     layers: int | None = None,
     fusions: Fusions | None = None,
     chips: int = 1,
+    dtype: str = "bf16",
 ) -> Lowered:
-    """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones, in bf16.
+    """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones.
 
+    `dtype` is bf16, or what the products of the layers take (`quantised.WAYS`).
     `config` is a Qwen3 `config.json`, dense or MoE; `layers` replaces its number of layers. With `chips` the
     model is cut over so many, which run the same words. InputError for another family or a model that
     cannot be cut so; Infeasible when it does not fit the chip, with the bytes missing.
@@ -64,11 +67,11 @@ def compile_step(
     wanted = layers or int(config["num_hidden_layers"])
     part = {**shard.part(config, chips), "num_hidden_layers": min(wanted, CAPTURED)}
     try:
-        graph = _traced(family, part, chips, tokens, context)
+        graph = _traced(family, part, (chips, dtype), tokens, context)
         return lower(graph.graph, ppu, fusions, Scale(layers=wanted, chips=chips, names=graph.names))
     except UnlikeError:
         # Layers that differ (some with experts, some without) are captured one by one.
-        graph = _traced(family, {**part, "num_hidden_layers": wanted}, chips, tokens, context)
+        graph = _traced(family, {**part, "num_hidden_layers": wanted}, (chips, dtype), tokens, context)
         return lower(graph.graph, ppu, fusions, Scale(chips=chips, names=graph.names))
 
 
@@ -140,8 +143,9 @@ def _family(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _traced(
-    family: tuple[Any, Any], config: dict[str, Any], chips: int, tokens: int, context: int
+    family: tuple[Any, Any], config: dict[str, Any], how: tuple[int, str], tokens: int, context: int
 ) -> Captured:
+    """`how`: over how many chips, and the type of the products."""
     import transformers
 
     make_config, make_model = family
@@ -151,7 +155,7 @@ def _traced(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = shard.joined(make_model(settings).eval(), chips)
+            model = quantised(shard.joined(make_model(settings).eval(), how[0]), how[1])
         finally:
             torch.set_default_dtype(before)
         cache: Any = transformers.StaticCache(config=settings, max_cache_len=room)

@@ -31,8 +31,8 @@ _SHARED = {"embed", "angles"}
 """Kernels that are of no layer, though the first one asks for them."""
 RULES: tuple[Rule, ...] = (
     tokens.normed, experts.mixed, attention.attended, attention.paged_attended, products.gated,
-    products.reduced, products.multiplied, attention.written, products.added, tokens.embedded,
-    tokens.advanced, tokens.cast,
+    products.quantised, products.reduced, products.multiplied, attention.written, products.added,
+    tokens.embedded, tokens.advanced, tokens.cast,
 )  # fmt: skip
 """What an operator is tried as, in this order."""
 
@@ -128,6 +128,7 @@ class _Drafted:
 
 def _drafted(graph: GraphModule, low: Lowering) -> tuple[_Drafted, list[Layer]]:
     """The graph as kernels, layer by layer: a layer ends with the second of its residual sums."""
+    _share(graph)
     b, layers = low.b, list[Layer]()
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     sums, start = 0, 0
@@ -155,6 +156,17 @@ def _drafted(graph: GraphModule, low: Lowering) -> tuple[_Drafted, list[Layer]]:
         shapes=tuple(patterns.shape_of(node) for node in results),
     )
     return drafted, layers
+
+
+def _share(graph: GraphModule) -> None:
+    """Rows that several products take in few bits are made so once."""
+    made: dict[tuple[object, ...], Node] = {}
+    for node in graph.graph.nodes:
+        if patterns.name_of(node) == "tongyun.quantise.default" or patterns.quantised_of(node):
+            args = [patterns.through(item) if isinstance(item, Node) else item for item in node.args]
+            first = made.setdefault((node.target, *args), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
 
 
 def _is_residual(node: Node) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import Node
@@ -71,13 +71,39 @@ def norm_of(node: Any) -> Norm | None:
 class Product:
     x: Node
     weight: Node
+    rows: Node | None = None
+    """Scales of the rows of x, in f32; of whole numbers and fp8 only, as the columns'."""
+    columns: Node | None = None
+    blocks: bool = False
 
 
 def product_of(node: Any) -> Product | None:
-    """x · weightᵀ."""
-    args = _call(through(node), "mm.default")
+    """x · weightᵀ, or (x · rows) · (weight · columns)ᵀ."""
+    behind = through(node)
+    if args := _call(behind, "scaled_product.default", "tongyun"):
+        return Product(args[0], args[1], args[2], args[3], bool(args[4]))
+    if args := _call(behind, "_scaled_mm.default"):
+        turned, given = _call(args[1], "t.default"), [*args[4:], *behind.kwargs.values()]
+        # Neither a bias nor a scale of the result.
+        if turned is None or any(isinstance(item, Node) for item in given):
+            return None
+        return Product(args[0], turned[0], args[2], through(args[3], "aten.t.default"))
+    args = _call(behind, "mm.default")
     turned = args and _call(args[1], "t.default")
     return Product(args[0], turned[0]) if args and turned else None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    call: Node
+    x: Node
+    blocks: bool
+
+
+def quantised_of(node: Any) -> Quantised | None:
+    """Rows in few bits, of which this is one result: 0 the numbers, 1 the scales."""
+    args = _picked(node, "quantise.default", "tongyun")
+    return Quantised(node.args[0], args[0], bool(args[2])) if args else None
 
 
 def swiglu_of(node: Any) -> tuple[Node, Node] | None:
@@ -334,12 +360,18 @@ class Mixture:
     down: Node
     top: int
     renormalise: bool
+    scales: tuple[Node, Node] | None = None
+    """Of `up` and `down`, where they are of few bits."""
+    blocks: bool = False
 
 
 def mixture_of(node: Any) -> Mixture | None:
     """The sum over a token's choices of share · expert, by grouped products over sorted rows, or one call."""
     if args := _call(through(node), "experts.default", "tongyun"):
         return _mixture(args[0], args[4], args[1], args[2])
+    if args := _call(through(node), "scaled_experts.default", "tongyun"):
+        plain = _mixture(args[0], args[6], args[1], args[2])
+        return plain and replace(plain, scales=(args[3], args[4]), blocks=bool(args[7]))
     total = _call(through(node), "sum.dim_IntList")
     back = total and _call(through(total[0]), "index.Tensor")
     for each, share in _either(back[0] if back else None, "mul.Tensor"):
@@ -371,6 +403,6 @@ def _mixture(x: Node, share: Any, up: Node, down: Node) -> Mixture | None:
     )
 
 
-def _picked(node: Any, name: str) -> Sequence[Any] | None:
+def _picked(node: Any, name: str, library: str = "aten") -> Sequence[Any] | None:
     """The call of which this is one result."""
-    return _call(node.args[0], name) if name_of(node) == "<built-in function getitem>" else None
+    return _call(node.args[0], name, library) if name_of(node) == "<built-in function getitem>" else None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tongyun.chip.ppu.isa import Type
-from tongyun.chip.ppu.traffic import pieces, tiled
+from tongyun.chip.ppu.traffic import LINE, pieces, tiled
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 
@@ -35,10 +35,10 @@ class Matmul:
     """Parts of k that are multiplied side by side, each into an f32 result of its own."""
     left: Type = Type.BF16
     right: Type = Type.BF16
-    rows: bool = False
-    """An f32 for each row of a that the result is multiplied by."""
-    columns: bool = False
-    """An f32 for each column of the weight."""
+    rows: int = 0
+    """Scales of the rows of a, in f32: none, one for all, or one each."""
+    columns: int = 0
+    """Of the columns of the weight."""
     blocks: bool = False
     """An f32 for each 128 numbers of a row of a, and for each 128 × 128 of the weight."""
 
@@ -161,8 +161,11 @@ def _scale_traffic(matmul: Matmul, m: list[int], n: list[int]) -> tuple[int, int
     if matmul.blocks:
         wide = 4 * -(-matmul.k // BLOCK)
         return len(n) * tiled(m, [wide], wide), len(m) * len(n) * tiled([1], [wide], 0)
-    each = [tiled([1], [4 * step for step in steps], 0) for steps in (m, n)]
-    return len(n) * each[0] * matmul.rows, len(m) * each[1] * matmul.columns
+    rows, columns = (
+        0 if not many else LINE * len(steps) if many == 1 else tiled([1], [4 * step for step in steps], 0)
+        for many, steps in ((matmul.rows, m), (matmul.columns, n))
+    )
+    return len(n) * rows, len(m) * columns
 
 
 def _apart(matmul: Matmul, ppu: Ppu) -> int:

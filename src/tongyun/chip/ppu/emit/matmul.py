@@ -19,9 +19,9 @@ class Scales:
     """What the operands of a product were divided by, in f32."""
 
     rows: Tensor | None = None
-    """[m], or [m, k / 128] by blocks."""
+    """[m], or one number for all, or [m, k / 128] by blocks."""
     columns: Tensor
-    """[n], or [n / 128, k / 128] by blocks."""
+    """[n], or one number for all, or [n / 128, k / 128] by blocks."""
     up: Tensor | None = None
     """As `columns`, of the second weight."""
     blocks: bool = False
@@ -62,7 +62,8 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
     shape = Matmul(
         m=m, n=n, k=k, norm=gain is not None, gate=up is not None, residual=residual is not None,
         bias=bias is not None, out_bytes=out.type.bytes, splits=splits, left=a.type, right=weight.type,
-        rows=scales is not None and scales.rows is not None, columns=scales is not None, blocks=blocks,
+        rows=0 if scales is None or scales.rows is None else scales.rows.bytes // 4,
+        columns=0 if scales is None else scales.columns.bytes // 4, blocks=blocks,
     )  # fmt: skip
     t = tiling or mapped(shape, b.ppu)
     rows, cols, steps = -(-m // t.m), -(-n // t.n), -(-shape.inner // t.k)
@@ -93,15 +94,15 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
         if part is not None:
             b.alu(Alu.MIN, k_left, imm=shape.inner, into=k_left)
             along = [(part, shape.inner)]
-        far_a = b.address(a, (row, t.m * k * left), *((part, step * left) for part, step in along))
-        far_b = b.address(weight, (col, t.n * k * right), *((part, step * right) for part, step in along))
+        far_a = b.address(a, (row, t.m * k * left), *((part, each * left) for part, each in along))
+        far_b = b.address(weight, (col, t.n * k * right), *((part, each * right) for part, each in along))
         far_up = None if up is None else At(up.at, far_b.reg)
         far_gain = b.register(0)
         scale = BlockScales(At(), At(), 0)
         if scales is not None and blocks:
             scale = _load_blocks(b, scales, into, t, k, (row, col), m_left)
-            for register, step in along:
-                gone = b.alu(Alu.MUL, register, imm=step // BLOCK * 4)
+            for register, each in along:
+                gone = b.alu(Alu.MUL, register, imm=each // BLOCK * 4)
                 b.alu(Alu.ADD, scale.left.reg, rb=gone, into=scale.left.reg)
         k_count = At(t.k, k_left)
 
@@ -217,9 +218,11 @@ def _load_scales(
     if scales.rows is not None:
         wanted.append((scales.rows, 0, tile[0], t.m, left[0]))
     for number, (tensor, near, unit, size, count) in enumerate(wanted):
+        one = tensor.bytes == 4
+        far = At(tensor.at) if one else b.address(tensor, (unit, size * 4))
         b.load(
-            Type.F32, b.address(tensor, (unit, size * 4)), into.scales + near, rows=1, cols=count, stride=0,
-            sram_stride=0, wait=[] if number else ["scale_free"],
+            Type.F32, far, into.scales + near, rows=count if one else 1, cols=1 if one else count, stride=0,
+            sram_stride=4, wait=[] if number else ["scale_free"],
             signal=["scale_full"] if number == len(wanted) - 1 else [],
         )  # fmt: skip
     return Epilogue.COLUMNS | (Epilogue.ROWS if scales.rows is not None else Epilogue.PLAIN)

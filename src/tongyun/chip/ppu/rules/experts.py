@@ -9,7 +9,9 @@ from torch.fx import Node
 
 from tongyun.chip.ppu import patterns
 from tongyun.chip.ppu.emit import experts, rows
-from tongyun.chip.ppu.emit.matmul import matmul
+from tongyun.chip.ppu.emit.mapper import BLOCK
+from tongyun.chip.ppu.emit.matmul import Scales, matmul
+from tongyun.chip.ppu.emit.quantise import quantise
 from tongyun.chip.ppu.isa import Type
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.rules.lowering import Lowering
@@ -34,20 +36,38 @@ def mixed(low: Lowering, node: Node, residual: Tensor | None = None) -> Tensor |
         experts.choose(low.b, logits, share, expert, top=found.top, renormalise=found.renormalise)
     with low.kernel("dispatch"):
         experts.dispatch(low.b, expert, owner, token, place, offset, experts=count)
-    if low.fusions.swiglu:
+    low.rated(node, up, down)
+    given, scales = _few_bits(low, found, 0, x, up)
+    if low.fusions.swiglu and not found.blocks:
         with low.kernel("experts_up"):
-            experts.grouped(low.b, x, up, act, offset, token=token, gate=True)
+            experts.grouped(low.b, given, up, act, offset, token=token, gate=True, scales=scales)
     else:
         both = low.new(pairs, 2 * inner)
         with low.kernel("experts_up"):
-            experts.grouped(low.b, x, up, both, offset, token=token)
+            experts.grouped(low.b, given, up, both, offset, token=token, scales=scales)
         stride = 4 * inner
         first = rows.Rows(tensor=both, rows=pairs, cols=inner, stride=stride)
         second = replace(first, offset=2 * inner)
         with low.kernel("swiglu"):
             rows.swiglu(low.b, first, second, act)
+    act, scales = _few_bits(low, found, 1, act, down)
     with low.kernel("experts_down"):
-        experts.grouped(low.b, act, down, each, offset)
+        experts.grouped(low.b, act, down, each, offset, scales=scales)
     with low.kernel("combine"):
         experts.combine(low.b, each, share, place, out, top=found.top, residual=residual)
     return out
+
+
+def _few_bits(
+    low: Lowering, found: patterns.Mixture, which: int, x: Tensor, weight: Tensor
+) -> tuple[Tensor, Scales | None]:
+    """Rows as a grouped product takes them, and the scales of both sides; those of bf16 as they are."""
+    if found.scales is None:
+        return x, None
+    count, width = x.shape
+    columns = low.value(found.scales[which])
+    q = low.new(count, width, type=weight.type)
+    scale = low.new(count, width // BLOCK if found.blocks else 1, type=Type.F32)
+    with low.kernel("quantise"):
+        quantise(low.b, rows.Rows.of(x), q, scale)
+    return q, Scales(rows=scale, columns=columns, blocks=found.blocks)

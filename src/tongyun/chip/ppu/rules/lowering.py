@@ -57,12 +57,22 @@ class Lowering:
                 return found
         raise self.refused(source)
 
-    def refused(self, node: Node) -> InputError:
+    def refused(self, node: Node, why: str = "") -> InputError:
+        """The operator by name and source line, and why it is not lowered, if that is known."""
         trace = node.meta.get("stack_trace") or ""
         lines = re.findall(r'File "([^"]+)", line (\d+)', trace)
         where = f"{lines[-1][0]}:{lines[-1][1]}: " if lines else ""
         what = patterns.name_of(node) or node.op
-        return InputError(f"{where}the PPU compiler does not know {what} here ({node.name})")
+        return InputError(where + (why or f"the PPU compiler does not know {what} here ({node.name})"))
+
+    def rated(self, node: Node, *operands: Tensor) -> None:
+        """InputError if the chip's tensor unit has no rate for operands of a product."""
+        has = self.b.ppu.tensor_flops
+        for tensor in operands:
+            if tensor.type.rate not in has:
+                known = ", ".join(has)
+                why = f"{self.b.ppu.name} has no tensor rate for {tensor.type.rate}; it has {known}"
+                raise self.refused(node, why)
 
     def place(self, node: Node, role: str) -> Tensor:
         value = node.meta["val"]

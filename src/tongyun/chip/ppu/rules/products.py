@@ -8,11 +8,13 @@ from torch.fx import Node
 
 from tongyun.chip.ppu import patterns
 from tongyun.chip.ppu.emit import rows
-from tongyun.chip.ppu.emit.matmul import matmul
-from tongyun.chip.ppu.isa import At, Vec
+from tongyun.chip.ppu.emit.mapper import BLOCK
+from tongyun.chip.ppu.emit.matmul import Scales, matmul
+from tongyun.chip.ppu.emit.quantise import quantise
+from tongyun.chip.ppu.isa import At, Type, Vec
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.rules.experts import mixed
-from tongyun.chip.ppu.rules.lowering import Lowering
+from tongyun.chip.ppu.rules.lowering import TYPES, Lowering
 
 
 def fused_norm(low: Lowering, node: Node) -> tuple[Tensor, Tensor | None, float]:
@@ -23,6 +25,36 @@ def fused_norm(low: Lowering, node: Node) -> tuple[Tensor, Tensor | None, float]
     return low.value(norm.x), low.value(norm.gain), norm.eps
 
 
+def quantised(low: Lowering, node: Node) -> Tensor | None:
+    """Rows in few bits and their scales, the norm before them in the same kernel."""
+    found = patterns.quantised_of(node)
+    if found is None:
+        return None
+    x, gain, eps = fused_norm(low, found.x)
+    given = low.rows(found.x) if gain is None else rows.Rows.of(x)
+    blocks = given.cols // BLOCK if found.blocks else 1
+    kind = TYPES[found.call.args[1]]  # type: ignore[index]
+    low.here = found.call
+    made = low.new(given.rows, given.cols, type=kind), low.new(given.rows, blocks, type=Type.F32)
+    with low.kernel("quantise"):
+        quantise(low.b, given, *made, gain=gain, eps=eps)
+    for item in found.call.users:
+        low.made[item] = made[item.args[1]]  # type: ignore[index]
+    return low.made[node]
+
+
+def scales_of(low: Lowering, *products: patterns.Product) -> Scales | None:
+    """The scales of a product, or of the two of a gated one."""
+    first = products[0]
+    if first.columns is None or first.rows is None:
+        return None
+    up = products[1].columns if len(products) > 1 else None
+    return Scales(
+        rows=low.value(first.rows), columns=low.value(first.columns), blocks=first.blocks,
+        up=None if up is None else low.value(up),
+    )  # fmt: skip
+
+
 def multiplied(low: Lowering, node: Node, residual: Tensor | None = None) -> Tensor | None:
     product = patterns.product_of(node)
     if product is None:
@@ -31,8 +63,11 @@ def multiplied(low: Lowering, node: Node, residual: Tensor | None = None) -> Ten
     x, gain, eps = fused_norm(low, product.x)
     x = low.flat(x, weight.shape[1])
     out = low.new(x.shape[0], weight.shape[0])
+    scales = scales_of(low, product)
+    low.rated(node, x, weight)
+    low.here = node
     with low.kernel("matmul"):
-        matmul(low.b, x, weight, out, gain=gain, eps=eps, residual=residual)
+        matmul(low.b, x, weight, out, gain=gain, eps=eps, residual=residual, scales=scales)
     return out
 
 
@@ -59,13 +94,17 @@ def gated(low: Lowering, node: Node) -> Tensor | None:
     if halves is not None:
         return halves
     gate, up = (patterns.product_of(part) for part in parts)
-    if low.fusions.swiglu and gate and up and patterns.through(gate.x) is patterns.through(up.x):
+    alike = gate and up and patterns.through(gate.x) is patterns.through(up.x) and not gate.blocks
+    if low.fusions.swiglu and gate and up and alike:
         weights = low.value(gate.weight), low.value(up.weight)
         x, gain, eps = fused_norm(low, gate.x)
         x = low.flat(x, weights[0].shape[1])
         out = low.new(x.shape[0], weights[0].shape[0])
+        scales = scales_of(low, gate, up)
+        low.rated(node, x, *weights)
+        low.here = node
         with low.kernel("matmul"):
-            matmul(low.b, x, weights[0], out, up=weights[1], gain=gain, eps=eps)
+            matmul(low.b, x, weights[0], out, up=weights[1], gain=gain, eps=eps, scales=scales)
         return out
     left, right = (low.rows(part) for part in parts)
     out = low.new(left.rows, left.cols)
@@ -78,7 +117,7 @@ def gated_halves(low: Lowering, parts: tuple[Node, Node]) -> Tensor | None:
     """Gate and up as the halves of one product, gate first."""
     gate, up = (patterns.part_of(part) for part in parts)
     product = patterns.product_of(gate.whole) if gate and low.fusions.swiglu else None
-    if product is None or gate is None or up is None or gate.whole is not up.whole:
+    if product is None or gate is None or up is None or gate.whole is not up.whole or product.columns:
         return None
     weight = low.value(product.weight)
     (width, hidden) = weight.shape
