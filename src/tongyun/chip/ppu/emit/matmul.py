@@ -1,6 +1,7 @@
 """Products with what is fused to them: RMSNorm before, SwiGLU, scales, bias and residual behind.
 
-Output tiles go round the cores, row tiles fastest so that neighbours share a tile of the weight.
+Output tiles go round the cores along the shorter side, so that neighbours share a tile of the operand with
+more of them, and the other operand stays in the L2.
 """
 
 from __future__ import annotations
@@ -82,12 +83,12 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
         near_gain = b.sram(k * 2)
         b.load(gain.type, At(gain.at), near_gain, rows=1, cols=k, stride=0, sram_stride=0)
     with b.units(rows * cols * splits) as unit:
-        row = b.alu(Alu.MOD, unit, imm=rows)
-        col = b.alu(Alu.DIV, unit, imm=rows)
+        fast, slow = b.alu(Alu.MOD, unit, imm=min(rows, cols)), b.alu(Alu.DIV, unit, imm=min(rows, cols))
         part = None
         if splits > 1:
-            part = b.alu(Alu.DIV, col, imm=cols)
-            b.alu(Alu.MOD, col, imm=cols, into=col)
+            part = b.alu(Alu.DIV, slow, imm=max(rows, cols))
+            b.alu(Alu.MOD, slow, imm=max(rows, cols), into=slow)
+        row, col = (fast, slow) if rows <= cols else (slow, fast)
         m_left, n_left = At(t.m, b.left(m, row, t.m)), At(t.n, b.left(n, col, t.n))
         k_left = b.register(k) if part is None else b.left(k, part, shape.inner)
         along = []

@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 from torch.fx import Node
 
-from tongyun.chip.ppu import patterns
 from tongyun.chip.ppu.emit import experts, rows
 from tongyun.chip.ppu.emit.mapper import BLOCK
 from tongyun.chip.ppu.emit.matmul import Scales, matmul
 from tongyun.chip.ppu.emit.quantise import quantise
 from tongyun.chip.ppu.isa import Type
+from tongyun.chip.ppu.mixtures import Mixture, mixture_of
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.rules.lowering import Lowering
 
 
 def mixed(low: Lowering, node: Node, residual: Tensor | None = None) -> Tensor | None:
-    found = patterns.mixture_of(node)
+    found = mixture_of(node)
     if found is None:
         return None
     router, up, down = (low.value(item) for item in (found.router, found.up, found.down))
@@ -59,7 +59,7 @@ def mixed(low: Lowering, node: Node, residual: Tensor | None = None) -> Tensor |
 
 
 def _few_bits(
-    low: Lowering, found: patterns.Mixture, which: int, x: Tensor, weight: Tensor
+    low: Lowering, found: Mixture, which: int, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Scales | None]:
     """Rows as a grouped product takes them, and the scales of both sides; those of bf16 as they are."""
     if found.scales is None:

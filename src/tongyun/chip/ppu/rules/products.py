@@ -12,6 +12,7 @@ from tongyun.chip.ppu.emit.mapper import BLOCK
 from tongyun.chip.ppu.emit.matmul import Scales, matmul
 from tongyun.chip.ppu.emit.quantise import quantise
 from tongyun.chip.ppu.isa import At, Type, Vec
+from tongyun.chip.ppu.mixtures import mixture_of
 from tongyun.chip.ppu.program import Tensor
 from tongyun.chip.ppu.rules.experts import mixed
 from tongyun.chip.ppu.rules.lowering import TYPES, Lowering
@@ -145,7 +146,7 @@ def added(low: Lowering, node: Node) -> Tensor | None:
         inner = patterns.through(term)
         if not low.fusions.residual or len(inner.users) > 1 or inner in low.made:
             continue
-        if patterns.product_of(term) or patterns.mixture_of(term) or patterns.reduced_of(term):
+        if patterns.product_of(term) or mixture_of(term) or patterns.reduced_of(term):
             other = low.flat(low.value(base), patterns.shape_of(node)[-1])
             low.here = node
             kinds = (reduced, multiplied, mixed)
