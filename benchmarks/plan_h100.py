@@ -2,13 +2,13 @@
 
 A fixed number of users, each asking again when answered, is played step by step the way each engine
 schedules (`codesign/engines.toml`) on the prices of its kernels, under the load that
-`plan_h100_rows.py` says each row was measured with. Five times an engine were fitted, to rows of
-dense models with tp 2 and 8 of one campaign; every other row is held out, though not blind: the form of
-the play was chosen with all of them in sight (docs/benchmarks.md). Kernel prices were fitted to none.
+`plan_h100_rows.py` says each row was measured with. Every row is predicted with times of its engine
+that were fitted without its family (`plan_h100_fit.py` says what a family is); kernel prices were fitted
+to no row. What is shipped in `engines.toml` is fitted to all rows, printed by `--fit`, and judged by none.
 
 Nine rows name a number of users they were not measured with (a slip of the script that made them, see
-`plan_h100_rows.py`); five of them contradict other rows, which is told from measurements alone. The
-table is printed with the users they name, with the load the script made, and without them.
+`plan_h100_rows.py`). They are fitted to nowhere and reported apart: with the users they name, and with the
+load the script made.
 
     python benchmarks/plan_h100.py --rows silicon_sample.csv [--peer ENV/bin/python] [--every 5] [--fit]
 """
@@ -21,106 +21,76 @@ import json
 import os
 import subprocess
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from plan_h100_fit import BARS, GRID, Fit, Fits, Grouping, Tables, family, predict, table, whole_model
 from plan_h100_rows import Row, contradicted, installed, read
-from tongyun.codesign.engines import Engine, engine
-from tongyun.codesign.users import Table, play_users
 from tongyun.errors import TongyunError
 from tongyun.specs import find_model
-
-BARS = {"TTFT": 25.0, "TPOT": 12.0}
-GRID = {
-    "step_s": (0.0, 2.5e-4, 5e-4, 1e-3, 1.5e-3, 2e-3, 3e-3),
-    "sequence_s": (0.0, 1e-5, 2e-5, 3e-5, 4e-5, 6e-5),
-    "prompt_layer_s": (0.0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3, 1.2e-3),
-    "request_s": (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.2e-2),
-    "token_s": (0.0, 2e-5, 4e-5, 6e-5, 8e-5, 1e-4),
-}
-"""Values tried for each time, one after the other, until none helps."""
 
 Predicted = dict[str, dict[str, float]]
 """Mean seconds by row and figure."""
 
 
-def price(rows: Iterable[Row], left_out: Counter[str]) -> dict[str, Table]:
-    """Priced once for all ways of playing them."""
-    found = {}
+def feasible(rows: Iterable[Row], tables: Tables, left_out: Counter[str]) -> list[Row]:
+    """Those that fit; the others are counted by reason."""
+    found = []
     for row in rows:
         try:
-            found[row.raw["id"]] = Table(row.question, row.shard, row.users, row.step_tokens)
+            tables.at(row, 0.0)
+            found.append(row)
         except TongyunError as error:
             left_out[str(error)[:80]] += 1
     return found
 
 
-def predict(row: Row, table: Table, habits: Engine) -> dict[str, float]:
-    felt = play_users(table, habits)
-    return {"TTFT": float(felt.ttft_s.mean()), "TPOT": float(felt.tpot_s.mean())}
+def held_out(rows: Iterable[Row], tables: Tables, fits: dict[str, Fit], group: Grouping) -> Predicted:
+    """Each row with what was fitted without its group; none where that has no row of its engine."""
+    found = {}
+    for row in rows:
+        fit = fits[group(row)]
+        if fit.knows(row):
+            found[row.raw["id"]] = predict(tables.at(row, fit.skew), fit.habits(row))
+    return found
 
 
-def measured(row: Row) -> dict[str, float]:
-    return {"TTFT": row.ttft_s, "TPOT": row.tpot_s}
-
-
-def predict_lost(row: Row) -> dict[str, float]:
+def predict_lost(row: Row, fit: Fit) -> dict[str, float]:
     """A row whose load was one of several: each figure under the load that the other figure tells of.
 
     So no figure chooses the load it is judged by. Both grow with the load, so that one nearly tells the
     other: this shows what the row is rather than how well it is predicted.
     """
-    habits = engine(row.engine)
-    tables = {load: Table(row.question, row.shard, load, row.step_tokens) for load in row.loads}
-    felt = {load: predict(row, table, habits) for load, table in tables.items()}
+    felt = {load: predict(table(row, fit.skew, load), fit.habits(row)) for load in row.loads}
     said, seats = {}, {}
     for what, other in (("TTFT", "TPOT"), ("TPOT", "TTFT")):
-        seen = measured(row)[other]
+        seen = row.measured[other]
         load = min(felt, key=lambda load: abs(np.log(felt[load][other] / seen)))
         said[what], seats[what] = felt[load][what], load.seats
     figures = ", ".join(
-        f"{what} {1e3 * measured(row)[what]:.2f}, {1e3 * said[what]:.2f} with {seats[what]} seats"
+        f"{what} {1e3 * row.measured[what]:.2f}, {1e3 * said[what]:.2f} with {seats[what]} seats"
         for what in said
     )
     print(f"  {row.group}, {row.question.isl} + {row.question.osl}, tp {row.shard.tp}: {figures}")
     return said
 
 
-def fit(rows: Sequence[Row], tables: dict[str, Table]) -> None:
-    """Print the five times of each engine with the least mean error, each over its bar, on fitted rows."""
-    for name in sorted({row.engine for row in rows if row.fitted}):
-        chosen = [row for row in rows if row.fitted and row.engine == name and row.raw["id"] in tables]
-
-        def miss(habits: Engine, chosen: Sequence[Row] = chosen) -> float:
-            errors = [
-                100 * abs(value / measured(row)[what] - 1) / BARS[what]
-                for row in chosen
-                for what, value in predict(row, tables[row.raw["id"]], habits).items()
-            ]
-            return float(np.mean(errors))
-
-        starts = ({field: values[at] for field, values in GRID.items()} for at in (0, len(GRID) // 2, -1))
-        best, least = min((descend(replace(engine(name), **s), miss) for s in starts), key=lambda f: f[1])
-        print(f"{name}: {len(chosen)} rows, mean error over the bar {least:.3f}")
-        print("\n".join(f"  {field} = {getattr(best, field):g}" for field in GRID))
+def show(fits: Fits) -> None:
+    """What is fitted to all rows, the times as engines.toml ships them, and what the folds have."""
+    chosen, folds = fits.all(), fits.without(family).values()
+    print(f"skew of experts {chosen.skew:g}; without a family: {_values(fold.skew for fold in folds)}")
+    for name, times in chosen.times.items():
+        print(name)
+        for at, field in enumerate(GRID):
+            values = _values(fold.times[name][at] for fold in folds)
+            print(f"  {field} = {times[at]:g}; without a family: {values}")
 
 
-def descend(start: Engine, miss: Callable[[Engine], float]) -> tuple[Engine, float]:
-    """The nearest values of the grid from which no single change helps."""
-    best, least = start, miss(start)
-    while True:
-        before = least
-        for field, values in GRID.items():
-            for value in values:
-                tried = replace(best, **{field: value})
-                if tried != best and (missed := miss(tried)) < least:
-                    best, least = tried, missed
-        if least == before:
-            return best, least
+def _values(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:g}" for value in sorted(set(values)))
 
 
 def ask_peer(python: str, rows: Sequence[Row]) -> Predicted:
@@ -150,7 +120,7 @@ def ask_peer(python: str, rows: Sequence[Row]) -> Predicted:
 
 def line(name: str, what: str, rows: Sequence[Row], said: Predicted) -> None:
     """The distribution of one figure's relative errors over the rows that were answered."""
-    pairs = [(said[row.raw["id"]][what], measured(row)[what]) for row in rows if row.raw["id"] in said]
+    pairs = [(said[row.raw["id"]][what], row.measured[what]) for row in rows if row.raw["id"] in said]
     if not pairs:
         return
     e = np.asarray([100 * (ours / theirs - 1) for ours, theirs in pairs])
@@ -161,13 +131,13 @@ def line(name: str, what: str, rows: Sequence[Row], said: Predicted) -> None:
     )
 
 
-def table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predicted) -> None:
+def print_table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predicted) -> None:
     print(f"\n{title}; absolute error in %, bias is the median of signed errors")
     print(f"{'':6}{'':46}{'rows':>5}{'mean':>8}{'median':>8}{'p75':>8}{'p90':>8}{'max':>9}{'bias':>8}")
     for what, bar in BARS.items():
         for name, rows in groups.items():
             line(name, what, rows, ours)
-            mean = np.mean([abs(ours[r.raw["id"]][what] / measured(r)[what] - 1) for r in rows])
+            mean = np.mean([abs(ours[r.raw["id"]][what] / r.measured[what] - 1) for r in rows])
             print(f"   bar {bar:.0f} {'met' if 100 * mean <= bar else 'not met'}")
             answered = [row for row in rows if row.raw["id"] in peer]
             if answered:
@@ -178,7 +148,7 @@ def table(title: str, groups: dict[str, list[Row]], ours: Predicted, peer: Predi
                 print()
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], str]) -> dict[str, list[Row]]:
+def grouped(rows: Iterable[Row], key: Grouping) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         found[key(row)].append(row)
@@ -189,41 +159,38 @@ def by_engine(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {**grouped(rows, lambda row: row.raw["backend"]), "all engines": list(rows)}
 
 
-def report(rows: Sequence[Row], named: Predicted, peer: Predicted) -> None:
-    """`named`: what we say of each row with the users it names."""
-    rows = [row for row in rows if row.raw["id"] in named]
-    against = contradicted(rows)
+def report(rows: Sequence[Row], tables: Tables, fits: Fits, peer: Predicted) -> Predicted:
+    """Print the verdict and what lies behind it; what is said of every row, with the users it names."""
+    by_family = fits.without(family)
+    named = held_out(rows, tables, by_family, family)
     plain = [row for row in rows if not row.loads]
-    table("All rows, with the users they name", by_engine(rows), named, peer)
-    print(f"\n{len(against)} rows contradict others:", grouped_count(rows, against) or "none")
-    kept = [row for row in rows if row.raw["id"] not in against]
-    table("Without those", by_engine(kept), named, peer)
-    print(f"\n{len(rows) - len(plain)} rows name a wrong number of users; measured and predicted ms with the")
-    print("load of the script, whose seats the other figure tells:")
-    ours = named | {row.raw["id"]: predict_lost(row) for row in rows if row.loads}
-    table("All rows, those with the load of the script", by_engine(rows), ours, peer)
-    table("Without those", by_engine(plain), ours, peer)
-    table("Of these the rows fitted to", by_engine([r for r in plain if r.fitted]), ours, peer)
-    table("And those held out", by_engine([r for r in plain if not r.fitted]), ours, peer)
-    everything = grouped(rows, lambda row: row.group)
-    table("All rows by engine, version and model, those with the load of the script", everything, ours, {})
-
-
-def grouped_count(rows: Sequence[Row], ids: set[str]) -> str:
-    counts = Counter(row.group for row in rows if row.raw["id"] in ids)
-    return ", ".join(f"{count} {group}" for group, count in counts.items())
+    print_table("Every row, fitted without its family (engine, model, tp)", by_engine(plain), named, peer)
+    print_table("The same by engine, version and model", grouped(plain, lambda row: row.group), named, {})
+    strict = held_out(plain, tables, fits.without(whole_model), whole_model)
+    several = [row for row in plain if row.raw["id"] in strict]
+    print_table("Fitted without its model, where the engine has others", by_engine(several), strict, {})
+    inside = fits.all()
+    said = held_out(plain, tables, dict.fromkeys(by_family, inside), family)
+    print_table("Fitted to all rows, as shipped", by_engine(plain), said, {})
+    print(f"\n{len(rows) - len(plain)} rows name a wrong number of users, which measurements contradict in")
+    print(f"{len(contradicted(rows))}; measured and predicted ms with the load of the script, whose seats")
+    print("the other figure tells:")
+    lost = {row.raw["id"]: predict_lost(row, by_family[family(row)]) for row in rows if row.loads}
+    print_table("First table with them, under the load of the script", by_engine(rows), named | lost, {})
+    print_table("First table with them, users as named", by_engine(rows), named, {})
+    return named
 
 
 def keep(path: Path, rows: Sequence[Row], ours: Predicted, peer: Predicted) -> None:
-    """Each row's figures in seconds, as CSV."""
+    """Each row's figures in seconds, as CSV; ours with times fitted without its family."""
     with path.open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(("id", "fitted", "figure", "measured_s", "tongyun_s", "aiconfigurator_s"))
+        out.writerow(("id", "family", "figure", "measured_s", "tongyun_s", "aiconfigurator_s"))
         for row in rows:
             id = row.raw["id"]
-            for what, value in measured(row).items():
+            for what, value in row.measured.items():
                 said = (ours.get(id, {}).get(what), peer.get(id, {}).get(what))
-                out.writerow((id, row.fitted, what, value, *said))
+                out.writerow((id, family(row), what, value, *said))
 
 
 def main() -> int:
@@ -239,19 +206,16 @@ def main() -> int:
         return 0
     left_out: Counter[str] = Counter()
     rows = list(read(given.rows, left_out))
+    tables = Tables()
+    rows = feasible(rows, tables, left_out)
+    fits = Fits([row for row in rows if not row.loads], tables)
     if given.fit:
-        fit(rows, price((row for row in rows if row.fitted), left_out))
+        show(fits)
         return 0
-    tables = price(rows, left_out)
-    ours = {
-        row.raw["id"]: predict(row, tables[row.raw["id"]], engine(row.engine))
-        for row in rows
-        if row.raw["id"] in tables
-    }
     if given.peer is None:
         print("aiconfigurator is not asked: --peer names its Python")
     peer = {} if given.peer is None else ask_peer(given.peer, rows[:: given.every])
-    report(rows, ours, peer)
+    ours = report(rows, tables, fits, peer)
     print("left out:", ", ".join(f"{count} {why}" for why, count in left_out.items()) or "nothing")
     if given.list:
         keep(given.list, rows, ours, peer)

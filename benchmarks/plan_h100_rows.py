@@ -13,6 +13,12 @@ of two public scripts made it:
                (full-sweep-tmpl.yml), 8192 tokens a step, steps planned ahead (ad4f6a4,
                benchmarks/*_h100_*.sh; from vLLM 0.14 on by default)
 
+What keys and values may take is a share of memory: vLLM's own default and InferenceX's script say 0.9 of
+all. TensorRT-LLM takes a share of what weights and a step leave, 0.7 in the script that ran the first
+harness (tools/automation/launch_eval.sh), 0.8 in its later files (generator/config/backend_templates). SGLang
+keeps so many MiB for steps and graphs, by version, where nothing is asked (srt/server_args.py of
+0.5.1.post1 and 0.5.8.post1), and no file asks.
+
 The second script had a slip: from d22bf9c (21 November 2025) to 4e135fd (8 December) its Docker form for
 gpt-oss-120b on H100 asked with `--max-concurrency 512`, while the engine had `--max-num-seqs=$CONC` and
 questions were 10 · CONC. A result is filed under the former (utils/process_result.py), so that
@@ -33,7 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tongyun.codesign.space import Question
-from tongyun.codesign.users import Users
+from tongyun.codesign.users import Room, Users
 from tongyun.errors import TongyunError
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision
@@ -46,8 +52,12 @@ TYPES = {"": "bf16", "fp8": "fp8", "fp8_block": "fp8_block", "nvfp4": "mxfp4"}
 SLIP = ("2025-11-21", "2025-12-08")
 """Days between which one of InferenceX's scripts asked with `SLIPPED` users."""
 SLIPPED = 512
-FITTED_TP = (2, 8)
-"""Of the first campaign; see `fitted`."""
+BOARD_MIB = 81559
+"""An H100's memory, as nvidia-smi reports it."""
+VISIBLE_BYTES = 79.1 * 2**30
+"""Of that, as CUDA reports it."""
+CONTEXT_BYTES = 0.5 * 2**30
+"""What CUDA itself takes of that for a process (assumed)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +71,11 @@ class Row:
     loads: tuple[Users, ...]
     """What it may have been measured with, one of them, where `users` is known to be wrong; else none."""
     step_tokens: int
+    room: Room
     engine: str
     """A name of `engines.toml`."""
-    fitted: bool
-    """Whether the times of `engines.toml` were fitted to it."""
-    ttft_s: float
-    tpot_s: float
+    measured: dict[str, float]
+    """Mean seconds, TTFT and TPOT."""
 
     @property
     def group(self) -> str:
@@ -129,11 +138,25 @@ def _row(raw: dict[str, str]) -> Row:
         ),
         loads=tuple(_loads(raw, source)),
         step_tokens=STEP_TOKENS if plain else users + question.isl + 1500,
+        room=_room(raw, source),
         engine="vllm-async" if inferencex and raw["backend"] == "vllm" else raw["backend"],
-        fitted=_first_campaign(source) and raw["tp_size"] in map(str, FITTED_TP) and not has_experts,
-        ttft_s=float(raw["silicon_ttft_ms"]) / 1e3,
-        tpot_s=float(raw["silicon_tpot_ms"]) / 1e3,
+        measured={what: float(raw[f"silicon_{what.lower()}_ms"]) / 1e3 for what in ("TTFT", "TPOT")},
     )
+
+
+def _room(raw: dict[str, str], source: str) -> Room:
+    """What is left for keys and values, as the engine reckons and the script asked."""
+    free = VISIBLE_BYTES - CONTEXT_BYTES
+    if raw["backend"] == "trtllm":
+        return Room(usable_bytes=free, kv=0.8 if "gtl_job_id" in source else 0.7)
+    if raw["backend"] == "vllm":
+        return Room(usable_bytes=0.9 * VISIBLE_BYTES - CONTEXT_BYTES)
+    ranks = int(raw["tp_size"]) * int(raw["pp_size"])
+    if raw["backend_version"].startswith("0.5.1."):
+        kept = (9.5 + ranks / 2) * 1024
+    else:
+        kept = 512 + 1.5 * STEP_TOKENS + 2 * (256 if ranks < 4 else 512) + ranks / 8 * 1024
+    return Room(usable_bytes=(1 - kept / BOARD_MIB) * free, holds_step=False)
 
 
 def _loads(raw: dict[str, str], source: str) -> Iterator[Users]:
@@ -147,10 +170,6 @@ def _loads(raw: dict[str, str], source: str) -> Iterator[Users]:
         if seats <= most:
             count = min(SLIPPED, 10 * seats)
             yield Users(count=count, rounds=10 * seats / count, shortest=0.8, seats=seats)
-
-
-def _first_campaign(source: str) -> bool:
-    return "auto-gap-analysis" in source and "gtl_job_id" not in source
 
 
 def _count(text: str) -> int:
@@ -169,7 +188,8 @@ def contradicted(rows: Sequence[Row]) -> set[str]:
     found = set()
     for row in rows:
         fewer = (other for other in by_load[row.load] if other.users.count < row.users.count)
-        if len({other.tpot_s for other in fewer if row.tpot_s < 0.75 * other.tpot_s}) > 1:
+        seen = {other.measured["TPOT"] for other in fewer}
+        if sum(row.measured["TPOT"] < 0.75 * other for other in seen) > 1:
             found.add(row.raw["id"])
     return found
 

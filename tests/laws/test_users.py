@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from tongyun.codesign.engines import Engine, Prompts, engine
 from tongyun.codesign.space import Question
-from tongyun.codesign.users import Felt, Table, Users, play_users
+from tongyun.codesign.users import Felt, Room, Table, Users, play_users
 from tongyun.cost import step_cost
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Precision, StepShape
-from tongyun.model.shard import Shard
+from tongyun.model.shard import Shard, slice_of
+from tongyun.model.steps import kv_bytes, weight_bytes
 from tongyun.specs import find_chip, find_model
 
 MODEL = ModelConfig.from_hf(find_model("Qwen/Qwen3-8B")[0], name="Qwen/Qwen3-8B")
@@ -174,3 +175,18 @@ def test_no_room_for_a_request_is_said() -> None:
     )
     with pytest.raises(Infeasible, match="no room for one request"):
         play(question, Engine(prompts=Prompts.MIXED, plans_ahead=False), 4, 1)
+
+
+def test_seats_come_out_of_the_room_an_engine_leaves() -> None:
+    """A share of what is left, or a step's tensors kept beside it: 10 GB over weights are so many seats."""
+    q = replace(ask("vllm", isl=1000, osl=24), precision=Precision.of("bf16"))
+    weights = weight_bytes(MODEL, Shard(), q.precision)
+    each = float(kv_bytes(MODEL, 1024, q.precision, slice_of(MODEL, Shard())))
+
+    def seats(**kw: Any) -> int:
+        room = Room(usable_bytes=weights + 10e9, **kw)
+        return Table(q, Shard(), Users(count=500, rounds=1), 2048, room).most
+
+    assert seats(holds_step=False) == int(10e9 / each)
+    assert seats(holds_step=False, kv=0.7) == int(7e9 / each)
+    assert int(7e9 / each) < seats() < int(10e9 / each)

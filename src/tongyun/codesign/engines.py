@@ -1,7 +1,7 @@
 """How a serving engine runs its steps: what its documentation says, and what it takes around the kernels.
 
 An engine here is two facts and five times. Facts are its defaults as documented; times
-were fitted once for an engine, on a part of the measured rows, and never for a model or a
+were fitted once for an engine, on measured rows, and never for a model or a
 row. Kernels are not here but in `chip/silicon.toml`.
 """
 

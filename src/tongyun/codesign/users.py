@@ -12,17 +12,16 @@ It plans nothing and knows no arrivals but the users' own.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import deque
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.codesign.closed_loop import play
 from tongyun.codesign.engines import Engine, Prompts
 from tongyun.codesign.space import Question
-from tongyun.codesign.steady import USABLE_MEMORY, distinct_stages
+from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes, distinct_stages
 from tongyun.cost import StepPrices
 from tongyun.errors import Infeasible
 from tongyun.model.graph import Sequences, StepShape
@@ -59,6 +58,17 @@ class Users:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Room:
+    """What an engine lets weights, a step, and keys and values take of a chip."""
+
+    usable_bytes: float
+    kv: float = 1.0
+    """Share, of what weights and a step leave of that, for keys and values."""
+    holds_step: bool = True
+    """Whether a step's tensors come out of it, or are kept beside it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Felt:
     """Latencies of every request as its user sees them: `ttft_s` in the order of first tokens,
     `tpot_s` in the order of last ones."""
@@ -73,32 +83,33 @@ class Table:
     A plan is priced once and can then be played under many engines' habits.
     """
 
-    def __init__(self, question: Question, shard: Shard, users: Users, step_tokens: int) -> None:
-        """Infeasible where the cache holds no request."""
+    def __init__(
+        self, question: Question, shard: Shard, users: Users, step_tokens: int, room: Room | None = None
+    ) -> None:
+        """Infeasible where the cache holds no request; without `room` an engine takes `USABLE_MEMORY`."""
+        room = room or Room(usable_bytes=USABLE_MEMORY * question.at().memory_bytes)
         self.question = replace(question, isl=users.mean(question.isl), osl=max(2, users.mean(question.osl)))
         self._shard = shard
         self.users = replace(users, count=math.ceil(users.count / (shard.dp * shard.pp)))
         seats = self.users.count if users.seats is None else min(users.seats, self.users.count)
-        self.most = min(seats, _capacity(self.question, shard, step_tokens))
+        self.most = min(seats, _capacity(self.question, shard, seats, step_tokens, room))
         if self.most < 1:
             raise Infeasible(f"{question.model.name} on {shard}: no room for one request")
         self.budget = max(step_tokens, self.most)
-        self.isl, self.osl = self.users.lengths(question.isl, 0), self.users.lengths(question.osl, 1)
+        self.lengths = tuple(
+            np.array(self.users.lengths(longest, at))
+            for at, longest in enumerate((question.isl, question.osl))
+        )
         counts = np.unique(np.round(np.geomspace(1, max(self.most, 2), POINTS)))
         self._tokens = np.unique(np.round(np.geomspace(min(16, self.budget), self.budget, POINTS)))
         every = np.arange(max(self.most, 2) + 1)
-        self._plain = np.interp(every, counts, self._priced(counts, None)).tolist()
+        decode = np.interp(every, counts, self._priced(counts, None))
         alone = self._priced(None, self._tokens)
         beside = self._priced(counts[:, None], self._tokens[None, :])
         rows = np.vstack([alone[None, :], beside])
         at = np.concatenate([[0.0], counts])
-        self._mixed = np.stack([np.interp(every, at, column) for column in rows.T], axis=1)
-
-    def decode_s(self, sequences: int) -> float:
-        return float(self._plain[sequences])
-
-    def mixed_s(self, sequences: int, tokens: float) -> float:
-        return float(np.interp(tokens, self._tokens, self._mixed[sequences]))
+        mixed = np.stack([np.interp(every, at, column) for column in rows.T], axis=1)
+        self.prices = decode, self._tokens, np.ascontiguousarray(mixed)
 
     def _priced(self, count: Array | None, tokens: Array | None) -> Array:
         """Sequences decode half-way through their output; a cut prompt has its mean chunk behind it."""
@@ -123,129 +134,25 @@ class Table:
 
 def play_users(table: Table, engine: Engine) -> Felt:
     """Every request of the table's users, answered once."""
-    return _Play(table, engine).felt()
+    prompt_s = engine.prompt_layer_s * table.question.model.layers
+    ttft_s, tpot_s = play(
+        table.prices,
+        table.lengths,
+        (table.users.count, table.most, table.budget),
+        (list(Prompts).index(engine.prompts), engine.plans_ahead),
+        (engine.step_s, engine.sequence_s, prompt_s, engine.request_s, engine.token_s),
+    )
+    return Felt(ttft_s=ttft_s, tpot_s=tpot_s)
 
 
-def _capacity(question: Question, shard: Shard, step_tokens: int) -> int:
-    """Sequences at full length that an attention group keeps, beside weights and a step's residuals."""
-    room = USABLE_MEMORY * question.at().memory_bytes
+def _capacity(question: Question, shard: Shard, seats: int, step_tokens: int, room: Room) -> int:
+    """Sequences at full length that an attention group keeps, beside weights and a step's tensors."""
     length = question.isl + question.osl
-    act = question.precision.activations.bytes
     left = []
     for part, (stage, _) in distinct_stages(question.model, shard).items():
-        weights = weight_bytes(question.model, shard, question.precision, stage=stage)
-        residuals = 3 * step_tokens * question.model.hidden * act
+        taken = weight_bytes(question.model, shard, question.precision, stage=stage)
+        if room.holds_step:
+            taken += float(activation_bytes(question, part, np.array(step_tokens), np.array(seats)))
         kv = shard.pp * float(kv_bytes(question.model, length, question.precision, part))
-        left.append((room - weights - residuals) / kv)
+        left.append(room.kv * (room.usable_bytes - taken) / kv)
     return math.floor(min(left))
-
-
-@dataclass(slots=True)
-class _Prompt:
-    """A question that waits, or is being prefilled."""
-
-    request: int
-    sent_s: float
-    left: int
-    """Tokens still to come."""
-
-
-class _Play:
-    """One group of users, played once."""
-
-    def __init__(self, table: Table, engine: Engine) -> None:
-        self.table, self.engine = table, engine
-        self.prompt_s = engine.prompt_layer_s * table.question.model.layers
-        self.now = self.front = self.planned = 0.0
-        """The engine's clock, until when the front end is busy, and when the step to come was made up."""
-        self.decoded = self.asked = 0
-        self.coming: deque[tuple[float, _Prompt]] = deque()
-        """When each question gets to the engine."""
-        self.waiting: deque[_Prompt] = deque()
-        self.running: list[tuple[int, float, int]] = []
-        """Decode step at which each ends, when its first token was seen, and which it is."""
-        self.ttft_s: list[float] = []
-        self.tpot_s: list[float] = []
-        for _ in range(table.users.count):
-            self._ask(0.0)
-
-    def felt(self) -> Felt:
-        while self.coming or self.waiting or self.running:
-            self._receive()
-            if self.waiting and len(self.running) < self.table.most:
-                self._prefill()
-            elif self.running:
-                self._coast()
-            else:
-                self.now = self.planned = max(self.now, self.coming[0][0])
-            self._end()
-        return Felt(ttft_s=np.asarray(self.ttft_s), tpot_s=np.asarray(self.tpot_s))
-
-    def _ask(self, sent_s: float) -> None:
-        if self.asked < len(self.table.isl):
-            prompt = _Prompt(self.asked, sent_s, self.table.isl[self.asked])
-            self.front = max(self.front, sent_s) + self.engine.request_s
-            self.coming.append((self.front, prompt))
-            self.asked += 1
-
-    def _receive(self) -> None:
-        """Questions that had come when the step was made up."""
-        seen_s = self.planned if self.engine.plans_ahead else self.now
-        while self.coming and self.coming[0][0] <= seen_s:
-            self.waiting.append(self.coming.popleft()[1])
-
-    def _coast(self) -> None:
-        """Decode until the next sequence ends, or a question can be taken up."""
-        count = len(self.running)
-        steps = max(self.running[0][0] - self.decoded, 1)
-        step_s = self.table.decode_s(count) + self._host_s(count)
-        if self.coming and count < self.table.most:
-            until = math.ceil((self.coming[0][0] - self.now) / step_s) + self.engine.plans_ahead
-            steps = min(steps, max(until, 1))
-        sent_s = count * self.engine.token_s
-        # The front end may lag behind before these steps, from the first of them on, or not at all.
-        waits = (self.front + steps * sent_s, self.now + step_s + steps * sent_s)
-        self.now += steps * step_s
-        self.front = max(*waits, self.now + sent_s)
-        self.planned = self.now - step_s
-        self.decoded += steps
-
-    def _prefill(self) -> None:
-        """One step with prompts, first come first served."""
-        decoding = 0 if self.engine.prompts is Prompts.FIRST else len(self.running)
-        begun, tokens = self._taken(max(self.table.budget - decoding, 1))
-        count = decoding + len(begun)
-        self.planned = self.now
-        self.now += max(self.table.mixed_s(decoding, tokens), self.prompt_s) + self._host_s(count)
-        self.decoded += self.engine.prompts is not Prompts.FIRST
-        self.front = max(self.front, self.now) + count * self.engine.token_s
-        for prompt in begun:
-            self.ttft_s.append(self.front - prompt.sent_s)
-            last = self.decoded + self.table.osl[prompt.request] - 1
-            heapq.heappush(self.running, (last, self.front, prompt.request))
-
-    def _taken(self, room: int) -> tuple[list[_Prompt], int]:
-        """Prompts that a step completes, and the tokens it prefills."""
-        begun: list[_Prompt] = []
-        tokens = 0
-        while self.waiting and tokens < room and len(self.running) + len(begun) < self.table.most:
-            prompt = self.waiting[0]
-            if prompt.left > room - tokens and tokens and self.engine.prompts is Prompts.WHOLE:
-                break
-            taken = min(prompt.left, room - tokens)
-            tokens += taken
-            prompt.left -= taken
-            if prompt.left:
-                break
-            begun.append(self.waiting.popleft())
-        return begun, tokens
-
-    def _end(self) -> None:
-        """Sequences that have their last token leave; their users ask again."""
-        while self.running and self.running[0][0] <= self.decoded:
-            _, first_s, request = heapq.heappop(self.running)
-            self.tpot_s.append((self.front - first_s) / max(self.table.osl[request] - 1, 1))
-            self._ask(self.front)
-
-    def _host_s(self, sequences: int) -> float:
-        return self.engine.step_s + self.engine.sequence_s * sequences
