@@ -293,7 +293,15 @@ def _load_columns(
 
 
 def _tile(
-    b: Builder, rows: int, n: int, k: int, experts: int, products: int, left: int, right: int, blocks: bool
+    b: Builder,
+    rows: int,
+    n: int,
+    k: int,
+    experts: int,
+    products: int,
+    left: int = 2,
+    right: int = 2,
+    blocks: bool = False,
 ) -> tuple[int, int, int]:
     """Rows like an expert's share, columns that keep the cores busy, k what SRAM leaves or a block is."""
     t_m = 16
