@@ -6,13 +6,16 @@ Without `--model`: the model that comes with Tongyun, and random weights in the 
 Qwen3-0.6B. The machine is calibrated first unless it is already; the prediction of a level
 is made before its first request leaves. Levels are shares of the predicted capacity, which
 is itself held against a measurement: what the server ends per second under more than it
-can do.
+can do. Before and after each level some of the calibration's own samples are taken again; a
+level during which the machine was not as fast as when it was calibrated is measured again,
+at most `--tries` times, and says so if it never was.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -20,16 +23,16 @@ from rich.console import Console
 from tongyun.cli.calibrate import calibrated
 from tongyun.cli.up import Load, deploy, find, put, served
 from tongyun.cloud.engine.calibrate.measure import setting
+from tongyun.cloud.engine.calibrate.pace import pace
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.fidelity import Compared, compare, keep
-from tongyun.codesign.predict import Deployment
 from tongyun.report import column, quantity, table, to_json
 from tongyun.specs import names
 
 LEVELS = (0.3, 0.6, 0.85)
-OVERLOAD = 2.0
 SHOWN = ("TTFT p50", "TTFT p99", "TPOT p50", "throughput")
 RANDOM = "Qwen/Qwen3-0.6B"
+STEADY = 0.06
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,57 +44,70 @@ class Row:
     rate_per_s: float
     requests: int
     figures: tuple[Compared, ...]
+    pace: tuple[float, float]
+    """What the calibration's samples took just before and just after, over what they took then."""
+    attempt: int
+
+    @property
+    def steady(self) -> bool:
+        return all(abs(pace - 1) <= STEADY for pace in self.pace)
 
 
 def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
     """Capacity first, then each level, against one server."""
-    spec, _ = calibrated(setting(device=None, threads=args.threads, kernels=None, quick=False))
+    here = setting(device=None, threads=args.threads, kernels=None, quick=False)
+    spec, _ = calibrated(here)
+    bench = here.bench()
     directory, config = find(model, random=model in names("models"))
     deployment = deploy(config, spec, args.isl + args.osl)
     capacity = deployment.capacity_per_s(args.isl, args.osl)
     with served(directory, deployment, spec, port=0) as (url, _):
-        for number, level in enumerate(LEVELS):
-            # Other prompts at each level: the server remembers the prefixes of those before.
-            seed = args.seed + number
-            load = Load(
-                isl=args.isl,
-                osl=args.osl,
-                rate_per_s=level * capacity,
-                requests=max(args.least, round(args.seconds * level * capacity)),
-                seed=seed,
-            )
-            arrivals = load.arrivals(capacity)
-            predicted = deployment.predict(arrivals, seed=seed).report
-            measured = put(url, arrivals, seed=seed, quiet=args.json).report
-            yield Row(
-                model=config.name,
-                level=f"{level:.0%} of capacity",
-                rate_per_s=level * capacity,
-                requests=len(arrivals),
-                figures=compare(predicted, measured),
-            )
-        yield _saturated(deployment, url, capacity, args)
+
+        def level(name: str, rate_per_s: float, load: Callable[[int], list[Arrival]], first: int) -> Row:
+            for attempt in range(1, args.tries + 1):
+                # Other prompts each time: the server remembers the prefixes of those before.
+                seed = args.seed + first + 100 * attempt
+                arrivals = load(seed)
+                predicted = deployment.predict(arrivals, seed=seed).report
+                before = pace(bench, deployment.chip.calibration)
+                measured = put(url, arrivals, seed=seed, quiet=args.json).report
+                row = Row(
+                    model=config.name,
+                    level=name,
+                    rate_per_s=rate_per_s,
+                    requests=len(arrivals),
+                    figures=compare(predicted, measured),
+                    pace=(before, pace(bench, deployment.chip.calibration)),
+                    attempt=attempt,
+                )
+                print(f"{name}, try {attempt}: {_errors(row)}", file=sys.stderr)
+                if row.steady:
+                    break
+            return row
+
+        for number, share in enumerate(LEVELS):
+            rate = share * capacity
+            count = max(args.least, round(args.seconds * rate))
+
+            def open_loop(seed: int, rate: float = rate, count: int = count) -> list[Arrival]:
+                load = Load(isl=args.isl, osl=args.osl, rate_per_s=rate, requests=count, seed=seed)
+                return load.arrivals(capacity)
+
+            yield level(f"{share:.0%} of capacity", rate, open_loop, number)
+        # Everything at once: what the server can do at most.
+        count = min(args.most, max(args.least, round(args.seconds * capacity)))
+        yield level("at once", capacity, lambda _: [Arrival(0.0, args.isl, args.osl)] * count, len(LEVELS))
 
 
-def _saturated(deployment: Deployment, url: str, capacity: float, args: argparse.Namespace) -> Row:
-    """Everything at once: what the server can do at most."""
-    seed = args.seed + len(LEVELS)
-    count = min(args.most, max(args.least, round(args.seconds * capacity)))
-    arrivals = [Arrival(0.0, args.isl, args.osl)] * count
-    predicted = deployment.predict(arrivals, seed=seed).report
-    measured = put(url, arrivals, seed=seed, quiet=args.json).report
-    return Row(
-        model=deployment.config.name,
-        level="at once",
-        rate_per_s=capacity,
-        requests=count,
-        figures=compare(predicted, measured),
-    )
+def _errors(row: Row) -> str:
+    """The errors of a row and the machine's pace, in a line."""
+    errors = (f"{c.name} {c.error:+.1%}" for c in row.figures if c.name in SHOWN)
+    return f"{', '.join(errors)}; machine {row.pace[0]:.2f}, {row.pace[1]:.2f}"
 
 
 def show(rows: list[Row]) -> None:
-    columns = [column("model", left=True), column("load", left=True), column("requests")]
-    columns += [column(f"{name}, predicted | measured | error") for name in SHOWN]
+    columns = [column("model", left=True), column("load", left=True), column("requests"), column("machine")]
+    columns += [column(name) for name in SHOWN]
     lines = []
     for row in rows:
         by_name = {figure.name: figure for figure in row.figures}
@@ -101,13 +117,17 @@ def show(rows: list[Row]) -> None:
                 row.model,
                 row.level,
                 f"{row.requests} at {row.rate_per_s:.3g}/s",
+                f"{row.pace[0]:.2f}, {row.pace[1]:.2f}" + ("" if row.steady else " not steady"),
                 *(
                     f"{quantity(c.predicted, c.unit)} | {quantity(c.measured, c.unit)} | {c.error:+.1%}"
                     for c in cells
                 ),
             ]
         )
-    caption = "predicted: simulated on the calibrated machine; measured: `tongyun serve` under the same load"
+    caption = (
+        "predicted (simulated on the calibrated machine) | measured (`tongyun serve`, same load) | error\n"
+        "machine: what samples of the calibration took before and after, over what they took in it"
+    )
     Console(width=170).print(table("Predicted and measured", columns, lines, caption=caption))
 
 
@@ -121,6 +141,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long each level lasts")
     parser.add_argument("--least", type=int, default=20, help="requests of a level, at least")
     parser.add_argument("--most", type=int, default=192, help="requests of the last row, at most")
+    parser.add_argument("--tries", type=int, default=3, help="of a level while the machine is not steady")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")

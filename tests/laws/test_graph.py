@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from tongyun.errors import Infeasible
 from tongyun.model.config import ModelConfig
 from tongyun.model.graph import COLLECTIVES, Kind, Operator, Precision, Sequences, StepShape
-from tongyun.model.layers import reached_ranks
 from tongyun.model.shard import Shard, broken_rule, slice_of, stage_layers
 from tongyun.model.steps import kv_bytes, step, step_flops, weight_bytes
 from tongyun.specs import find_model
@@ -220,7 +219,7 @@ def test_collectives_of_a_cut_name_their_axis() -> None:
 def test_a_token_reaches_at_most_its_experts_ranks(ranks: int) -> None:
     experts = CONFIGS["Qwen/Qwen3-30B-A3B"].experts
     assert experts is not None
-    reached = reached_ranks(experts, ranks)
+    reached = experts.reached(ranks)
     assert 1 <= reached <= min(ranks, experts.per_token) + 1e-9
     if ranks == experts.count:
         assert reached == pytest.approx(experts.per_token)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.mapper import Tiling
 from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.functional import _alu
-from tongyun.chip.ppu.isa import TICKS, At, Engine, Form, Instruction, Type
+from tongyun.chip.ppu.isa import At, Engine, Form, Instruction, Type
 from tongyun.chip.ppu.program import Program
+from tongyun.chip.ppu.rates import TICKS, cycle_ticks
 from tongyun.chip.ppu.timing import simulate
 from tongyun.specs import Ppu, find_model, find_ppu
 
@@ -34,7 +36,7 @@ class Core:
     """One core's control, queues, tokens and registers."""
 
     def __init__(self, number: int, cores: int) -> None:
-        self.at, self.now = 0, 0
+        self.number, self.at, self.now = number, 0, 0
         self.registers = [0, number, cores] + [0] * 61
         self.free: dict[Engine, int] = defaultdict(int)
         self.done: dict[Engine, int] = defaultdict(int)
@@ -52,12 +54,15 @@ class Core:
 
 
 class Plain:
-    """Times of one program, as the documentation says them."""
+    """Times of one program, as the documentation says them; `order` are the cores in the order of service."""
 
-    def __init__(self, program: Program, ppu: Ppu, symbols: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, program: Program, ppu: Ppu, symbols: Mapping[str, Sequence[int]], order: Sequence[int] = ()
+    ) -> None:
+        self.order, self.served = list(order), list[int]()
         self.code, self.ppu = asm.disassemble(program.words), ppu
         self.names, self.symbols = program.symbols, symbols
-        self.cycle = ppu.clock_hz * TICKS
+        self.cycle = cycle_ticks(ppu)
         self.l2_free = self.hbm_free = self.filled = 0
         self.held: dict[int, tuple[int, int, int]] = {}
         self.first: dict[str, int] = {}
@@ -71,13 +76,16 @@ class Plain:
                 self.go(core)
             while waiting := [core for core in self.cores if core.ask is not None]:
                 core = min(waiting, key=lambda core: core.ask)  # type: ignore[arg-type, return-value]
+                if self.order:
+                    core = self.cores[self.order[len(self.served)]]
+                self.served.append(core.number)
                 self.serve(core)
                 self.go(core)
             latest = max(core.latest for core in self.cores)
             self.ticks.append(latest - begun)
             if self.code[self.cores[0].at].op == "HALT":
                 return self.ticks[1:]
-            begun, when = latest, latest + int(self.ppu.barrier_s * self.cycle)
+            begun, when = latest, latest + int(self.ppu.barrier_s * TICKS)
             self.first = {}
             self.l2_free, self.hbm_free = max(self.l2_free, when), max(self.hbm_free, when)
             for core in self.cores:
@@ -87,7 +95,7 @@ class Plain:
         core.ask = None
         while True:
             here = self.code[core.at]
-            core.now += TICKS
+            core.now += self.cycle
             ready = max([core.now, *(core.tokens[bit].popleft() for bit in bits(here.wait))])
             engine = here.opcode.engine
             if here.op in {"BARRIER", "HALT"}:
@@ -116,7 +124,7 @@ class Plain:
             a, b = r[here.plain("ra")], r[here.plain("rb")] + here.plain("imm")
             r[here.plain("rd")] = _alu(here.fn, a, b)
         elif here.op == "LDS":
-            core.now = ready + 24 * TICKS
+            core.now = ready + 24 * self.cycle
             name, at = self.names[here.plain("symbol") - 1], here.operands.get("sram", At())
             assert isinstance(at, At)
             table = self.symbols[name]
@@ -147,21 +155,23 @@ class Plain:
                 return 0, 0
             if here.op == "ATTN" and p.attention_rows:
                 m, n = -(-m // p.attention_rows) * p.attention_rows, here.plain("n")
-            flops = 2 * p.tile_m * p.tile_n * p.tile_k * TICKS
-            each = -(-flops // int(p.tensor_flops["bf16"]))  # type: ignore[index]
+            flops = 2 * p.tile_m * p.tile_n * p.tile_k
+            each = ceil(flops / p.tensor_flops["bf16"] * self.cycle)  # type: ignore[index]
             tiles = -(-m // p.tile_m) * -(-n // p.tile_n) * -(-k // p.tile_k)
             if here.op == "MMA":
-                return tiles * each, int(tensor * self.cycle)
+                return tiles * each, int(tensor * TICKS)
             tiles += -(-m // p.tile_m) * -(-k // p.tile_n) * -(-n // p.tile_k)
-            softmax = int(m * n * (TICKS / p.softmax_lanes))
+            softmax = int(m * n * (self.cycle / p.softmax_lanes))
             less, more = sorted([tiles * each, softmax])
             shown = int(less * (1 - p.softmax_hidden))
-            return more + shown, int(tensor * self.cycle + vector * self.cycle)
+            return more + shown, int(tensor * TICKS + vector * TICKS)
         if here.opcode.engine is not Engine.VECTOR or here.op.startswith("SYNC"):
             return 0, 0
         rows, cols, plain, special = passes(core, here)
-        ticks = int(rows * cols * (plain * (TICKS / p.vector_lanes) + special * (TICKS / p.special_lanes)))
-        return ticks, int(vector * self.cycle) if ticks else 0
+        ticks = int(
+            rows * cols * (plain * (self.cycle / p.vector_lanes) + special * (self.cycle / p.special_lanes))
+        )
+        return ticks, int(vector * TICKS) if ticks else 0
 
     def serve(self, core: Core) -> None:
         here, p, start = self.code[core.at], self.ppu, core.ask
@@ -177,15 +187,15 @@ class Plain:
             lines = -(-rows * width // LINE)
         fetched, address = lines * LINE, number(core, here, "hbm")
         at, size, arrives = self.held.get(address, (0, 0, 0))
-        port = start + int(rows * width * (TICKS / p.port_bytes))
-        self.l2_free = max(self.l2_free, start) + int(fetched * (TICKS / p.l2_rate))
-        end = max(port, self.l2_free) + int(p.l2_latency_s * self.cycle)
+        port = start + int(rows * width * (self.cycle / p.port_bytes))
+        self.l2_free = max(self.l2_free, start) + int(fetched * (self.cycle / p.l2_rate))
+        end = max(port, self.l2_free) + int(p.l2_latency_s * TICKS)
         if here.opcode.engine is Engine.LOAD and size >= fetched and self.filled - at <= p.l2_bytes:
             end = max(end, arrives)
         else:
             self.filled += fetched
-            self.hbm_free = max(self.hbm_free, start) + int(fetched * (self.cycle / p.hbm_bytes_per_s))
-            arrives = self.hbm_free + int(p.hbm_latency_s * self.cycle)
+            self.hbm_free = max(self.hbm_free, start) + int(fetched * (TICKS / p.hbm_bytes_per_s))
+            arrives = self.hbm_free + int(p.hbm_latency_s * TICKS)
             end = max(end, arrives)
         self.held[address] = self.filled, fetched, arrives
         return self.end(core, here, port, end)
@@ -229,7 +239,7 @@ def passes(core: Core, here: Instruction) -> tuple[int, int, int, int]:  # noqa:
 
 def check(program: Program, ppu: Ppu, symbols: Mapping[str, Any] | None = None) -> None:
     want = Plain(program, ppu, symbols or {}).run()
-    assert (simulate(program, ppu, symbols).cycles * TICKS).tolist() == want
+    assert simulate(program, ppu, symbols).ticks.tolist() == want
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(64, 128, 256), (200, 100, 60), (33, 77, 130)])
@@ -259,6 +269,25 @@ def test_a_step_takes_the_ticks_of_the_plain_simulator(model: str, tokens: int, 
     pairs = 2 * tokens
     offsets = np.sort(np.random.default_rng(tokens).integers(0, pairs + 1, 7))
     check(lowered.program, PPU, {"position": [context], "expert_offset": [0, *offsets.tolist(), pairs]})
+
+
+@pytest.mark.parametrize("field", ["hbm_bytes_per_s", "l2_rate", "clock_hz", "vector_lanes"])
+def test_another_chip_serves_in_the_order_of_the_one_compiled_for(field: str) -> None:
+    b = Builder(PPU)
+    shapes = {"a": (200, 100), "w": (60, 100), "out": (200, 60)}
+    a, w, out = (b.layout.place(name, shape, Type.BF16, "input") for name, shape in shapes.items())
+    with b.kernel("matmul", "one"):
+        matmul(b, a, w, out, tiling=Tiling(m=16, n=32, k=64))
+    with b.kernel("matmul", "two"):
+        matmul(b, a, w, out, tiling=Tiling(m=32, n=16, k=32))
+    program, other = b.program(), dataclasses.replace(PPU, **{field: getattr(PPU, field) * 3})
+    first = Plain(program, PPU, {})
+    first.run()
+    follow = Plain(program, other, {}, first.served)
+    assert simulate(program, other).ticks.tolist() == follow.run()
+    assert first.served == follow.served
+    as_they_come = dataclasses.replace(program, order=())
+    assert simulate(as_they_come, other).ticks.tolist() == Plain(program, other, {}).run()
 
 
 def test_a_tile_on_its_way_is_no_earlier_for_a_second_core() -> None:

@@ -63,29 +63,6 @@ def test_nothing_is_faster_than_its_roofline(chip: str, shape: tuple[int, int, i
     assert result.total("hbm_bytes") >= 2 * (m * k + n * k)
 
 
-# Requests that change places at a shared server, which serves them as they come, may cost a later one some
-# cycles; a faster clock by 0.003 %. `docs/chip.md` says what a fixed order would cost.
-MORE = {
-    "clock_hz": 1e-4,
-    "hbm_bytes_per_s": 0.005,
-    "l2_rate": 0.005,
-    "port_bytes": 0.01,
-    "vector_lanes": 0.01,
-}
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("field", MORE)
-@pytest.mark.parametrize("chip", ["zhenwu-810e", "a100", "h100"])
-def test_more_is_never_slower(shape: tuple[int, int, int], field: str, chip: str) -> None:
-    ppu = find_ppu(chip).at()
-    program = product(*shape, ppu)
-    before = simulate(program, ppu).seconds
-    for factor in (1.02, 1.1, 1.5, 2.0, 3.0):
-        more = dataclasses.replace(ppu, **{field: getattr(ppu, field) * factor})
-        assert simulate(program, more).seconds <= before * (1 + MORE[field])
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_more_cores_are_not_slower(shape: tuple[int, int, int]) -> None:
     times = []
@@ -150,10 +127,12 @@ def test_flops_and_parameters_are_the_closed_form(model: str, layers: int, token
 def test_repeated_layers_cost_what_each_would() -> None:
     for model, tokens, layers in (("Qwen/Qwen3-0.6B", 256, 12), ("Qwen/Qwen3-30B-A3B", 64, 8)):
         lowered = step(model, tokens, layers)
-        whole, once = timed(lowered, tokens), timed(lowered, tokens, repeat=True)
-        assert once.total_cycles == pytest.approx(whole.total_cycles, rel=1e-3)
-        assert once.total("flops") == whole.total("flops")
-        assert once.instructions < 0.75 * whole.instructions
+        for ppu in (PPU, dataclasses.replace(PPU, hbm_bytes_per_s=1.3 * PPU.hbm_bytes_per_s)):
+            whole = timed(lowered, tokens, ppu=ppu)
+            once = timed(lowered, tokens, ppu=ppu, repeat=True)
+            assert once.total_cycles == pytest.approx(whole.total_cycles, rel=1e-3)
+            assert once.total("flops") == whole.total("flops")
+            assert once.instructions < 0.75 * whole.instructions
 
 
 def test_each_fusion_saves_bytes_of_the_l2_and_no_work() -> None:

@@ -193,7 +193,7 @@ def test_no_part_of_a_fit_is_negative(rows: list[list[float]]) -> None:
 
 
 def calibrated() -> Chip:
-    """A machine of exactly 1 TFLOPS, 10 GB/s beyond 1 MB and 100 GB/s within."""
+    """A machine of exactly 1 TFLOPS, 10 GB/s beyond 1 MB and 100 GB/s within; 16 rows hide most of that."""
     products = tuple(
         MatmulSample(dtype=DType.F32, m=m, n=n, k=n, seconds=2 * m * n * n / 1e12)
         for m in (1, 16, 256)
@@ -219,6 +219,8 @@ def calibrated() -> Chip:
             memory=(
                 MemorySample(footprint_bytes=1_000_000, bytes_per_s=1e11),
                 MemorySample(footprint_bytes=1_000_001, bytes_per_s=1e10),
+                MemorySample(footprint_bytes=1_000_000, rows=16, bytes_per_s=2e10),
+                MemorySample(footprint_bytes=1_000_001, rows=16, bytes_per_s=1.25e10),
             ),
             attention=tuple(
                 AttentionSample(
@@ -250,16 +252,16 @@ def test_a_calibrated_chip_gives_back_what_was_measured() -> None:
     assert work_s(attend, chip, 1e5) == pytest.approx(float(attend.flops) / 5e10, rel=1e-6)
 
 
-def test_weights_beyond_the_caches_come_at_the_bandwidth_of_the_whole_step() -> None:
+@pytest.mark.parametrize(("rows", "waits"), [(1, 9e-11), (4, 6e-11), (16, 3e-11), (64, 3e-11)])
+def test_weights_beyond_the_caches_are_waited_for_as_long_as_products_of_so_many_rows_were(
+    rows: int, waits: float
+) -> None:
     chip, f32 = calibrated(), Precision.of("f32")
-    qkv = next(
-        op
-        for op in step(CONFIGS["Qwen/Qwen3-8B"], StepShape.decoding(1, 1), Shard(), f32)
-        if op.name == "qkv"
-    )
+    operators = step(CONFIGS["Qwen/Qwen3-8B"], StepShape.decoding(rows, 1), Shard(), f32)
+    qkv = next(op for op in operators if op.name == "qkv")
     near, far = work_s(qkv, chip, 1e5), work_s(qkv, chip, 1e9)
-    assert far == pytest.approx(qkv.weight_bytes / 1e10, rel=0.01)
-    assert near == pytest.approx(qkv.weight_bytes / 1e11, rel=0.01)
+    assert near == pytest.approx(float(qkv.flops) / 1e12, rel=1e-6)
+    assert far - near == pytest.approx(waits * float(qkv.weight_bytes), rel=1e-6)
 
 
 def test_each_sequence_adds_its_overhead() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tongyun.cli.explained import tables
 from tongyun.codesign.explain import BOUNDS, Explanation, explain
 from tongyun.codesign.plan import Plan, plan
 from tongyun.codesign.space import Question
@@ -136,3 +139,26 @@ def test_the_best_plan_can_be_explained() -> None:
     best = plan(question).best
     assert best is not None
     assert sum(explain(question, best.plan).tpot_s.values()) == pytest.approx(best.figures.tpot_s, rel=1e-9)
+
+
+def test_exchanges_beyond_a_domain_say_which_way_they_go() -> None:
+    wide = laid_out("deepseek-ai/DeepSeek-V3", "h100", "fp8", Shard(tp=2, ep=32, dp=16), 16)[2]
+    for laid in (wide.decode, wide.prefill):
+        crossings = {line.name: line for line in laid.lines if line.crossing is not None}
+        assert set(crossings) == {"dispatch", "combine"}
+        for line in crossings.values():
+            way = line.crossing
+            assert way is not None
+            quicker = min(way.forwarded_s, way.direct_s)
+            assert quicker <= line.seconds < 1.1 * quicker + 58 * 30e-6
+            # Groups 4 of 8, two to a node of four: 22/7 nodes are picked, few of them without an expert.
+            assert 2.8 < way.domains < 22 / 7
+            assert way.network_bytes < line.link_bytes and way.domain_bytes < line.link_bytes
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in tables(wide):
+        console.print(part)
+    assert "once to each of 2.93 domains" in re.sub(r"\s+", " ", console.export_text())
+    near = laid_out("deepseek-ai/DeepSeek-V3", "h200", "fp8", Shard(ep=8, dp=8), 16)[2]
+    assert all(line.crossing is None for line in (*near.decode.lines, *near.prefill.lines))

@@ -170,7 +170,8 @@ def test_pools_are_searched_unless_told_otherwise() -> None:
     rates = [found["best"]["tok_s_per_chip"] for found in (both, alone, apart)]
     assert rates[0] == max(rates)
     assert "unknown pools 'splt'" in refused(InputError, pools="splt")
-    assert "--launch writes replicas that do both" in refused(InputError, pools="split", launch="x")
+    assert "--draft-tokens" in refused(InputError, launch="x", draft_weights="me/eagle3")
+    assert "--draft-weights says what --launch writes" in refused(InputError, draft_weights="me/eagle3")
 
 
 def test_drafts_and_hits_are_asked_for_in_full() -> None:

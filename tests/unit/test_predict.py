@@ -18,6 +18,7 @@ from tongyun.specs.samples import (
     MatmulSample,
     MemorySample,
     OverheadSample,
+    ServedSample,
 )
 from tongyun.units import DType
 
@@ -28,9 +29,11 @@ CONFIG = ModelConfig(
 LIMITS = SchedulerConfig(blocks=400, max_context_tokens=512, max_sequences=16, max_step_tokens=128)
 
 
-def deployment(slowness: float = 1.0, **overheads: float) -> Deployment:
-    """A machine of 100 GFLOPS and 10 GB/s, everything `slowness` times slower."""
-    extra = {"sequence": 1e-5, "request": 2e-3, "prompt_token": 1e-6, "streamed_token": 5e-5} | overheads
+def deployment(
+    slowness: float = 1.0, *, token_s: float = 5e-5, way_s: float = 2e-3, **overheads: float
+) -> Deployment:
+    """A machine of 100 GFLOPS, all `slowness` times slower; a way is half as long again with 16 streams."""
+    extra = {"sequence": 1e-5, "prompt_token": 1e-6} | overheads
     attention = [(1, 1, 63), (8, 1, 255), (1, 64, 0), (1, 128, 128)]
     calibration = Calibration(
         when="now",
@@ -50,6 +53,10 @@ def deployment(slowness: float = 1.0, **overheads: float) -> Deployment:
             for b, q, c in attention
         ),
         overhead=tuple(OverheadSample(what=k, count=1, seconds=slowness * v) for k, v in extra.items()),
+        served=tuple(
+            ServedSample(streams=n, step_s=slowness * n * token_s, way_s=slowness * longer * way_s)
+            for n, longer in ((1, 1.0), (16, 1.5))
+        ),
     )  # fmt: skip
     chip = replace(
         find_chip("h200").at(),
@@ -77,16 +84,25 @@ def test_the_same_load_is_predicted_the_same() -> None:
 
 def test_what_surrounds_the_engine_is_in_the_time_to_the_first_token() -> None:
     with_it = deployment().predict([Arrival(0.0, 64, 2)]).report.ttft_s
-    without = deployment(request=0.0, prompt_token=0.0).predict([Arrival(0.0, 64, 2)]).report.ttft_s
+    without = deployment(way_s=0.0, prompt_token=0.0).predict([Arrival(0.0, 64, 2)]).report.ttft_s
     assert with_it is not None and without is not None
     way = Serving.of(deployment().chip).way_s(64)
     assert way == pytest.approx(2e-3 + 64e-6)
     assert with_it.p50 - without.p50 == pytest.approx(way)
 
 
+def test_a_first_token_that_leaves_with_many_others_comes_later() -> None:
+    burst = [Arrival(0.0, 8, 2)] * 16
+    made = deployment(prompt_token=0.0)
+    with_it, without = made.predict(burst).report.ttft_s, deployment(way_s=0.0).predict(burst).report.ttft_s
+    assert with_it is not None and without is not None
+    assert Serving.of(made.chip).way_s(8, 16) == pytest.approx(3e-3)
+    assert with_it.p50 - without.p50 == pytest.approx(3e-3, rel=0.01)
+
+
 def test_streaming_slows_steps_by_the_tokens_of_the_one_before() -> None:
     burst = [Arrival(0.0, 64, 32)] * 8
-    slow, quick = (deployment(streamed_token=each).predict(burst).report.tpot_s for each in (1e-3, 0.0))
+    slow, quick = (deployment(token_s=each).predict(burst).report.tpot_s for each in (1e-3, 0.0))
     assert slow is not None and quick is not None
     assert slow.p50 - quick.p50 == pytest.approx(8e-3, rel=0.15)
 

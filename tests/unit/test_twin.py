@@ -83,11 +83,12 @@ class Reader:
 class Running:
     """A twin, its reader, and what was sent."""
 
-    def __init__(self, pools: int, grace_s: float) -> None:
+    def __init__(self, pools: int, grace_s: float, client_s: float = 0.0) -> None:
+        self.client_s = client_s
         self.reader = Reader()
         self.sent: list[Request] = []
         engines = [(loops(2), LeastLoad()) for _ in range(pools)]
-        self.twin = Twin(engines, lambda _: HAND_OVER_S, self.reader, grace_s=grace_s)
+        self.twin = Twin(engines, lambda _: HAND_OVER_S, self.reader, grace_s=grace_s, client_s=client_s)
 
     def send(self, name: str, prompt: int = 20, output: int = 8) -> None:
         """As the gateway would: the moment of arrival comes with the request."""
@@ -100,7 +101,8 @@ class Running:
             stop_token_ids=frozenset(range(50)),
         )
         self.twin.submit(request)
-        self.sent.append(replace(request, arrival_s=moment_s - self.twin._origin_s))
+        came_s = moment_s - self.twin._origin_s - self.client_s / 2
+        self.sent.append(replace(request, arrival_s=came_s))
 
     def expected(self) -> Sequence[RequestRecord]:
         plain = [replace(request, stop_token_ids=frozenset()) for request in self.sent]
@@ -163,6 +165,31 @@ def test_accepted_drafts_are_told_with_their_step() -> None:
         assert told[-1].moment_s == record.last_token_s
         assert [event.finish for event in told] == [None] * 39 + [Finish.LENGTH]
         assert len({event.moment_s for event in told}) < 30
+
+
+def test_a_request_is_taken_to_have_come_half_of_the_clients_time_earlier() -> None:
+    one = Running(1, grace_s=0.25, client_s=0.1)
+    # Nothing arrives before the twin began.
+    time.sleep(0.1)
+    try:
+        for i in range(4):
+            one.send(f"r{i}")
+        one.reader.wait(*(f"r{i}" for i in range(4)))
+    finally:
+        one.twin.close()
+    for record in one.expected():
+        assert one.reader.events[record.id][0].moment_s == record.first_token_s
+
+
+def test_tokens_leave_the_other_half_before_their_time() -> None:
+    one = Running(1, grace_s=0.0, client_s=0.004)
+    try:
+        one.send("r", output=60)
+        one.reader.wait("r")
+    finally:
+        one.twin.close()
+    # The reader was there a moment before the twin.
+    assert -0.002 <= min(one.reader.late_s) < 0
 
 
 def test_nothing_is_told_before_its_time(running: Running) -> None:

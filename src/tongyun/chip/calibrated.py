@@ -7,18 +7,19 @@ What each kind of sample means:
               `Precision.compute` names when a step is priced
     grouped   up-projection, activation and down-projection of `m` rows spread evenly over
               `groups` experts, written as the up-projection (n = 2 × width, k = hidden)
-    memory    streaming through `footprint_bytes` again and again, all threads
+    memory    products of `rows` rows with matrices of `footprint_bytes` together, again and
+              again, all threads
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
     passes    operators without products over [rows, width]
     overhead  seconds that one of `what` adds: a step, a step shared by threads, an
               operator, a sparse layer, a sequence, a further token of a sequence, a byte
-              written, a byte of weights, a byte of logits
+              written, a byte of logits
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts,
 fitted to their samples. What does not fit the caches depends on the footprint of the whole
-step: weights are fetched ahead, so the slower of arithmetic and streaming holds; keys and
-values are not, so their stalls come on top.
+step: a byte of weights waits longer the more of them there are, and less the more rows a
+product has to hide it behind; a byte of keys and values waits on top of its arithmetic.
 """
 
 from __future__ import annotations
@@ -34,7 +35,13 @@ from numpy.typing import NDArray
 
 from tongyun.model.graph import Kind, Operator, Precision
 from tongyun.specs import Calibration, Chip
-from tongyun.specs.samples import AttentionSample, GroupedMatmulSample, MatmulSample, PassSample
+from tongyun.specs.samples import (
+    AttentionSample,
+    GroupedMatmulSample,
+    MatmulSample,
+    MemorySample,
+    PassSample,
+)
 from tongyun.units import DType, Number
 
 Array = NDArray[np.float64]
@@ -212,14 +219,43 @@ class Stall:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Waiting:
+    """Seconds a byte of weights is waited for, beyond what it takes when the matrix was read just before.
+
+    Over the footprint of the step, at some numbers of rows of a product; straight in
+    logarithms of both between samples.
+    """
+
+    rows: tuple[int, ...]
+    curves: tuple[Curve, ...]
+    """Seconds to read a byte, over the footprint."""
+
+    @classmethod
+    def through(cls, samples: Iterable[MemorySample]) -> Waiting:
+        at: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        for s in samples:
+            at[s.rows].append((s.footprint_bytes, 1 / s.bytes_per_s))
+        rows = tuple(sorted(at))
+        return cls(rows=rows, curves=tuple(Curve.through(at[m], grows=False) for m in rows))
+
+    def __call__(self, footprint_bytes: Number, rows: Number) -> Array:
+        footprint, m = np.broadcast_arrays(np.asarray(footprint_bytes, float), np.asarray(rows, float))
+        extra = np.array([curve(footprint) - np.exp(curve.log_y[0]) for curve in self.curves])
+        place = np.interp(np.log(np.maximum(m, 1.0)), np.log(self.rows), np.arange(len(self.rows)))
+        low = np.minimum(place.astype(np.intp), len(self.rows) - 1)
+        high, part = np.minimum(low + 1, len(self.rows) - 1), place - low
+        near, far = (np.take_along_axis(extra, i[None], axis=0)[0] for i in (low, high))
+        return np.asarray((1 - part) * near + part * far)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measured:
     """One machine's samples, ready to be asked."""
 
     matmul: Mapping[DType, Products]
     grouped: Mapping[DType, tuple[float, Surface]]
     """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
-    memory: Curve
-    """Seconds to stream a byte, by the bytes of the footprint it belongs to."""
+    waiting: Waiting
     decode: Linear | None
     prefill: Linear | None
     stall: Stall
@@ -233,18 +269,19 @@ class Measured:
     def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         """Seconds of one execution without its launch; None for what this machine has no sample of.
 
-        Samples read and write the same memory again and again; a step reads weights that were
-        not read just before and writes fresh memory, which costs a little more for every byte.
+        Samples write the same memory again and again; a step writes fresh memory, which costs a
+        little more for every byte.
         """
         known = self._known_s(op, dtype, footprint_bytes)
         if known is None:
             return None
-        written, weight = (self.overhead.get(f"{what}_byte", 0.0) for what in ("written", "weight"))
-        return known + written * op.write_bytes + weight * op.weight_bytes
+        return known + self.overhead.get("written_byte", 0.0) * op.write_bytes
 
     def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
-            return np.maximum(self.matmul[dtype](op.m, op.n, op.k), self._stream_s(op, footprint_bytes))
+            return self.matmul[dtype](op.m, op.n, op.k) + op.weight_bytes * self.waiting(
+                footprint_bytes, op.m
+            )
         if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
             return self._experts_s(op, dtype, footprint_bytes)
         if op.kind is Kind.ATTENTION:
@@ -257,18 +294,15 @@ class Measured:
         found = self.passes.get(_pass_name(op))
         return None if found is None else found(1.0, op.m, op.m * op.n)
 
-    def _stream_s(self, op: Operator, footprint_bytes: Number) -> Number:
-        """The operator's weights at the bandwidth of the whole step's footprint."""
-        return op.weight_bytes * self.memory(footprint_bytes)
-
     def _experts_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number:
-        """Up-projection pays for all three parts, as they were measured together."""
-        if op.name == "experts_down":
-            return self._stream_s(op, footprint_bytes)
-        call_s, surface = self.grouped[dtype]
+        """Up-projection pays for the arithmetic of all three parts, as they were measured together."""
         groups = np.asarray(op.groups, dtype=np.float64)
-        each = surface(op.n * op.k, op.m / np.maximum(groups, TINY))
-        return np.maximum(call_s + groups * each, self._stream_s(op, footprint_bytes))
+        rows = op.m / np.maximum(groups, TINY)
+        waited = op.weight_bytes * self.waiting(footprint_bytes, rows)
+        if op.name == "experts_down":
+            return waited
+        call_s, surface = self.grouped[dtype]
+        return call_s + groups * surface(op.n * op.k, rows) + waited
 
     def _attention_s(self, op: Operator, footprint_bytes: Number) -> Number | None:
         kv_bytes = op.read_bytes - op.write_bytes
@@ -329,7 +363,7 @@ def measured(chip: Chip) -> Measured | None:
     return Measured(
         matmul={dtype: Products.through(rows) for dtype, rows in products.items()},
         grouped=_grouped(samples.grouped_matmul),
-        memory=Curve.through(((s.footprint_bytes, 1 / s.bytes_per_s) for s in samples.memory), grows=False),
+        waiting=Waiting.through(samples.memory),
         decode=decode,
         prefill=_attention([s for s in samples.attention if s.queries > 1]),
         stall=_stall([s for s in samples.attention if s.queries == 1], decode),

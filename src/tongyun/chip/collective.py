@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from tongyun.errors import Infeasible
 from tongyun.model.graph import Kind, Operator
 from tongyun.specs import Chip, Link
@@ -111,11 +113,68 @@ def collective_s(operator: Operator, chip: Chip, domain: Domain | None = None) -
     """
     if operator.ranks == 1:
         return 0.0 * operator.payload_bytes
+    exchange = exchange_of(operator, chip, domain)
+    if exchange is not None:
+        return exchange.seconds
     group = Group.of(operator.ranks, chip)
+    return _BY_KIND[operator.kind](operator.payload_bytes, group, _ways(group, chip, domain))
+
+
+def _ways(group: Group, chip: Chip, domain: Domain | None) -> Ways:
     inside = domain
     if group.inside > 1 or group.nodes == 1:
         inside = Rings(link=_up(chip)) if domain is None else domain
-    return _BY_KIND[operator.kind](operator.payload_bytes, group, Ways(inside=inside, chip=chip))
+    return Ways(inside=inside, chip=chip)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """Tokens on their way to experts over several domains, or back."""
+
+    network_bytes: Number
+    """What a rank sends over the network where copies are forwarded; its own node's part apart."""
+    domain_bytes: Number
+    """What it then passes on within its domain."""
+    forwarded_s: Number
+    direct_s: Number
+    """With a copy over the network for each rank beyond the domain."""
+
+    @property
+    def seconds(self) -> Number:
+        return np.minimum(self.forwarded_s, self.direct_s)
+
+
+def exchange_of(operator: Operator, chip: Chip, domain: Domain | None = None) -> Exchange | None:
+    """What an exchange with experts takes; None for other collectives, and within one domain.
+
+    A token crosses the network once for each domain D that holds any of its experts, to the rank of
+    its sender's place there, and is passed on inside; sums come back the same way. Or it goes directly,
+    whichever is quicker, as dispatch kernels have both (DeepSeek-V3 report, 3.2.2; DeepEP).
+
+        network  T · s · E[D] · (G − 1)/G     over G domains
+        inside   T · s · E[R] · (n − 1)/n     to R ranks in all, n of them in a domain
+
+    Both run at once, piece by piece: the longer decides, and the other's latency comes before or after.
+    """
+    group = Group.of(operator.ranks, chip)
+    if operator.experts is None or group.nodes == 1:
+        return None
+    payload, inside, ways = operator.payload_bytes, group.inside, _ways(group, chip, domain)
+    domains = operator.ranks / inside
+    once = payload * (operator.experts.reached(domains) / operator.experts.reached(operator.ranks))
+    away_s = _turns(once / group.nodes, group.nodes, ways.between)
+    direct_s = _all_to_all(payload, group, ways)
+    if inside == 1:
+        return Exchange(
+            network_bytes=once * (1 - 1 / domains), domain_bytes=0.0, forwarded_s=away_s, direct_s=direct_s
+        )
+    on_s, first_s = (ways.within.all_to_all_s(part, inside) for part in (payload, 0.0 * payload))
+    return Exchange(
+        network_bytes=once * (1 - 1 / domains),
+        domain_bytes=payload * (1 - 1 / inside),
+        forwarded_s=np.maximum(away_s + first_s, on_s + _turns(0.0, group.nodes, ways.between)),
+        direct_s=direct_s,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

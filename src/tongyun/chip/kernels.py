@@ -58,7 +58,7 @@ class Kernels:
     def parts_s(self, op: Operator) -> Parts:
         """Seconds of one execution, as its work (or way over the links) and the start of its kernels."""
         if op.kind in COLLECTIVES:
-            key = ("way", op.kind, op.ranks)
+            key = ("way", op.kind, op.ranks, op.experts)
             (way_s,) = self._once(key, op.payload_bytes, lambda payload: self._way_s(op, payload))
             return np.maximum(way_s - self.library.launch_s, 0.0), self.library.launch_s
         return self._priced(op)

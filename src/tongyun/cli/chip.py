@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,6 +30,11 @@ Without = Annotated[
     list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
 ]
 
+Idle = Annotated[
+    bool,
+    typer.Option("--idle", help="Leave cores idle where that is faster; compiles for every number of cores."),
+]
+
 
 @app.command("compile")
 def compile_(
@@ -42,9 +47,11 @@ def compile_(
     chips: Chips = 1,
     dtype: Few = "bf16",
     without: Without = None,
+    idle: Idle = False,
 ) -> None:
     """Compile one step of a model into a program."""
-    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without)
+    symbols = _symbols(model, tokens, context) if idle else None
+    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, symbols)
     program.save(output)
     words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
     typer.echo(
@@ -78,6 +85,7 @@ def profile(
     chips: Chips = 1,
     dtype: Few = "bf16",
     without: Without = None,
+    idle: Idle = False,
     every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
     by: Annotated[
         str, typer.Option(help="Rows of the table: kind, layer, operator; the last two run every layer.")
@@ -88,16 +96,12 @@ def profile(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Where the time, bytes and joules of one step go on the simulated chip."""
-    import numpy as np
-
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without)
-    symbols: dict[str, Any] = {"position": [context]}
-    if "expert_offset" in program.symbols:
-        experts, pairs = _experts(model), tokens * _experts(model, "num_experts_per_tok")
-        symbols["expert_offset"] = np.arange(experts + 1) * pairs // experts
+    symbols = _symbols(model, tokens, context)
+    read = symbols if idle else None
+    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, read)
     from tongyun.chip.ppu.breakdown import names_by, shares
 
     names = names_by(by, program)
@@ -121,6 +125,7 @@ def _program(
     step: tuple[int, int, int | None, int],
     dtype: str,
     without: list[str] | None,
+    symbols: dict[str, list[int]] | None,
 ) -> tuple[Program, PpuSpec]:
     """The program of a step of (tokens, context, layers, chips)."""
     from tongyun.chip.ppu.cached import cached_step
@@ -135,16 +140,22 @@ def _program(
     try:
         return cached_step(
             config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips,
-            dtype=dtype,
+            dtype=dtype, symbols=symbols,
         ), spec  # fmt: skip
     except Infeasible as short:
         raise InputError(f"{model} with --chips {chips}: {short}") from None
 
 
-def _experts(model: str, key: str = "num_experts") -> int:
+def _symbols(model: str, tokens: int, context: int) -> dict[str, list[int]]:
+    """The numbers that a step reads from memory, experts' rows as balanced."""
     from tongyun.specs import find_model
 
-    return int(find_model(model)[0][key])
+    config, _ = find_model(model)
+    symbols = {"position": [context]}
+    if "num_experts" in config:
+        experts, pairs = int(config["num_experts"]), tokens * int(config["num_experts_per_tok"])
+        symbols["expert_offset"] = [number * pairs // experts for number in range(experts + 1)]
+    return symbols
 
 
 def _print_json(result: Timing, joules: Energy, by: str, parts: dict[str, Share]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
                         "bound": line.bound,
                         "of_roofline": line.of_roofline,
                         "source": Source.mix(line.sources),
+                        **({} if line.crossing is None else {"crossing": asdict(line.crossing)}),
                     }
                     for line in step.lines
                 ],
@@ -100,7 +102,26 @@ def _table(step: Step) -> RenderableType:
         column("source", left=True, wrap=True),
     ]
     lines = [_row(line) for line in step.lines]
-    return table(title, columns, [*lines, _total(step)], caption=f"{bounds}. {TERMS}")
+    crossings = "".join(f" {_crossing(line)}" for line in step.lines if line.crossing is not None)
+    return table(title, columns, [*lines, _total(step)], caption=f"{bounds}.{crossings} {TERMS}")
+
+
+def _crossing(line: Line) -> str:
+    """How an exchange leaves the domain, in words."""
+    from tongyun.report import quantity
+
+    way = line.crossing
+    assert way is not None
+    parts = f"{way.network_bytes / 1e6:.4g} MB over the network and {way.domain_bytes / 1e6:.4g} MB on inside"
+    if way.direct_s <= way.forwarded_s:
+        return (
+            f"{line.name}: straight to every rank, {quantity(way.direct_s, 's')}; once to each domain "
+            f"{quantity(way.forwarded_s, 's')}."
+        )
+    return (
+        f"{line.name}: once to each of {way.domains:.3g} domains, {parts}, both at once, "
+        f"{quantity(way.forwarded_s, 's')}; straight to every rank {quantity(way.direct_s, 's')}."
+    )
 
 
 def _row(line: Line) -> list[str]:

@@ -55,7 +55,7 @@ def plan(
         str | None,
         typer.Option(
             help="Replicas that do both (mixed), prefill and decode apart (split), or both kinds; "
-            "default both, with --launch mixed."
+            "default both."
         ),
     ] = None,
     prefix_hit: Annotated[
@@ -66,6 +66,9 @@ def plan(
     ] = None,
     acceptance: Annotated[
         float | None, typer.Option(help="Probability that a drafted token is right, with --draft-tokens.")
+    ] = None,
+    draft_weights: Annotated[
+        str | None, typer.Option(help="Draft module for --launch, where the model has none of its own.")
     ] = None,
 ) -> None:
     """Plan a deployment: best and Pareto under limits on TTFT and TPOT."""

@@ -75,12 +75,12 @@ def _check(given: dict[str, Any]) -> list[tuple[str, int]]:
         for flag in ("explain", "launch"):
             if given[flag]:
                 raise InputError(f"--{flag} is about one chip's plan: name it with --chip")
-    for flag in ("engine", "checkpoint"):
+    for flag in ("engine", "checkpoint", "draft_weights"):
         if given[flag] is not None and given["launch"] is None:
-            raise InputError(f"--{flag} says what --launch writes, which is not given")
+            raise InputError(f"--{flag.replace('_', '-')} says what --launch writes, which is not given")
     check_drafts(given)
-    if given["launch"] is not None and given["pools"] not in (None, "mixed"):
-        raise InputError(f"--launch writes replicas that do both: --pools {given['pools']} has no files yet")
+    if given["draft_weights"] is not None and given["draft_tokens"] is None:
+        raise InputError("--draft-weights is about drafts, which are not asked for: give --draft-tokens")
     rest = [] if compare is None else named(compare, chips)
     return rest if chip is None else [(chip, chips), *(pair for pair in rest if pair != (chip, chips))]
 
@@ -135,18 +135,13 @@ def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
     ttft_ms, tpot_ms = given["ttft_ms"], given["tpot_ms"]
     return search(
         ask(
-            {**given, "chip": chip, "chips": chips, "pools": given["pools"] or _pools(given)},
+            {**given, "chip": chip, "chips": chips, "pools": given["pools"] or "both"},
             ttft_s=None if ttft_ms is None else ttft_ms * MS,
             tpot_s=None if tpot_ms is None else tpot_ms * MS,
             dtypes=(given["dtype"], given["kv_dtype"]),
             usd_per_chip_hour=given["usd_per_chip_hour"],
         )
     )
-
-
-def _pools(given: dict[str, Any]) -> str:
-    """Both kinds of deployment, unless files are written, which know one."""
-    return "both" if given["launch"] is None else "mixed"
 
 
 def _explanation(answer: Answer | None) -> Explanation | None:
@@ -215,6 +210,7 @@ def _write_launch(given: dict[str, Any], answer: Answer) -> None:
         command=command(given),
         weights=given["model"] if is_path else answer.question.model.name,
         checkpoint=given["checkpoint"],
+        draft=given["draft_weights"],
     )
     targets = list(TARGETS) if given["engine"] is None else [given["engine"]]
     found = launch_files(deployment, targets)
@@ -222,12 +218,6 @@ def _write_launch(given: dict[str, Any], answer: Answer) -> None:
         print(f"wrote {place}", file=sys.stderr)
     for name, why in found.refused.items():
         print(f"no {name}: {why}", file=sys.stderr)
-    if answer.question.draft_tokens:
-        print(
-            "the files do not draft tokens: add the engine's own flag for its draft module", file=sys.stderr
-        )
-    for kind in answer.best.plan.others:
-        print(f"no files for {kind}: they are written for the main kind of replica", file=sys.stderr)
 
 
 def _refuse(main: Answer | None, answers: list[Answer]) -> None:

@@ -157,6 +157,9 @@ def serve(
     twin: Annotated[
         bool, typer.Option("--twin", help="Answer with filler text at the pace of the simulated fleet.")
     ] = False,
+    client_ms: Annotated[
+        float, typer.Option(help="With --twin: what the client alone takes to a first token, in ms.")
+    ] = 0.0,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one and prints it.")] = 8000,
     api_key: Annotated[
@@ -184,9 +187,16 @@ def serve(
         if fleet is None or not twin:
             raise InputError("a twin needs both: --twin and --fleet, the TOML file of the fleet it is one of")
         refuse_told(typed(context_), OF_A_MODEL, "--twin runs no model")
+        if not 0 <= client_ms < float("inf"):
+            raise InputError(f"--client-ms {client_ms:g}: accepted: 0 or more")
         run_server(
             lambda key: twin_gateway(
-                fleet, model, names=tuple(name or ()), api_key=key, body_bytes=body_bytes
+                fleet,
+                model,
+                names=tuple(name or ()),
+                api_key=key,
+                body_bytes=body_bytes,
+                client_s=client_ms / 1e3,
             ),
             api_key=api_key,
             host=host,
@@ -194,6 +204,7 @@ def serve(
             drain_s=drain_timeout,
         )
         return
+    refuse_told(typed(context_), ("client_ms",), "only a twin makes up for what its client takes")
     if model is None:
         raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
     if device != PPU:

@@ -25,9 +25,18 @@ GRACE_S = 0.01
 
 
 def twin_gateway(
-    file: Path, model: str | None, *, names: tuple[str, ...], api_key: str | None, body_bytes: int
+    file: Path,
+    model: str | None,
+    *,
+    names: tuple[str, ...],
+    api_key: str | None,
+    body_bytes: int,
+    client_s: float = 0.0,
 ) -> Gateway:
-    """The gateway before the fleet of `file`; `model`, where given, has to be the fleet's."""
+    """The gateway before the fleet of `file`; `model`, where given, has to be the fleet's.
+
+    `client_s` is what the client itself takes for a first token; the twin answers so much earlier.
+    """
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.sched.router import LeastLoad, find_router
@@ -51,11 +60,17 @@ def twin_gateway(
         from tongyun.cloud.twin import Twin
 
         pools = [fleet.engines(pool, chip, words=words) for pool in fleet.pools]
-        grace_s = min(GRACE_S, min(pool.shortest_s for pool in pools) / 2)
+        spare_s = min(pool.shortest_s for pool in pools) - client_s
+        if spare_s <= 0:
+            raise InputError(
+                f"--client-ms {client_s * 1e3:g}: accepted: less than the fleet's shortest step, "
+                f"{(spare_s + client_s) * 1e3:.3g} ms"
+            )
+        grace_s = min(GRACE_S, spare_s / 2)
         routers = [find_router(spec.router, headroom=headroom(fleet.classes)), LeastLoad()]
         hand_over_s = fleet.hand_over(chip) if len(pools) == 2 else lambda _: 0.0
         loops = [(pool.loops, policy) for pool, policy in zip(pools, routers, strict=False)]
-        return Twin(loops, hand_over_s, sink, grace_s=grace_s)
+        return Twin(loops, hand_over_s, sink, grace_s=grace_s, client_s=client_s)
 
     return Gateway(
         served=Served(

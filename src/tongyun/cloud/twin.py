@@ -42,16 +42,20 @@ class Twin:
         sink: Sink,
         *,
         grace_s: float = 0.0,
+        client_s: float = 0.0,
     ) -> None:
         """`hand_over_s`: seconds from a prompt's end to its keys' and values' arrival, by its tokens.
 
         A step waits `grace_s` before it is simulated, for requests that had arrived when it
-        began and are still being read; less than the shortest step, or tokens come late. Loops
-        have virtual clocks at zero, which is now, and executors without foresight: what is
-        leapt over could not be told.
+        began and are still being read. `client_s` is what a client and HTTP take for a first
+        token by themselves: half of it a request is taken to have come earlier, and by the other
+        half its tokens leave before their time. Grace and client together are less than the
+        shortest step, or tokens come late. Loops have virtual clocks at zero, which is now, and
+        executors without foresight: what is leapt over could not be told.
         """
         self._origin_s = time.perf_counter()
-        self._sink, self._grace_s = sink, grace_s
+        self._sink, self._way_s = sink, client_s / 2
+        self._grace_s = grace_s + self._way_s
         # Held by whoever moves the engines or looks at them.
         self._moving = Lock()
         self._fleet = self._put_together(pools, hand_over_s)
@@ -109,7 +113,8 @@ class Twin:
             if self._closing:
                 raise ServiceError("the twin is shutting down")
             self._in_flight.add(request.id)
-            self._inbox.append(replace(request, arrival_s=request.arrival_s - self._origin_s))
+            sent_s = request.arrival_s - self._origin_s - self._way_s
+            self._inbox.append(replace(request, arrival_s=sent_s))
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -227,7 +232,7 @@ class Twin:
 
     def _push(self, moment_s: float, events: list[TokenEvent]) -> None:
         self._serial += 1
-        heappush(self._due, (moment_s, self._serial, events))
+        heappush(self._due, (moment_s - self._way_s, self._serial, events))
 
     def _abort(self, request_id: str) -> None:
         """A step that has begun still takes its time; what it yields for the request is nobody's."""

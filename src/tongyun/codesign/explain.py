@@ -13,7 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from tongyun.chip.collective import Group, collective_s
+from tongyun.chip.collective import Group, collective_s, exchange_of
+from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
 from tongyun.chip.roofline import parts_s, steps_s, streamed_bytes
 from tongyun.codesign.answer import Plan
@@ -53,6 +54,22 @@ class Line:
     of_roofline: float | None
     """Least seconds at the chip's peak rates, no latency and no launch, over `seconds`; None for the host."""
     sources: frozenset[Source]
+    crossing: Crossing | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crossing:
+    """An exchange with experts that leaves the domain, over all its `repeat`s."""
+
+    domains: float
+    """Those that hold any of a token's experts, on average."""
+    network_bytes: float
+    """What a rank sends over the network."""
+    domain_bytes: float
+    """What it passes on within its domain."""
+    forwarded_s: float
+    direct_s: float
+    """With a copy over the network for each rank; the shorter of both is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,6 +252,24 @@ def _line(op: Operator, chip: Chip, parts: tuple[float, float], step_s: float, a
         bound=bound,
         of_roofline=op.repeat * max(_ideal_s(op, chip).values()) / seconds if seconds else None,
         sources=_sources(op, chip, bound),
+        crossing=_crossing(op, chip),
+    )
+
+
+def _crossing(op: Operator, chip: Chip) -> Crossing | None:
+    found = exchange_of(op, chip, kernels(chip)) if op.kind in COLLECTIVES else None
+    if found is None or op.experts is None:
+        return None
+
+    def all_of(value: Number) -> float:
+        return op.repeat * _number(value)
+
+    return Crossing(
+        domains=op.experts.reached(op.ranks / Group.of(op.ranks, chip).inside),
+        network_bytes=all_of(found.network_bytes),
+        domain_bytes=all_of(found.domain_bytes),
+        forwarded_s=all_of(found.forwarded_s),
+        direct_s=all_of(found.direct_s),
     )
 
 

@@ -147,17 +147,19 @@ class PoolPrices:
 
     def prefill_bytes(self, shard: Shard) -> Array:
         """Of the fullest rank: weights, prompts being computed and as many being handed over, activations."""
+        return _fullest(self.prefill_memories(shard))
+
+    def prefill_memories(self, shard: Shard) -> list[Memory]:
+        """Of one rank of each different stage."""
         count = 2 * shard.pp * self.prompts
-        return _fullest(
-            [
-                Memory(
-                    weights=held.weights,
-                    kv=count * held.prompt,
-                    activations=activation_bytes(self.question, held.part, self.budget, self.prompts),
-                )
-                for held in self.held.at(shard)
-            ]
-        )
+        return [
+            Memory(
+                weights=held.weights,
+                kv=count * held.prompt,
+                activations=activation_bytes(self.question, held.part, self.budget, self.prompts),
+            )
+            for held in self.held.at(shard)
+        ]
 
     def decode_bytes(self, shard: Shard) -> Array:
         """Of the fullest rank: weights, every sequence at full length, activations."""

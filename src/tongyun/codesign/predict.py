@@ -26,6 +26,7 @@ from tongyun.cloud.workload import Arrival, requests
 from tongyun.errors import InputError
 from tongyun.model.config import ModelConfig
 from tongyun.specs import Chip
+from tongyun.specs.samples import ServedSample
 
 CAPACITY_ROUNDS = 8
 """Requests for each place in the batch, when capacity is looked for."""
@@ -35,31 +36,39 @@ CAPACITY_ROUNDS = 8
 class Serving:
     """What server and client add around the engine, measured on this machine."""
 
-    request_s: float = 0.0
-    """From the due moment at the client to the engine's queue, and back with the first token."""
+    samples: tuple[ServedSample, ...] = ()
+    """By the tokens that are being streamed; straight in between."""
     prompt_token_s: float = 0.0
-    """What each prompt token adds to that."""
-    step_s: float = 0.0
-    """A step that is served takes so much longer than one that is not."""
-    token_s: float = 0.0
-    """And so much for each token that is being streamed meanwhile."""
+    """What each prompt token adds to a request's way."""
     coming_s: float = 0.0
-    """And so much for each request that comes in."""
+    """What each request that comes in adds to a step."""
 
-    def way_s(self, prompt_tokens: int) -> float:
-        """All that a request's first token spends outside the engine."""
-        return self.request_s + self.prompt_token_s * prompt_tokens
+    def way_s(self, prompt_tokens: int, streams: int = 0) -> float:
+        """From the due moment at the client to the engine's queue, and back with the first token.
+
+        `streams` are the tokens of the step that gives it: they leave one after the other.
+        """
+        return self._at(streams, [s.way_s for s in self.samples]) + self.prompt_token_s * prompt_tokens
+
+    def step_s(self, streams: int) -> float:
+        """How much longer a step takes while the tokens of so many sequences are sent; in proportion
+        beyond what was measured."""
+        beyond = max(1.0, streams / self.samples[-1].streams) if self.samples else 1.0
+        return beyond * self._at(streams, [s.step_s for s in self.samples])
+
+    def _at(self, streams: int, seconds: Sequence[float]) -> float:
+        known = [s.streams for s in self.samples]
+        return float(np.interp(streams, known, seconds)) if known else 0.0
 
     @classmethod
     def of(cls, chip: Chip) -> Serving:
         """Figures of the calibration; zero where it has none (a server was never measured)."""
-        samples = () if chip.calibration is None else chip.calibration.overhead
-        found = {s.what: s.seconds / s.count for s in samples}
+        if chip.calibration is None:
+            return cls()
+        found = {s.what: s.seconds / s.count for s in chip.calibration.overhead}
         return cls(
-            request_s=found.get("request", 0.0),
+            samples=tuple(sorted(chip.calibration.served, key=lambda s: s.streams)),
             prompt_token_s=found.get("prompt_token", 0.0),
-            step_s=found.get("served_step", 0.0),
-            token_s=found.get("streamed_token", 0.0),
             coming_s=found.get("coming_request", 0.0),
         )
 
@@ -83,9 +92,14 @@ class _Served:
     def __init__(self, inner: LeapingExecutor, serving: Serving) -> None:
         self._inner, self._serving = inner, serving
         self._sent = self._decoding = 0
+        self.streams: dict[str, int] = {}
+        """By request, the tokens of the step that gave its first."""
 
     def execute(self, batch: Batch) -> StepResult:
         result = self._inner.execute(batch)
+        for piece in batch.pieces:
+            if piece.samples:
+                self.streams.setdefault(piece.request.id, len(result.tokens))
         coming = sum(piece.start == piece.cached_tokens for piece in batch.pieces)
         waited_s = self._waited_s(self._sent, coming)
         self._sent = len(result.tokens)
@@ -104,8 +118,7 @@ class _Served:
         return self._inner.new_tokens(request, known, count)
 
     def _waited_s(self, sent: int, coming: int) -> float:
-        serving = self._serving
-        return serving.step_s + serving.token_s * sent + serving.coming_s * coming
+        return self._serving.step_s(sent) + self._serving.coming_s * coming
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +145,7 @@ class Deployment:
         # A longer prompt may take longer to come in than the gap to a shorter one behind it.
         queued.sort(key=lambda request: request.arrival_s)
         played = simulate(queued, self.limits, executor, users=users)
-        records = tuple(_felt(record, serving) for record in played.records)
+        records = tuple(_felt(r, serving, executor.streams.get(r.id, 0)) for r in played.records)
         return Prediction(
             records=records,
             report=summarise(records, slo),
@@ -161,6 +174,9 @@ class Deployment:
         return StepTable(self.config, self.chip, engine_precision(calibration))
 
 
-def _felt(record: RequestRecord, serving: Serving) -> RequestRecord:
-    """A record at the engine as its sender counts: from the moment it was due."""
-    return replace(record, arrival_s=record.arrival_s - serving.way_s(record.prompt_tokens))
+def _felt(record: RequestRecord, serving: Serving, streams: int) -> RequestRecord:
+    """A record at the engine as its sender counts: from the moment it was due.
+
+    Its first token left with those of other streams, and its last about as late as that.
+    """
+    return replace(record, arrival_s=record.arrival_s - serving.way_s(record.prompt_tokens, streams))

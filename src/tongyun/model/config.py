@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,39 @@ class Experts:
     normalise_top_k: bool = True
     first_layer: int = 0
     """Layers before this one have a dense feed-forward."""
+    groups: int = 1
+    """Experts are picked in two steps: `groups_per_token` of these equal groups, and experts in them."""
+    groups_per_token: int = 1
+
+    def reached(self, parts: float) -> float:
+        """Expected number of `parts` equal shares of the experts that hold one of a token's, routing
+        balanced; whole groups lie within a share, or whole shares within a group."""
+        return _reached(self, parts)
+
+
+@lru_cache(maxsize=1024)
+def _reached(experts: Experts, parts: float) -> float:
+    """parts · (1 − P(none of a share)): groups, then experts in those, are drawn without repetition."""
+    share, group = experts.count / parts, experts.count // experts.groups
+    drawn = group * experts.groups_per_token
+    held = min(max(1, round(share / group)), experts.groups)
+    missed = 0.0
+    for chosen in range(min(held, experts.groups_per_token) + 1):
+        others = experts.groups_per_token - chosen
+        if others > experts.groups - held:
+            continue
+        ways = comb(held, chosen) * comb(experts.groups - held, others)
+        there = min(share, group) * chosen
+        missed += ways * _none(drawn, there, experts.per_token)
+    return parts * (1 - missed / comb(experts.groups, experts.groups_per_token))
+
+
+def _none(drawn: int, there: float, picks: int) -> float:
+    """Probability that none of `picks` out of `drawn` is among `there` of them (hypergeometric)."""
+    missed = 1.0
+    for picked in range(picks):
+        missed *= max(0.0, drawn - there - picked) / (drawn - picked)
+    return missed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +220,8 @@ def _experts(r: _Reader, family: str) -> Experts | None:
             shared_intermediate=width * r.count("n_shared_experts"),
             normalise_top_k=r.flag("norm_topk_prob", default=True),
             first_layer=r.count("first_k_dense_replace"),
+            groups=r.count("n_group") or 1,
+            groups_per_token=r.count("topk_group") or 1,
         )
     if family == "gpt_oss":
         return Experts(

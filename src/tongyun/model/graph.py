@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from tongyun.errors import InputError, unknown
+from tongyun.model.config import Experts
 from tongyun.units import DType, Number
 
 
@@ -119,6 +120,8 @@ class Operator:
     payload_bytes: Number = 0
     """Collectives only: bytes each rank puts in (all-reduce, all-to-all, send) or holds
     once the collective is over (all-gather) or before it (reduce-scatter)."""
+    experts: Experts | None = None
+    """All-to-alls only: those to which tokens go, one copy for each rank that has any of a token's."""
 
     @property
     def moved_bytes(self) -> Number:

@@ -25,14 +25,6 @@ def touched_experts(experts: Experts, tokens: Number) -> Number:
     return 1 - (1 - experts.per_token / experts.count) ** tokens
 
 
-def reached_ranks(experts: Experts, ranks: int) -> float:
-    """Expected number of distinct ranks that hold a token's N experts (hypergeometric)."""
-    elsewhere, missed = experts.count - experts.count // ranks, 1.0
-    for chosen in range(experts.per_token):
-        missed *= max(0, elsewhere - chosen) / (experts.count - chosen)
-    return ranks * (1 - missed)
-
-
 def crowding(experts: Experts, shard: Shard) -> float:
     """Tokens that the busiest rank computes over those of the mean one; 1 where experts are alike."""
     return sum(shard.expert_picks) * shard.ep / experts.per_token if shard.expert_picks else 1.0
@@ -260,14 +252,15 @@ class Layers:
     ) -> tuple[list[Operator], list[Operator]]:
         """All-to-all to the experts' ranks in the experts' arithmetic type, and back in the activations'.
 
-        What the busiest rank takes in decides: the others have sent before.
+        A token goes once to each rank that holds one of its experts; how often over the network is the
+        links' matter. What the busiest rank takes in decides: the others have sent before.
         """
-        sent = tokens * reached_ranks(experts, self.part.shard.ep) * self.config.hidden
+        sent = tokens * experts.reached(self.part.shard.ep) * self.config.hidden
         sent = sent * crowding(experts, self.part.shard)
         narrow = min(self.precision.expert_compute.bytes, self.act)
         there = self.collective("dispatch", Kind.ALL_TO_ALL, "ep", sent * narrow, repeat)
         back = self.collective("combine", Kind.ALL_TO_ALL, "ep", sent * self.act, repeat)
-        return there, back
+        return [replace(op, experts=experts) for op in there], [replace(op, experts=experts) for op in back]
 
     def _experts(self, experts: Experts, repeat: int) -> list[Operator]:
         part, hidden = self.part, self.config.hidden

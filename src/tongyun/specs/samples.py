@@ -38,9 +38,10 @@ class GroupedMatmulSample:
 
 @dataclass(frozen=True, kw_only=True)
 class MemorySample:
-    """Streaming through `footprint_bytes` again and again ran at `bytes_per_s`."""
+    """Products of `rows` rows with `footprint_bytes` of weights, again and again, read `bytes_per_s`."""
 
     footprint_bytes: int
+    rows: int = 1
     bytes_per_s: float
 
 
@@ -75,6 +76,16 @@ class OverheadSample:
     what: str
     count: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedSample:
+    """With the tokens of `streams` sequences being sent, a step took `step_s` longer than without a
+    server, and a first token was `way_s` outside the engine."""
+
+    streams: int
+    step_s: float
+    way_s: float
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,6 +50,7 @@ from tongyun.specs.samples import (
     MemorySample,
     OverheadSample,
     PassSample,
+    ServedSample,
 )
 from tongyun.specs.workload import WorkloadSpec
 from tongyun.units import DType, Source
@@ -71,6 +72,7 @@ class Calibration:
     attention: tuple[AttentionSample, ...] = has(Samples(AttentionSample), default=())
     passes: tuple[PassSample, ...] = has(Samples(PassSample), default=())
     overhead: tuple[OverheadSample, ...] = has(Samples(OverheadSample), default=())
+    served: tuple[ServedSample, ...] = has(Samples(ServedSample), default=())
 
 
 @dataclass(frozen=True, kw_only=True)

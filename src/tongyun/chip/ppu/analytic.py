@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from tongyun.chip.ppu.isa import TICKS
 from tongyun.chip.ppu.program import Program
-from tongyun.chip.ppu.timing import COUNTERS, Timing, _rates, product_rates, tables
+from tongyun.chip.ppu.rates import TICKS
+from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, product_rates, tables
 from tongyun.specs.ppu import Ppu
 
 _WIDTH, _BARRIER = 20, 5
@@ -55,7 +55,8 @@ def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) 
     from tongyun.chip.ppu.clockwork import _weigh
     from tongyun.chip.ppu.recurrence import PLACES, kernel, plain_loops
 
-    program, rates = laid.program, _rates(ppu)
+    program = laid.program
+    rates, _ = chips(program, ppu)
     starts, values = tables(program, dict(symbols or {}))
     flat = laid.code.copy()
     _weigh(flat, rates)
@@ -71,7 +72,7 @@ def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) 
         ppu=ppu,
         names=tuple(each.name for each in program.kernels),
         kinds=tuple(each.kind for each in program.kernels),
-        cycles=ticks / TICKS + ppu.barrier_s * ppu.clock_hz,
+        ticks=np.rint(ticks + ppu.barrier_s * TICKS).astype(np.int64),
         counters=np.rint(counters).astype(np.int64),
         times=np.ones(len(program.kernels), dtype=np.int64),
         instructions=0,

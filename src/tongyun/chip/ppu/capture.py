@@ -8,15 +8,17 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 
 from tongyun.chip.ppu import shard
+from tongyun.chip.ppu.cores import quickest
 from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.lower import Lowered, Scale, lower
 from tongyun.chip.ppu.quantised import quantised
@@ -51,13 +53,15 @@ def compile_step(
     fusions: Fusions | None = None,
     chips: int = 1,
     dtype: str = "bf16",
+    symbols: Mapping[str, ArrayLike] | None = None,
 ) -> Lowered:
     """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones.
 
     `dtype` is bf16, or what the products of the layers take (`quantised.WAYS`).
     `config` is a Qwen3 `config.json`, dense or MoE; `layers` replaces its number of layers. With `chips` the
-    model is cut over so many, which run the same words. InputError for another family or a model that
-    cannot be cut so; Infeasible when it does not fit the chip, with the bytes missing.
+    model is cut over so many, which run the same words. With `symbols`, the numbers that the step will read,
+    it is compiled for as many cores as take least, by `cores.quickest`. InputError for another family or a
+    model that cannot be cut so; Infeasible when it does not fit the chip, with the bytes missing.
     """
     family = _family(config)
     if tokens < 1 or context < 0:
@@ -66,13 +70,19 @@ def compile_step(
         raise InputError(f"{ppu.name} joins at most {ppu.icn_domain} chips, got {chips}")
     wanted = layers or int(config["num_hidden_layers"])
     part = {**shard.part(config, chips), "num_hidden_layers": min(wanted, CAPTURED)}
+    graph = _traced(family, part, (chips, dtype), tokens, context)
+    scale = Scale(layers=wanted, chips=chips, names=graph.names)
     try:
-        graph = _traced(family, part, (chips, dtype), tokens, context)
-        return lower(graph.graph, ppu, fusions, Scale(layers=wanted, chips=chips, names=graph.names))
+        lowered = lower(graph.graph, ppu, fusions, scale)
     except UnlikeError:
         # Layers that differ (some with experts, some without) are captured one by one.
         graph = _traced(family, {**part, "num_hidden_layers": wanted}, (chips, dtype), tokens, context)
-        return lower(graph.graph, ppu, fusions, Scale(chips=chips, names=graph.names))
+        scale = Scale(chips=chips, names=graph.names)
+        lowered = lower(graph.graph, ppu, fusions, scale)
+    if symbols is None:
+        return lowered
+    cores = quickest(lambda fewer: lower(graph.graph, fewer, fusions, scale).program, ppu, symbols)
+    return lower(graph.graph, replace(ppu, cores=cores), fusions, scale)
 
 
 def capture(model: torch.nn.Module, *inputs: Any, **named: Any) -> Captured:

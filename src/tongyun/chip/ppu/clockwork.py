@@ -1,9 +1,10 @@
 # ruff: noqa: PLR1714, PLR0912, PLR0915 - one loop, so that a core's state stays in the processor's registers
 """The timing simulator's inner loop, compiled with numba: microcode in, ticks out.
 
-A core runs until its next request to shared memory; of all cores the one with the earliest request goes on,
-of equal ones the lower. What a product, a move or a pass over elements takes when nothing cuts it short is
-worked out once, and not each time it runs. `microcode` says what a row means.
+A core runs until its next request to shared memory. Whose is served next is given, as a run on another chip
+wrote it down, or it is the earliest, of equal ones the lower core's. What a product, a move or a pass over
+elements takes when nothing cuts it short is worked out once, and not each time it runs. `microcode` says
+what a row means, `rates` what a chip's numbers are.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from numba import njit
 _LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _MMA, _ATTN, _VEC, _ALL_REDUCE = 2, 3, 4, 5, 6, 10, 11, 12, 22
 _ALL_TO_ALL, _SEND, _RECV = 25, 26, 27
 _ADD, _SUB, _MUL, _DIV, _MOD, _MIN, _MAX, _XOR = range(32, 40)
-_TICK, _WIDTH = 256, 20
+_WIDTH, _CYCLE, _TILES = 20, 20, 21
 _WHOLE, _NOWHERE = 64, 65
 
 TOKENS = 16
@@ -30,18 +31,21 @@ ENDS = (
     "some cores wait at a barrier, others have halted",
 )
 """How a run ends, by its number."""
+AS_THEY_COME, KEEP, FOLLOW = range(3)
+"""How requests are served: as they come, as they come and written down, as written down."""
 _FLOPS, _HBM, _L2, _SRAM, _LINK, _ELEMENTS, _BUSY = range(7)
 _SETS, _HASH = 1 << 16, -7046029254386353131
 """What the L2 holds, two tiles a set: address, bytes filled by then, bytes of its own, when it arrives."""
-_READ = 24 * _TICK
-"""Ticks from an LDS to its number being in the register."""
+_READ = 24
+"""Cycles from an LDS to its number being in the register."""
 _CORE = 12
 """Bits of a core's number."""
 CORES = 1 << _CORE
-_NEVER = 1 << 62
+_NEVER, _LONGEST = 1 << 62, (1 << 50) - 1
 # A core's state, one behind the other: place and time of control; when each queue is free and is done; how
-# many tokens each semaphore holds; turns left of each loop; registers; when tokens were given, oldest first.
-_PC, _NOW, _FREE, _DONE, _HELD, _LEFT, _REGS = 0, 1, 2, 8, 14, 30, 38
+# many tokens each semaphore holds; turns left of each loop; when its request comes; registers; when tokens
+# were given, oldest first.
+_PC, _NOW, _FREE, _DONE, _HELD, _LEFT, _ASK, _REGS = 0, 1, 2, 8, 14, 30, 38, 39
 _GIVEN = _REGS + _NOWHERE + 1
 _STATE = _GIVEN + 16 * TOKENS
 
@@ -50,11 +54,15 @@ _STATE = _GIVEN + 16 * TOKENS
 def _weigh(code: Any, rates: Any) -> None:
     """What the rows take on a chip when nothing cuts them short, and their latencies.
 
-    LOAD: 14 bytes moved, 15 fetched, 16 17 18 ticks at port, L2 and HBM. MMA: 12 latency, 13 ticks, 14 FLOPs,
-    15 bytes of SRAM. ATTN: 12 latency. VEC: 13 ticks, 14 elements, 15 latency. Links: 5 ticks, 6 bytes, 7 of
-    HBM.
+    All: 1 ticks until it is issued. LOAD: 14 bytes moved, 15 fetched, 16 17 18 ticks at port, L2 and HBM.
+    MMA: 11 ticks of the smallest product, 12 latency, 13 ticks, 14 FLOPs, 15 bytes of SRAM. ATTN: 11, 12 as
+    MMA. VEC: 13 ticks, 14 elements, 15 latency. Links: 5 ticks, 6 bytes, 7 of HBM.
     """
+    cycle = np.int64(rates[_CYCLE])
     for row in code.reshape(-1, _WIDTH):
+        row[1] *= cycle
+        if row[0] == _MMA or row[0] == _ATTN:
+            row[11] = np.int64(rates[_TILES + row[11]])
         if row[0] == _LOAD:
             row[14], row[15] = _access(row[7], row[8], row[11], row[12], row[13] & 2)
             row[16] = np.int64(row[14] * rates[8])
@@ -150,10 +158,15 @@ def _attended(m: Any, n: Any, ahead: Any, group: Any) -> Any:
 
 
 @njit(cache=True, error_model="numpy")
-def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
-    """(ticks by kernel, counters by kernel, instructions run, how it ended, row and core where it did)."""
+def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any, order: Any, what: Any) -> Any:
+    """(ticks and counters by kernel, instructions run, how it ended, row and core where it did, order).
+
+    `what` says whether requests are served in `order` (FOLLOW), or as they come, which may be written down
+    (KEEP): the core that goes on, -1 where a kernel ends.
+    """
     _weigh(code, rates)
-    cores = np.int64(rates[0])
+    follow, keep, turn = what == FOLLOW, what == KEEP, 0
+    cores, cycle = np.int64(rates[0]), np.int64(rates[_CYCLE])
     state = np.zeros(cores * _STATE, np.int64)
     for c in range(cores):
         state[c * _STATE + _REGS + 1], state[c * _STATE + _REGS + 2] = c, cores
@@ -175,13 +188,27 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
             first[leaves + c] = c
         for node in range(leaves - 1, 0, -1):
             first[node] = min(first[2 * node], first[2 * node + 1])
-        while first[1] != _NEVER:
-            c = first[1] & CORES - 1
+        level = state[_NOW]
+        while True:
+            if follow:
+                c = int(order[turn])
+                turn += 1
+            else:
+                c = first[1] & CORES - 1 if first[1] != _NEVER else -1
+                if keep:
+                    if turn == len(order):
+                        longer = np.zeros(2 * turn, np.int16)
+                        longer[:turn] = order
+                        order = longer
+                    order[turn] = c
+                    turn += 1
+            if c < 0:
+                break
             base = c * _STATE
             regs, given, held = base + _REGS, base + _GIVEN, base + _HELD
             at, now = state[base + _PC], state[base + _NOW]
             if code[at] == _LOAD:
-                start = first[1] >> _CORE
+                start = state[base + _ASK]
                 engine = code[at + 4]
                 rows = _cut(code[at + 7], state[regs + code[at + 9]])
                 cols = _cut(code[at + 8], state[regs + code[at + 10]])
@@ -229,7 +256,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     bit = (signal & 31) - 1
                     count = state[held + bit]
                     if count == TOKENS:
-                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c
+                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c, order
                     state[given + count * 16 + bit] = end
                     state[held + bit] = count + 1
                     signal >>= 5
@@ -244,14 +271,17 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     bit = (wait & 31) - 1
                     count = state[held + bit] - 1
                     if count < 0:
-                        return ticks, counters, total, _DEADLOCK, at // _WIDTH, c
+                        return ticks, counters, total, _DEADLOCK, at // _WIDTH, c, order
                     ready = max(ready, state[given + bit])
                     for place in range(count):
                         state[given + place * 16 + bit] = state[given + place * 16 + 16 + bit]
                     state[held + bit] = count
                     wait >>= 5
                 if op == _LOAD:
-                    wish = max(ready, state[base + _FREE + code[at + 4]]) << _CORE | c
+                    start = max(ready, state[base + _FREE + code[at + 4]])
+                    state[base + _ASK] = start
+                    # Order is told apart up to so many ticks behind the kernel's beginning.
+                    wish = min(start - level, _LONGEST) << _CORE | c
                     break
                 if op == _ENDLOOP:
                     for step in range(code[at + 7]):
@@ -289,7 +319,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     at = at + _WIDTH if times else code[at + 6]
                     continue
                 if op == _LDS:
-                    now = ready + _READ
+                    now = ready + _READ * cycle
                     table = code[at + 7]
                     entry = starts[table - 1] + code[at + 8] + (state[regs + code[at + 6]] >> 2)
                     entry = min(max(entry, starts[table - 1]), starts[table] - 1)
@@ -352,12 +382,14 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
                     bit = (signal & 31) - 1
                     count = state[held + bit]
                     if count == TOKENS:
-                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c
+                        return ticks, counters, total, _OVERFLOW, at // _WIDTH, c, order
                     state[given + count * 16 + bit] = end
                     state[held + bit] = count + 1
                     signal >>= 5
                 at += _WIDTH
             state[base + _PC], state[base + _NOW] = at, now
+            if follow:
+                continue
             node = leaves + c
             first[node] = wish
             while node > 1:
@@ -372,7 +404,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
             for engine in range(6):
                 latest = max(latest, state[base + _DONE + engine])
             if code[state[base + _PC] + 6] != code[at + 6]:
-                return ticks, counters, total, _APART, state[base + _PC] // _WIDTH, c
+                return ticks, counters, total, _APART, state[base + _PC] // _WIDTH, c, order
         if kernel >= 0:
             ticks[kernel] = latest - begun
         counts = counters[kernel]
@@ -387,7 +419,7 @@ def run(code: Any, starts: Any, values: Any, rates: Any, kernels: Any) -> Any:
             busy[engine] = 0
         flops, hbm, l2, sram, link, passed = 0, 0, 0, 0, 0, 0
         if code[at + 6]:
-            return ticks, counters[:kernels], total // _TICK, _WELL, at // _WIDTH, 0
+            return ticks, counters[:kernels], total // cycle, _WELL, at // _WIDTH, 0, order
         kernel, begun = code[at + 5], latest
         latest += barrier
         for c in range(cores):

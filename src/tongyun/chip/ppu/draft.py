@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from tongyun.chip.ppu.asm import Words
 from tongyun.chip.ppu.isa import BY_NAME, OPCODES, Form
 from tongyun.chip.ppu.program import Kernel, Layout, Program, Tensor
+from tongyun.chip.ppu.rates import rates
 from tongyun.errors import Infeasible, TongyunError
 from tongyun.specs.ppu import Ppu
 
@@ -96,7 +97,7 @@ class Draft:
         words[high] = (words[high] & ~np.uint32(_HIGH)) | (at >> 32).astype(np.uint32)
         return Program(
             words=words, tensors=placed, kernels=self.kernels, symbols=self.symbols, hbm_bytes=top,
-            chip=ppu.name, chips=chips,
+            chip=ppu.name, chips=chips, order=tuple(rates(ppu).tolist()),
         )  # fmt: skip
 
     def _placed(self, lasting: Sequence[bool]) -> tuple[Tensor, ...]:

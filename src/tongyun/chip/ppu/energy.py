@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.chip.ppu.rates import TICKS
 from tongyun.chip.ppu.timing import COUNTERS, Timing
 from tongyun.specs.figure import Corner
 from tongyun.specs.ppu import Ppu, PpuSpec
@@ -37,7 +38,7 @@ def energy(timing: Timing, spec: PpuSpec) -> Energy:
     """What a simulated run costs in joules, and its time within the envelope."""
     corners = [spec.at(corner) for corner in (Corner.FAST, Corner.NOMINAL, Corner.SLOW)]
     at_corner = [_by_kernel(timing, ppu) for ppu in corners]
-    plain = timing.cycles / timing.ppu.clock_hz
+    plain = timing.ticks / TICKS
     nominal = corners[1]
     dynamic = at_corner[1].sum(axis=1)
     stretched = np.maximum(plain, dynamic / (nominal.limit_w - nominal.static_w))

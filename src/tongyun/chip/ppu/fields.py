@@ -14,7 +14,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
-from tongyun.chip.ppu.isa import ENGINES, OPCODES, TICKS, Form, Type
+from tongyun.chip.ppu.isa import ENGINES, OPCODES, Form
+from tongyun.chip.ppu.rates import TILES, rates
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 
@@ -54,13 +55,13 @@ def _tables() -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], 
 
 
 def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
-    """(head, imm, reg): operation, engine, function, flags, wait, signal, bytes of the type and ticks of the
-    smallest product; then immediate and register of each operand.
+    """(head, imm, reg): operation, engine, function, flags, wait, signal, bytes of the type and type of
+    the smallest product; then immediate and register of each operand.
 
     InputError names the first word that is no instruction, or none of this chip.
     """
     head, imm, reg = (np.zeros((len(words), size), dtype=np.int64) for size in (8, _OPERANDS, _OPERANDS))
-    bad = _unpack(np.ascontiguousarray(words), *_tables(), _tile_ticks(ppu), head, imm, reg)
+    bad = _unpack(np.ascontiguousarray(words), *_tables(), rates(ppu)[TILES:] >= 0, head, imm, reg)
     if bad >= 0:
         each = decode(words[bad].tolist(), int(bad))
         lacking = [kind.name for kind in each.types[:2] if kind.rate not in ppu.tensor_flops]
@@ -72,16 +73,6 @@ def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
     return head, imm, reg
 
 
-def _tile_ticks(ppu: Ppu) -> NDArray[np.int64]:
-    """By data type: ticks of the smallest product of the tensor unit, -1 where it has no rate."""
-    ticks = np.full(16, -1, dtype=np.int64)
-    for kind in Type:
-        if kind.rate in ppu.tensor_flops:
-            work = 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k * TICKS
-            ticks[kind] = -(-work // int(ppu.tensor_flops[kind.rate]))
-    return ticks
-
-
 @njit(cache=True, error_model="numpy")
 def _unpack(
     words: Any,
@@ -89,7 +80,7 @@ def _unpack(
     forms: Any,
     slots: Any,
     functions: Any,
-    tile_ticks: Any,
+    rated: Any,
     head: Any,
     imm: Any,
     reg: Any,
@@ -117,10 +108,10 @@ def _unpack(
         head[at, 6] = sizes[first >> 16 & 15]
         if number == _MMA or number == _ATTN:
             # Operands of two types run at the rate of the wider one.
-            one, other = tile_ticks[first >> 16 & 15], tile_ticks[first >> 20 & 15]
-            if one < 0 or other < 0:
+            one, other = first >> 16 & 15, first >> 20 & 15
+            if not rated[one] or not rated[other]:
                 return at
-            head[at, 7] = max(one, other)
+            head[at, 7] = one if sizes[one] > sizes[other] else other
         for place in range(_OPERANDS):
             form, slot = forms[code, place], slots[code, place]
             if form <= 0:

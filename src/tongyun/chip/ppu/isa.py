@@ -36,8 +36,6 @@ class Engine(StrEnum):
 
 
 ENGINES = tuple(Engine)
-TICKS = 256
-"""Parts of a cycle in which instructions are timed."""
 
 
 class Type(IntEnum):

@@ -5,10 +5,10 @@ What only fills registers that no time depends on (which of two buffers has its 
 are those of the next row. Knows no chip. Numba's cache does not see changes in another file, so numbers that
 both files use are written out in both.
 
-A row is operation, ticks until it is issued, semaphores taken, semaphores given, engine; then by operation
+A row is operation, cycles until it is issued, semaphores taken, semaphores given, engine; then by operation
     LOAD      all moves: 5 address, 6 its register, 7 8 rows and columns, 9 10 their registers, 11 bytes of
               the type, 12 stride, 13 inward + 2 · gathered
-    MMA       5 6 7 m n k, 8 9 10 their registers, 11 ticks of the smallest product
+    MMA       5 6 7 m n k, 8 9 10 their registers, 11 type of the smallest product
     ATTN      5 6 7 m n width, 8 9 10 their registers, 11 as MMA, 13 whether causal, 14 15 query and its
               register, 16 17 key and its register, 18 rows of a position
     VEC       all passes over elements: 5 6 rows and columns, 7 8 their registers, 9 times columns, 10 11
@@ -35,7 +35,7 @@ _VEC, _RED, _RMSNORM, _ROPE, _DRAIN, _ATTN_END, _ATTN_MERGE, _ATTN_INIT, _TOPK, 
     12, 23
 )
 _RECV, _SYNC, _ADD = 27, 28, 32
-_TICK, _WIDTH = 256, 20
+_WIDTH = 20
 _WHOLE, _NOWHERE = 64, 65
 """Registers behind those of the instruction set: one that cuts no count short, one that nobody reads."""
 
@@ -102,25 +102,25 @@ def lower(head: Any, imm: Any, reg: Any, partner: Any) -> Any:
     """Rows one behind the other, and the word that each is of."""
     size = len(head)
     after = _living(head, imm, reg, partner)
-    place, ticks = np.zeros(size + 1, np.int64), np.zeros(size, np.int64)
+    place, cycles = np.zeros(size + 1, np.int64), np.zeros(size, np.int64)
     rows, lead = 1, 0
     for at in range(size):
-        lead += _TICK
+        lead += 1
         place[at] = rows
         dead = (
             head[at, 0] == _ALU and not head[at, 4] and not after[at] >> np.uint64(imm[at, 0]) & np.uint64(1)
         )
         if not dead:
-            ticks[at], lead = lead, 0
+            cycles[at], lead = lead, 0
             rows += 1
     code, words = np.zeros((rows, _WIDTH), np.int64), np.zeros(rows, np.int64)
     # Cores begin as if behind a barrier.
     code[0, 0] = _BARRIER
     for at in range(size):
-        if ticks[at]:
+        if cycles[at]:
             row = code[place[at]]
             words[place[at]] = at
-            row[1], row[2], row[3], row[4] = ticks[at], head[at, 4], head[at, 5], head[at, 1]
+            row[1], row[2], row[3], row[4] = cycles[at], head[at, 4], head[at, 5], head[at, 1]
             _row(row, at, head, imm, reg)
             if row[0] == _LOOP:
                 row[6] = place[partner[at] + 1] * _WIDTH

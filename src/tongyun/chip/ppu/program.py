@@ -15,7 +15,7 @@ from tongyun.chip.ppu.asm import Words
 from tongyun.chip.ppu.isa import SLOTS, Type
 from tongyun.errors import InputError
 
-MAGIC = b"PPU2"
+MAGIC = b"PPU3"
 _DIGEST = 32
 """Bytes of the SHA-256 behind the magic, over all that follows."""
 
@@ -66,6 +66,9 @@ class Program:
     chip: str = ""
     chips: int = 1
     """How many run it together, each on its own part of the weights."""
+    order: tuple[float, ...] = ()
+    """`rates` of the chip it was compiled for, its cores first: requests to shared memory are served in the
+    order in which they come there. Empty: they are served as they come on the chip it runs on."""
 
     def tensor(self, name: str) -> Tensor:
         return next(tensor for tensor in self.tensors if tensor.name == name)
@@ -80,6 +83,7 @@ class Program:
                 "hbm_bytes": self.hbm_bytes,
                 "chip": self.chip,
                 "chips": self.chips,
+                "order": self.order,
             }
         ).encode()
         rest = len(header).to_bytes(8, "little") + header + np.ascontiguousarray(self.words).tobytes()
@@ -110,7 +114,7 @@ class Program:
             )
             kernels = tuple(Kernel(**item) for item in header["kernels"])
             symbols, hbm_bytes = tuple(header["symbols"]), header["hbm_bytes"]
-            chip, chips = header["chip"], header["chips"]
+            chip, chips, order = header["chip"], header["chips"], tuple(map(float, header["order"]))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}: damaged header: {error}") from None
         return cls(
@@ -121,6 +125,7 @@ class Program:
             hbm_bytes=hbm_bytes,
             chip=chip,
             chips=chips,
+            order=order,
         )
 
 

@@ -28,8 +28,8 @@ _LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _MMA, _ATTN, _VEC, _ALL_REDUCE, _ADD = (
     22,
     32,
 )
-_TICK, _WIDTH, _WHOLE, _REGISTERS = 256, 20, 64, 66
-_READ = 24 * _TICK
+_WIDTH, _WHOLE, _REGISTERS, _CYCLE = 20, 64, 66, 20
+_READ = 24
 _TOKENS, _DEPTH = 16, 8
 _FLOPS, _HBM, _L2, _SRAM, _LINK, _ELEMENTS, _BUSY = range(7)
 _SETS, _HASH = 1 << 16, -7046029254386353131
@@ -186,7 +186,9 @@ def walk(
                 marked[2], tallies[2], spots[2] = put, tally, count
                 skip = (loops[level, 1] - 2) // 2 * 2
                 grown = marks[2] - marks[1]
-                steady = np.abs(grown - marks[1] + marks[0]).max() <= 2.0 + 0.001 * grown.max()
+                steady = (
+                    np.abs(grown - marks[1] + marks[0]).max() <= 0.01 * rates[_CYCLE] + 0.001 * grown.max()
+                )
                 if loops[level, 2] >= 6 and steady and _saturated(loops[level, 0], at, skip, code, regs):
                     pairs = skip // 2
                     for bit in range(16):
@@ -215,7 +217,7 @@ def walk(
             at = loops[level, 0] if loops[level, 1] else at + 1
             continue
         if op == _LDS:
-            now = last + _READ
+            now = last + _READ * rates[_CYCLE]
             table = code[at, 7]
             entry = starts[table - 1] + code[at, 8] + (regs[code[at, 6]] >> 2)
             regs[code[at, 5]] = values[min(max(entry, starts[table - 1]), starts[table] - 1)]

@@ -2,23 +2,26 @@
 
 A program's order is a legal order, so one pass over each core's instructions gives their times: an
 instruction starts when it is issued, its queue is free and its tokens are there. Cores meet at the
-L2, the HBM and the links, which are servers; a core is stopped before each request, and the one whose
-request is earliest goes on. Time is counted in 1/256 of a cycle. Knows no numbers in memory: those a
-program reads (a position, the experts' rows) are given by name.
+L2, the HBM and the links, which are servers. They serve requests in the order in which these would come on
+the chip that the program was compiled for, whatever the chip it runs on: then no time depends on which of two
+requests is earlier, every time is a sum or a maximum of others, and a better chip is never slower. Knows no
+numbers in memory: those a program reads (a position, the experts' rows) are given by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.asm import decode
 from tongyun.chip.ppu.fault import Fault
-from tongyun.chip.ppu.isa import BY_NAME, ENGINES, OPCODES, TICKS, Form, Type
+from tongyun.chip.ppu.isa import BY_NAME, ENGINES, OPCODES, Form, Type
 from tongyun.chip.ppu.program import Program
+from tongyun.chip.ppu.rates import TICKS, rates
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 from tongyun.units import DType
@@ -37,7 +40,7 @@ class Timing:
     ppu: Ppu
     names: tuple[str, ...]
     kinds: tuple[str, ...]
-    cycles: NDArray[np.float64]
+    ticks: NDArray[np.int64]
     counters: NDArray[np.int64]
     """Shape (kernels, counters), in the order of `COUNTERS`."""
     times: NDArray[np.int64]
@@ -46,12 +49,17 @@ class Timing:
     """By kernel, the type whose rate its products run at."""
 
     @property
+    def cycles(self) -> NDArray[np.float64]:
+        """By kernel."""
+        return self.ticks.astype(np.float64) * (self.ppu.clock_hz / TICKS)
+
+    @property
     def total_cycles(self) -> float:
-        return float(self.cycles @ self.times)
+        return self.seconds * self.ppu.clock_hz
 
     @property
     def seconds(self) -> float:
-        return self.total_cycles / self.ppu.clock_hz
+        return int(self.ticks @ self.times) / TICKS
 
     def total(self, counter: str) -> int:
         """A counter over all kernels and cores; ticks are summed over cores."""
@@ -61,7 +69,8 @@ class Timing:
 def simulate(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
     """Run a program's times on a chip; `symbols` gives the numbers it reads from memory, by name.
 
-    InputError names a symbol that is missing.
+    A chip with more cores than the program is for leaves them idle. InputError names a symbol that is
+    missing, or says that the cores are too few.
     """
     return _simulate(program, ppu, dict(symbols or {}), np.ones(len(program.kernels), dtype=np.int64))
 
@@ -77,18 +86,15 @@ def simulate_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLik
 
 
 def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: NDArray[np.int64]) -> Timing:
-    from tongyun.chip.ppu.clockwork import CORES, ENDS, run
+    from tongyun.chip.ppu.clockwork import ENDS
     from tongyun.chip.ppu.fields import fields, partners
     from tongyun.chip.ppu.microcode import lower
 
-    if ppu.cores > CORES:
-        raise InputError(f"{ppu.name} has {ppu.cores} cores; the timing simulator takes {CORES}")
-    starts, values = tables(program, symbols)
-    rates, kernels = _rates(ppu), len(program.kernels)
+    mine, order = chips(program, ppu)
     head, imm, reg = fields(program.words, ppu)
-    partner = partners(head, imm, len(program.symbols), kernels)
+    partner = partners(head, imm, len(program.symbols), len(program.kernels))
     code, words = lower(head, imm, reg, partner)
-    cycles, counters, count, end, row, core = run(code, starts, values, rates, kernels)
+    ticks, counters, count, end, row, core = _run(code, tables(program, symbols), mine, order, len(times))
     if end:
         place = int(words[row])
         name = decode(program.words[place].tolist()).op
@@ -99,7 +105,7 @@ def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: 
         ppu=ppu,
         names=tuple(kernel.name for kernel in program.kernels),
         kinds=tuple(kernel.kind for kernel in program.kernels),
-        cycles=np.asarray(cycles) / TICKS,
+        ticks=np.asarray(ticks),
         counters=np.asarray(counters),
         times=times,
         instructions=int(count),
@@ -117,6 +123,41 @@ def product_rates(program: Program) -> tuple[DType, ...]:
         types = [Type(first[places[at]] >> shift & 15) for shift in (16, 20)]
         found[number] = max(types, key=lambda kind: kind.bytes).rate
     return tuple(found)
+
+
+def _run(
+    code: NDArray[np.int64],
+    memory: tuple[NDArray[np.int64], NDArray[np.int64]],
+    mine: NDArray[np.float64],
+    order: NDArray[np.float64],
+    kernels: int,
+) -> tuple[Any, ...]:
+    """What `clockwork.run` answers on a chip, served in the order of another, which is run before it."""
+    from tongyun.chip.ppu.clockwork import AS_THEY_COME, FOLLOW, KEEP, run
+
+    if np.array_equal(mine, order):
+        return tuple(run(code, *memory, mine, kernels, np.zeros(1, np.int16), AS_THEY_COME)[:-1])
+    *answer, turns = run(code.copy(), *memory, order, kernels, np.zeros(1 << 16, np.int16), KEEP)
+    if answer[3]:
+        return tuple(answer)
+    return tuple(run(code, *memory, mine, kernels, turns, FOLLOW)[:-1])
+
+
+def chips(program: Program, ppu: Ppu) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """`rates` of the chip a program runs on, with the cores it is for, and of the one that orders it."""
+    from tongyun.chip.ppu.clockwork import CORES
+
+    mine = rates(ppu)
+    order = np.array(program.order) if program.order else mine
+    if ppu.cores > CORES:
+        raise InputError(f"{ppu.name} has {ppu.cores} cores; the timing simulator takes {CORES}")
+    if ppu.cores < order[0]:
+        raise InputError(
+            f"the program is for {order[0]:.0f} cores, {ppu.name} has {ppu.cores}: compile it for that chip"
+        )
+    mine[0] = order[0]
+    # A type that the other chip has no rate for is taken at this one's.
+    return mine, np.where(order < 0, mine, order)
 
 
 def tables(program: Program, symbols: Mapping[str, ArrayLike]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -138,17 +179,6 @@ def _kernel_at(program: Program, place: int) -> str:
     """The kernel that the instruction at a place is of."""
     begun = int(np.count_nonzero((program.words[:place, 0] & 0xFF) == _BARRIER))
     return program.kernels[begun - 1].name if begun else "before the first"
-
-
-def _rates(ppu: Ppu) -> NDArray[np.float64]:
-    cycle = ppu.clock_hz * TICKS
-    tensor = [ppu.cores, ppu.tile_m, ppu.tile_n, ppu.tile_k, ppu.tensor_latency_s * cycle]
-    vector = [TICKS / ppu.vector_lanes, TICKS / ppu.special_lanes, ppu.vector_latency_s * cycle]
-    l2 = [TICKS / ppu.port_bytes, TICKS / ppu.l2_rate, ppu.l2_latency_s * cycle]
-    hbm = [cycle / ppu.hbm_bytes_per_s, ppu.hbm_latency_s * cycle]
-    link = [cycle / ppu.icn_bytes_per_s if ppu.icn_bytes_per_s else 0.0, ppu.icn_latency_s * cycle]
-    tile = [ppu.attention_rows, TICKS / ppu.softmax_lanes, 1 - ppu.softmax_hidden]
-    return np.array([*tensor, *vector, *l2, *hbm, ppu.l2_bytes, ppu.barrier_s * cycle, *link, *tile])
 
 
 # Repeated kernels.

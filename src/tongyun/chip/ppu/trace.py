@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tongyun.chip.ppu.isa import ENGINES, TICKS, Engine
+from tongyun.chip.ppu.isa import ENGINES, Engine
+from tongyun.chip.ppu.rates import TICKS
 from tongyun.chip.ppu.timing import COUNTERS, Timing
 
 KERNELS = 0
@@ -25,16 +26,16 @@ def trace(timing: Timing) -> dict[str, Any]:
     names = ["kernels", *(engine.value for engine in ENGINES if engine is not Engine.CONTROL)]
     events: list[dict[str, Any]] = [_named("process_name", KERNELS, f"{timing.ppu.name} (simulated)")]
     events += [_named("thread_name", number, name) for number, name in enumerate(names)]
-    us = 1e6 / timing.ppu.clock_hz
+    us = 1e6 / TICKS
     begin = 0.0
     for place, name in enumerate(timing.names):
-        whole = float(timing.cycles[place])
+        whole = float(timing.ticks[place])
         counts = dict(zip(COUNTERS, timing.counters[place].tolist(), strict=True))
         told = {key: counts[key] for key in ("flops", "hbm_bytes", "l2_bytes")}
         more = {**told, "stands_for": int(timing.times[place])}
         events.append(_slice(name, KERNELS, begin * us, whole * us, more))
         for number, engine in enumerate(names[1:], start=1):
-            busy = counts[f"{engine}_ticks"] / TICKS / timing.ppu.cores
+            busy = counts[f"{engine}_ticks"] / timing.ppu.cores
             if busy:
                 busy = min(busy, whole)
                 events.append(_slice(name, number, begin * us, busy * us, {"busy_of_kernel": busy / whole}))

@@ -14,6 +14,13 @@ from tongyun.specs import ChipSpec
 VLLM, SGLANG = "vLLM", "SGLang"
 VERSIONS: Mapping[str, str] = {VLLM: "0.33.0", SGLANG: "0.5.23", "Ray": "2.60.0"}
 """Releases whose argument parsers the flags were checked against."""
+ROUTERS: Mapping[str, tuple[str, str]] = {
+    VLLM: ("vllm-router", "0.1.17"),
+    SGLANG: ("sglang-router", "0.3.2"),
+}
+"""Each engine's router: its package and release on the Python package index."""
+ROUTER_IMAGE = "python:3.12-slim"
+"""Neither project publishes an image of its router alone; it is installed as the pod starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +33,10 @@ class Platform:
     """Environment variable that gives a process some of a machine's chips."""
     resource: str | None
     """Name of the chips in Kubernetes."""
+    connector: str | None = None
+    """vLLM's way for keys and values between pools; None where NixlConnector is not known to run."""
+    transfer: str | None = None
+    """SGLang's backend for the same."""
     note: str | None = None
     absent: Mapping[str, str] = field(default_factory=dict)
     """Why an engine does not run here."""
@@ -36,17 +47,22 @@ PLATFORMS: Mapping[str, Platform] = {
         engines={VLLM: "vllm/vllm-openai:v0.33.0", SGLANG: "lmsysorg/sglang:v0.5.23"},
         visible="CUDA_VISIBLE_DEVICES",
         resource="nvidia.com/gpu",
+        connector="NixlConnector",
+        transfer="mooncake",
     ),
     "AMD": Platform(
         engines={VLLM: "vllm/vllm-openai-rocm:latest", SGLANG: None},
         visible="HIP_VISIBLE_DEVICES",
         resource="amd.com/gpu",
+        connector="NixlConnector",
+        transfer="mori",
         note="ROCm builds of the engines are needed; AMD lists them under rocm.docs.amd.com, inference",
     ),
     "Huawei": Platform(
         engines={VLLM: "quay.io/ascend/vllm-ascend:v0.23.0", SGLANG: None},
         visible="ASCEND_RT_VISIBLE_DEVICES",
         resource="huawei.com/Ascend910",
+        transfer="ascend",
         note="vLLM runs with the vllm-ascend plugin, whose newest release follows vLLM 0.23.0; "
         "SGLang with its NPU build (docs.sglang.io, Ascend NPUs)",
     ),
@@ -70,6 +86,8 @@ PLATFORMS: Mapping[str, Platform] = {
         engines={VLLM: None, SGLANG: None},
         visible="CUDA_VISIBLE_DEVICES",
         resource=None,
+        connector="NixlConnector",
+        transfer="mooncake",
         note="the engines run through the SAIL SDK's CUDA wrapper, in images that Alibaba Cloud gives its "
         "PPU customers (PAI serves DeepSeek-R1 on PPUs with both); no public image or version is known, "
         "that CUDA_VISIBLE_DEVICES is obeyed is assumed",

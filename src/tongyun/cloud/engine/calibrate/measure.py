@@ -94,9 +94,9 @@ def measure(setting: Setting, tell: Tell) -> ChipSpec:
         tell("operators and steps", 0.0)
         bare, extra = _engine(setting, bench, lambda share: tell("operators and steps", ENGINE_SHARE * share))
         tell("serving", ENGINE_SHARE)
-        around = tuple(serving.serving(bench))
+        around, served = serving.serving(bench)
     tell("done", 1.0)
-    return chip_spec(replace(bare, overhead=extra + around))
+    return chip_spec(replace(bare, overhead=extra + around, served=served))
 
 
 def _engine(

@@ -2,8 +2,8 @@
 
 Each measured step leaves a rest when its priced operators are taken away. The rest is
 split, by least squares with no negative part, into what every step, operator, sparse
-layer, sequence, further token of a sequence, written byte and byte of weights adds, and a
-step in which threads help each other. It measures the engine on this machine; no served
+layer, sequence, further token of a sequence and written byte adds, and a step in which
+threads help each other. It measures the engine on this machine; no served
 model takes part in it.
 """
 
@@ -28,7 +28,6 @@ TERMS = (
     "sequence",
     "token",
     "written_byte",
-    "weight_byte",
     "shared_step",
 )
 
@@ -56,6 +55,5 @@ def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
         float(shape.sequences),
         float(shape.tokens - shape.sequences),
         float(sum(op.repeat * op.write_bytes for op in operators)),
-        float(sum(op.repeat * op.weight_bytes for op in operators)),
         float(shared(operators)),
     ]

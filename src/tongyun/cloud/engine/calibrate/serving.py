@@ -11,15 +11,17 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect, bisect_left
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tongyun.chip.calibrated import nonnegative
+from tongyun.chip.calibrated import TINY, nonnegative
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
@@ -36,7 +38,7 @@ from tongyun.cloud.sched.request import Request
 from tongyun.cloud.workload import Arrival, Arrivals, Lengths, Process, Workload, sample
 from tongyun.model.config import ModelConfig
 from tongyun.model.vocabulary import Vocabulary, byte_characters
-from tongyun.specs.samples import OverheadSample
+from tongyun.specs.samples import OverheadSample, ServedSample
 
 SHORT, LONG = 17, 513
 """Prompt tokens of single requests; lengths that no other request of a round has."""
@@ -58,13 +60,18 @@ class _Cell:
 CELLS = (
     _Cell(streams=2, output=64, prompt=32),
     _Cell(streams=5, output=64, prompt=33),
-    _Cell(streams=2, output=16, prompt=34),
+    _Cell(streams=12, output=64, prompt=34),
+    _Cell(streams=28, output=64, prompt=35),
+    _Cell(streams=2, output=16, prompt=36),
 )
-CELL_S = 2.0
-AROUND_S = 5e-4
-"""What serving about adds to a step: a rate that left it out would flood small models."""
-BATCHES = (1, 4, 16)
-"""Sequences in the steps that are measured without a server."""
+CELL_S = 2.5
+BARE_STEPS = 32
+AROUND_S, AROUND_TOKEN_S = 3e-4, 9e-5
+"""What serving about adds to a step, and to it for each token: a rate without it would flood small models."""
+STREAMS = (1, 4, 12, 24, 40)
+"""Sequences in the steps that are measured without a server, and at which its cost is told."""
+LEAST_SEEN = 20.0
+"""Steps, and requests, that are enough to tell a cost from."""
 FAR_OFF_S = 0.02
 """A step that waits longer than this waited for something else on the machine."""
 
@@ -87,21 +94,29 @@ class _Seen:
     first_s: dict[str, float] = field(default_factory=dict)
     steps: list[_Step] = field(default_factory=list)
 
-    def inside_s(self, prompt: int, count: int) -> float:
-        """Mean seconds from queue to first token, of the last `count` prompts of this length."""
-        names = [name for name, (length, _) in self.came_s.items() if length == prompt]
-        return statistics.fmean(self.first_s[name] - self.came_s[name][1] for name in names[-count:])
-
-    def gaps(self, prompt: int) -> list[tuple[int, float]]:
-        """Sequences and seconds since the step before, of steps that only decoded prompts of this length.
+    def gaps(self, prompt: int) -> list[tuple[int, int, float]]:
+        """Sequences, requests that came and seconds since the step before, of steps that only decoded.
 
         Such a step follows another without a pause: its sequences were in that one.
         """
+        came = sorted(came_s for _, came_s in self.came_s.values())
         return [
-            (step.tokens, step.ended_s - before.ended_s)
+            (
+                step.tokens,
+                bisect(came, step.ended_s) - bisect(came, before.ended_s),
+                step.ended_s - before.ended_s,
+            )
             for before, step in pairwise(self.steps)
             if step.decoding and step.prompt == prompt
         ]
+
+    def firsts(self, prompt: int, count: int) -> list[tuple[int, float]]:
+        """Of the last `count` such prompts: tokens of the step that gave the first, seconds inside."""
+        ended = [step.ended_s for step in self.steps]
+        names = [name for name, (length, _) in self.came_s.items() if length == prompt][-count:]
+        places = [bisect_left(ended, self.first_s[name]) for name in names]
+        inside_s = [self.first_s[name] - self.came_s[name][1] for name in names]
+        return [(self.steps[place].tokens, s) for place, s in zip(places, inside_s, strict=True)]
 
 
 class _Witnessed(LiveEngine):
@@ -127,20 +142,54 @@ class _Bytes:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
-def serving(bench: Bench) -> Iterator[OverheadSample]:
-    """Seconds of a request's way in and out, of each prompt token on it, and what serving adds to steps."""
+def serving(bench: Bench) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...]]:
+    """What prompt tokens and coming requests add, and what serving takes by the streams there are."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
         rounds = [_round(bench, config, pool) for config in _shapes(bench)]
-    found = _ways(rounds) | _slower(rounds)
-    yield from (OverheadSample(what=what, count=1, seconds=s) for what, s in found.items() if s > 0)
+    each_s = _prompt_token_s(rounds)
+    step_s, coming_s = _slower(rounds)
+    way_s = _ways(rounds, each_s)
+    each = {"prompt_token": each_s, "coming_request": coming_s}
+    return (
+        tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in each.items() if s > 0),
+        tuple(
+            ServedSample(streams=n, step_s=max(step_s[n], TINY), way_s=max(way_s[n], TINY))
+            for n in STREAMS
+            if n in step_s and n in way_s
+        ),
+    )
 
 
 def _shapes(bench: Bench) -> list[ModelConfig]:
-    """Steps of little but overhead, steps of many small operators, and steps of shared products."""
+    """Steps of many small operators, and steps of shared products: as long as those of small models."""
     if bench.quick:
         return [steps.synthetic(1), steps.synthetic(4)]
-    return [steps.synthetic(2), steps.synthetic(6, hidden=256, sparse=True), steps.synthetic(4, hidden=512)]
+    return [steps.synthetic(6, hidden=256, sparse=True), steps.synthetic(4, hidden=512)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A model under one load."""
+
+    cell: _Cell
+    records: Records
+    bare_s: NDArray[np.float64]
+    """The step of each of `STREAMS` without a server, just before and just after: machines drift."""
+
+    def ways(self, seen: _Seen) -> list[tuple[int, float]]:
+        """Of each request: tokens of its first step, and seconds outside the engine."""
+        inside = seen.firsts(self.cell.prompt, len(self.records))
+        return [(n, felt - s) for (n, s), felt in zip(inside, _ttfts(self.records), strict=True)]
+
+    def excess(self, seen: _Seen) -> list[tuple[int, int, float]]:
+        """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
+        gaps = [
+            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
+            for n, came, s in seen.gaps(self.cell.prompt)
+            if n <= STREAMS[-1]
+        ]
+        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,49 +199,41 @@ class _Round:
     seen: _Seen
     singles: tuple[Records, Records]
     """Short and long prompts, each alone."""
-    cells: tuple[tuple[_Cell, Records], ...]
-    bare_s: tuple[float, ...]
-    """The step of each of `BATCHES` without a server around it."""
+    loaded: tuple[_Loaded, ...]
 
     def way_s(self, prompt: int, records: Records) -> float:
         """Mean seconds that first tokens spent outside the engine."""
-        felt = [r.ttft_s for r in records if r.ttft_s is not None]
-        return statistics.fmean(felt) - self.seen.inside_s(prompt, len(felt))
+        inside_s = [s for _, s in self.seen.firsts(prompt, len(records))]
+        return statistics.fmean(_ttfts(records)) - statistics.fmean(inside_s)
 
-    def excess(self, cell: _Cell, records: Records) -> tuple[list[float], float, float]:
-        """Of a decoding step under a load: counts of what may slow it, what it took more, what it took."""
-        gaps = [
-            (n, gap - float(np.interp(n, BATCHES, self.bare_s))) for n, gap in self.seen.gaps(cell.prompt)
-        ]
-        near = [(n, more) for n, more in gaps if more < FAR_OFF_S]
-        tokens = statistics.fmean(n for n, _ in near)
-        more = statistics.fmean(more for _, more in near)
-        return (
-            [1.0, tokens, len(records) / len(near)],
-            more,
-            float(np.interp(tokens, BATCHES, self.bare_s)) + more,
-        )
+
+def _ttfts(records: Records) -> list[float]:
+    """Times to first tokens, in the order in which requests were sent."""
+    return [r.ttft_s for r in sorted(records, key=lambda r: r.arrival_s) if r.ttft_s is not None]
 
 
 def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Round:
     seen, engine = _Seen(), steps.Engine(bench, config)
-    before = [_bare_s(engine, batch) for batch in BATCHES]
-    cells = CELLS[-1:] if bench.quick else CELLS
-    loads = [_arrivals(cell, float(np.interp(cell.streams, BATCHES, before)), bench.quick) for cell in cells]
     with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(engine, seen)), sock) as url:
-        short, long, *rest = pool.submit(_load, url, loads, bench.quick).result()
-    after = [_bare_s(engine, batch) for batch in BATCHES]
-    return _Round(
-        seen=seen,
-        singles=(short, long),
-        cells=tuple(zip(cells, rest, strict=True)),
-        bare_s=tuple((a + b) / 2 for a, b in zip(before, after, strict=True)),
-    )
+
+        def put(load: Sequence[Arrival]) -> Records:
+            return pool.submit(_load, url, load).result()
+
+        count = 6 if bench.quick else SINGLES
+        short, long = (put([Arrival(i * GAP_S, n, 2) for i in range(count)]) for n in (SHORT, LONG))
+        loaded, before = [], _bare_s(engine)
+        for cell in CELLS[-1:] if bench.quick else CELLS:
+            records = put(_arrivals(cell, float(np.interp(cell.streams, STREAMS, before)), bench.quick))
+            after = _bare_s(engine)
+            loaded.append(_Loaded(cell=cell, records=records, bare_s=(before + after) / 2))
+            before = after
+    return _Round(seen=seen, singles=(short, long), loaded=tuple(loaded))
 
 
 def _arrivals(cell: _Cell, step_s: float, quick: bool) -> list[Arrival]:
     """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law."""
-    rate = cell.streams / (cell.output * (step_s + AROUND_S))
+    served_s = step_s + AROUND_S + AROUND_TOKEN_S * cell.streams
+    rate = cell.streams / (cell.output * served_s)
     return sample(
         Workload(
             arrivals=Arrivals(process=Process.POISSON, rate_per_s=rate),
@@ -204,42 +245,60 @@ def _arrivals(cell: _Cell, step_s: float, quick: bool) -> list[Arrival]:
     )
 
 
-def _bare_s(engine: steps.Engine, batch: int) -> float:
-    each = steps.Round(batch=batch, prompt=CELLS[0].prompt, output=CELLS[0].output)
-    return next(engine.samples((each,), ())).seconds
+def _bare_s(engine: steps.Engine) -> NDArray[np.float64]:
+    """Seconds of a decoding step of each of `STREAMS` without a server."""
+    rounds = [steps.Round(batch=batch, prompt=CELLS[0].prompt, output=BARE_STEPS) for batch in STREAMS]
+    return np.array([next(engine.samples((each,), ())).seconds for each in rounds])
 
 
-def _ways(rounds: Sequence[_Round]) -> dict[str, float]:
-    """What a request spends outside the engine, and each of its prompt tokens.
-
-    The way of a token is told from requests alone; that of a request from those under
-    load, which share the cores with the engine as requests in earnest do.
-    """
+def _prompt_token_s(rounds: Sequence[_Round]) -> float:
+    """What each prompt token adds to a request's way, told from requests alone."""
     short_s, long_s = (
         statistics.median(one.way_s(prompt, one.singles[i]) for one in rounds)
         for i, prompt in enumerate((SHORT, LONG))
     )
-    each = max(0.0, (long_s - short_s) / (LONG - SHORT))
-    loaded_s = [
-        one.way_s(cell.prompt, records) - each * cell.prompt for one in rounds for cell, records in one.cells
-    ]
-    return {"request": max(0.0, statistics.median(loaded_s)), "prompt_token": each}
+    return max(0.0, (long_s - short_s) / (LONG - SHORT))
 
 
-def _slower(rounds: Sequence[_Round]) -> dict[str, float]:
-    """What a served step takes more: fixed, for each streamed token, and for each request that comes in.
+def _ways(rounds: Sequence[_Round], prompt_token_s: float) -> dict[int, float]:
+    """Seconds of a first token outside the engine, by the tokens that its step sent.
 
-    Server and client take cores and caches from the engine for the tokens and requests they
-    handle, not for the time a step takes: a large model's long steps lose as little as short ones.
+    The way is that under load: the tokens of a step leave one after the other, while the
+    next step has the cores and, for Python's own part of it, the interpreter.
     """
-    rows, rests = [], []
-    for one in rounds:
-        for cell, records in one.cells:
-            counts, more_s, period_s = one.excess(cell, records)
-            rows.append([count / period_s for count in counts])
-            rests.append(more_s / period_s)
-    parts = nonnegative(np.array(rows), np.array(rests)).tolist()
-    return dict(zip(("served_step", "streamed_token", "coming_request"), parts, strict=True))
+    seen = [
+        (n, s - prompt_token_s * loaded.cell.prompt)
+        for one in rounds
+        for loaded in one.loaded
+        for n, s in loaded.ways(one.seen)
+    ]
+    streams, weights = _about([n for n, _ in seen])
+    found = nonnegative(weights, np.array([s for _, s in seen]))
+    return dict(zip(streams, np.maximum.accumulate(found).tolist(), strict=True))
+
+
+def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
+    """What a served step takes more: by the streams there are, and for each request that comes in.
+
+    Server and client take cores, caches and the interpreter from the engine. The tokens of a few
+    streams are sent by a core that the step leaves free; those of many make it wait.
+    """
+    seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess(one.seen)]
+    streams, weights = _about([n for n, _, _ in seen])
+    came = np.array([float(came) for _, came, _ in seen])
+    found = nonnegative(np.column_stack((weights, came)), np.array([more for _, _, more in seen]))
+    return dict(zip(streams, np.maximum.accumulate(found[:-1]).tolist(), strict=True)), float(found[-1])
+
+
+def _about(counts: Sequence[int]) -> tuple[tuple[int, ...], NDArray[np.float64]]:
+    """Those of `STREAMS` with enough counts about them, and how much of each count belongs to which.
+
+    Least squares with these weights finds the values at them of a line straight in between.
+    """
+    weights = np.array([np.interp(counts, STREAMS, unit) for unit in np.eye(len(STREAMS))]).T
+    told = weights.sum(axis=0) >= LEAST_SEEN
+    streams = tuple(n for n, enough in zip(STREAMS, told, strict=True) if enough) or STREAMS[:1]
+    return streams, np.array([np.interp(counts, streams, unit) for unit in np.eye(len(streams))]).T
 
 
 def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
@@ -271,9 +330,5 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
     return Gateway(served=served, start_engine=start)
 
 
-def _load(url: str, loads: Sequence[Sequence[Arrival]], quick: bool) -> list[Records]:
-    """Loads one after the other: short prompts alone, long prompts alone, and those given."""
-    singles = 6 if quick else SINGLES
-    alone = [[Arrival(i * GAP_S, prompt, 2) for i in range(singles)] for prompt in (SHORT, LONG)]
-    options = LoadOptions(warmup_requests=2)
-    return [measure(Target(url=url), load, options).records for load in (*alone, *loads)]
+def _load(url: str, load: Sequence[Arrival]) -> Records:
+    return measure(Target(url=url), load, LoadOptions(warmup_requests=2)).records

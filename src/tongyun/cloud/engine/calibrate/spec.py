@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tongyun import __version__
 from tongyun.cloud.engine.calibrate.machine import differences
+from tongyun.errors import InputError
 from tongyun.specs import Calibration, ChipSpec, Figure, load
 from tongyun.specs.find import LOCAL
 from tongyun.specs.samples import (
@@ -22,6 +23,7 @@ from tongyun.specs.samples import (
     MemorySample,
     OverheadSample,
     PassSample,
+    ServedSample,
 )
 from tongyun.specs.schema import MatmulSpec, MemorySpec, OverheadSpec, PowerSpec
 from tongyun.store import home
@@ -42,6 +44,7 @@ class Readings:
     attention: tuple[AttentionSample, ...]
     passes: tuple[PassSample, ...] = ()
     overhead: tuple[OverheadSample, ...] = ()
+    served: tuple[ServedSample, ...] = ()
 
     @property
     def peak(self) -> dict[DType, float]:
@@ -96,12 +99,13 @@ def chip_spec(readings: Readings) -> ChipSpec:
             attention=readings.attention,
             passes=readings.passes,
             overhead=readings.overhead,
+            served=readings.served,
         ),
     )
 
 
 def _largest(memory: tuple[MemorySample, ...]) -> float:
-    return max(memory, key=lambda s: s.footprint_bytes).bytes_per_s
+    return max((s for s in memory if s.rows == 1), key=lambda s: s.footprint_bytes).bytes_per_s
 
 
 def _measured(value: float, what: str) -> Figure:
@@ -131,7 +135,10 @@ def kept() -> ChipSpec | None:
 
 def stale(machine: Mapping[str, Scalar]) -> list[str]:
     """Why the kept calibration does not hold for `machine`; empty when it does."""
-    spec = kept()
+    try:
+        spec = kept()
+    except InputError as error:
+        return [f"the one kept cannot be read: {error}"]
     if spec is None or spec.calibration is None:
         return ["this machine was not measured before"]
     return differences(spec.calibration.machine, machine)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate.stopwatch import quiet
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
@@ -82,7 +83,7 @@ def synthetic(layers: int, *, hidden: int = 64, sparse: bool = False) -> ModelCo
 
 
 class Steps:
-    """Steps of the synthetic models: as with probes, a few at every visit, and their mean counts."""
+    """Steps of the synthetic models: as with probes, a few at every visit."""
 
     def __init__(self, bench: Bench) -> None:
         # Wide enough for threads to share the products, and for weights to leave the inner caches.
@@ -98,9 +99,9 @@ class Steps:
         self._visits.append([sample for engine in self._engines for sample in engine.samples()])
 
     def samples(self) -> list[StepSample]:
-        """Seconds of each composition: the mean over the visits so far."""
+        """Seconds of each composition, while neighbours are quiet."""
         return [
-            replace(same[0], seconds=statistics.fmean(sample.seconds for sample in same))
+            replace(same[0], seconds=quiet([sample.seconds for sample in same]))
             for same in zip(*self._visits, strict=True)
         ]
 
