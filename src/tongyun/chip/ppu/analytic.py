@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.rates import TICKS
-from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, tables
+from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, product_rates, tables
 from tongyun.specs.ppu import Ppu
 
 _WIDTH, _BARRIER = 20, 5
@@ -76,4 +76,5 @@ def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) 
         counters=np.rint(counters).astype(np.int64),
         times=np.ones(len(program.kernels), dtype=np.int64),
         instructions=0,
+        rates=product_rates(program),
     )
