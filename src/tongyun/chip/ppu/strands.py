@@ -227,7 +227,8 @@ def price(
     """
     plain, cores = plain_loops(code), np.int64(rates[0])
     strand, speaks, idle = np.zeros(cores, np.int64), np.zeros(cores, np.bool_), np.zeros(cores, np.int64)
-    asks = np.empty((min(cores, STRANDS), 64, ASK), np.int64)
+    most: Any = min(cores, STRANDS)
+    asks = np.empty((most, 64, ASK), np.int64)
     sizes = np.empty((256, FETCH), np.int64)
     filled[0], filled[2] = 0, filled[1]
     begin, number = -1, 0
