@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 
 from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.simulated import SimulatedExecutor
+from tongyun.cloud.perfetto import events
+from tongyun.cloud.record import Recorder
 from tongyun.cloud.sched.experts import Placement, balanced, moves, placed_anew
 from tongyun.cloud.sched.router import LeastLoad
+from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.workload import Arrivals, Distribution, Lengths, Process, Workload, sample
 from tongyun.codesign import fleet as fleets
 from tongyun.codesign.fleet import Played
@@ -52,12 +56,14 @@ LOAD = sample(
 )
 
 
-def played(folder: Path, more: str, skew: float = 0.6, pools: str = "") -> Played:
+def played(
+    folder: Path, more: str, skew: float = 0.6, pools: str = "", recorder: Recorder | None = None
+) -> Played:
     path = folder / "fleet.toml"
     text = FLEET.format(skew=skew, more=more)
     path.write_text(text if not pools else text[: text.index("[[pool]]")] + pools)
     _, fleet = read_fleet(path, isl=2000, osl=200)
-    return fleet.play(LOAD, LeastLoad(), chip=find_chip("h100").at())
+    return fleet.play(LOAD, LeastLoad(), chip=find_chip("h100").at(), recorder=recorder)
 
 
 def tpot_s(one: Played) -> float:
@@ -178,8 +184,31 @@ def test_no_expert_is_sent_while_others_are_on_their_way(tmp_path: Path) -> None
     log = played(tmp_path, DRIFT + WINDOW + SHARE.replace("0.2", "0.001")).rebalanced
     assert log is not None
     assert max(move.seconds for move in log) > 1.5
-    for one, following in zip(log, log[1:], strict=False):
+    for one, following in pairwise(log):
         assert following.moment_s >= one.moment_s + one.seconds
+
+
+@pytest.mark.parametrize("more", [DRIFT + WINDOW, DRIFT + WINDOW + SHARE])
+def test_a_recorder_changes_nothing_and_the_trace_has_every_move(tmp_path: Path, more: str) -> None:
+    schedule = Schedule()
+    told, plain = played(tmp_path, more, recorder=Recorder(schedule.pool)), played(tmp_path, more)
+    assert told.report == plain.report
+    log = told.rebalanced
+    assert log is not None
+    for engine in schedule.engines:
+        assert [end_s - begin_s for begin_s, end_s, _ in engine.moves] == pytest.approx(
+            [one.seconds for one in log]
+        )
+        for (begin_s, end_s, standing), one in zip(engine.moves, log, strict=True):
+            steps = [step for step in engine.stretches() if step.begin_s < end_s and step.end_s > begin_s]
+            assert begin_s >= one.moment_s
+            assert bool(steps) is not standing
+            # A leap ends with the step that is under way when the price changes.
+            for step in steps:
+                if step.begin_s < begin_s < step.end_s:
+                    assert step.end_s - begin_s < 1.01 * (step.end_s - step.begin_s) / step.steps
+    names = [event["name"] for event in events(schedule)]
+    assert names.count("experts move" if log[0].standing else "experts set off") == 8 * len(log)
 
 
 def test_two_pools_each_place_their_own(tmp_path: Path) -> None:

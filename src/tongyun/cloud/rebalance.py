@@ -71,10 +71,19 @@ class Placed:
     def stand(self, seconds: float) -> None:
         """A replica's engines end their steps, wait for one another and then for so long."""
         for first in range(0, len(self.loops), self.groups):
-            clocks = [loop.clock for loop in self.loops[first : first + self.groups]]
-            until_s = max(clock.now() for clock in clocks) + seconds
-            for clock in clocks:
-                clock.wait_until(until_s)
+            replica = self.loops[first : first + self.groups]
+            begin_s = max(loop.clock.now() for loop in replica)
+            for loop in replica:
+                loop.clock.wait_until(begin_s + seconds)
+                if loop.tape is not None:
+                    loop.tape.moved(begin_s, begin_s + seconds, True)
+
+    def go_on(self, begin_s: float, seconds: float) -> None:
+        """Steps go on beside weights on their way, at a price of their own."""
+        self.reprice()
+        for loop in self.loops:
+            if loop.tape is not None:
+                loop.tape.moved(begin_s, begin_s + seconds, False)
 
     def reprice(self) -> None:
         price = self.balance.price()
@@ -140,7 +149,7 @@ class Rebalancing:
                 pool.stand(done.seconds)
                 self._arrived(pool)
             else:
-                pool.reprice()
+                pool.go_on(now_s, done.seconds)
                 self._fleet.at(now_s + done.seconds, partial(self._arrived, pool))
 
     def _arrived(self, pool: Placed) -> None:
