@@ -23,8 +23,8 @@ from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.energy import energy
 from tongyun.chip.ppu.functional import Chip
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.isa import Type
-from tongyun.chip.ppu.lower import Fusions
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.timing import Timing, simulate, simulate_repeated
 from tongyun.chip.ppu.traffic import saving

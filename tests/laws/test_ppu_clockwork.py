@@ -18,7 +18,8 @@ from tongyun.chip.ppu import asm
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit import attention
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul
+from tongyun.chip.ppu.emit.mapper import Tiling
+from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.functional import _alu
 from tongyun.chip.ppu.isa import At, Engine, Form, Instruction, Type
 from tongyun.chip.ppu.program import Program

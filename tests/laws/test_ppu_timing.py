@@ -12,11 +12,13 @@ import pytest
 from tongyun.chip.ppu import asm
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul
+from tongyun.chip.ppu.emit.mapper import Tiling
+from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.energy import COMPONENTS, energy
 from tongyun.chip.ppu.functional import Chip
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.isa import Type
-from tongyun.chip.ppu.lower import Fusions, Lowered
+from tongyun.chip.ppu.lower import Lowered
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.timing import COUNTERS, Timing, simulate, simulate_repeated
 from tongyun.errors import Infeasible, InputError

@@ -8,13 +8,15 @@ import pytest
 
 from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Matmul, mapped, traffic
+from tongyun.chip.ppu.emit.mapper import Matmul, mapped, traffic
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.isa import Type
-from tongyun.chip.ppu.lower import Fusions
 from tongyun.chip.ppu.program import Program
+from tongyun.chip.ppu.quantised import WAYS
 from tongyun.chip.ppu.timing import COUNTERS, simulate
 from tongyun.chip.ppu.traffic import fetched, saving
 from tongyun.specs import find_model, find_ppu
+from tongyun.units import DType
 
 FUSIONS = ("norm", "rotate", "swiglu", "residual")
 RUNTIME = {"attention", "embed"}
@@ -42,6 +44,20 @@ def test_predicted_bytes_are_the_counted_ones(tokens: int, without: tuple[str, .
             assert sum(kernel.moves.values()) == count, kernel.name
     fused, fewer = counted(tokens)
     assert saving(fused, program).bytes == sum(bytes_) - sum(fewer)
+
+
+@pytest.mark.parametrize("dtype", WAYS)
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_predicted_bytes_of_few_bits_are_the_counted_ones(tokens: int, dtype: str) -> None:
+    ppu = find_ppu("h100").at()
+    config, _ = find_model("Qwen/Qwen3-0.6B")
+    program = compile_step(config, ppu, tokens=tokens, layers=2, dtype=dtype).program
+    result = simulate(program, ppu, {"position": [0]})
+    bytes_ = result.counters[:, COUNTERS.index("l2_bytes")].tolist()
+    for kernel, count in zip(program.kernels, bytes_, strict=True):
+        assert kernel.kind in RUNTIME or sum(kernel.moves.values()) == count, kernel.name
+    rate = DType.INT8 if dtype == "int8" else DType.FP8
+    assert set(result.rates) == {rate, DType.BF16}
 
 
 @pytest.mark.parametrize("name", FUSIONS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tongyun.chip.ppu import backend
-from tongyun.chip.ppu.lower import Fusions
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.errors import InputError
 from tongyun.specs.find import CATALOG
 

@@ -16,8 +16,9 @@ from tongyun.chip.ppu.capture import capture
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.fault import Fault
 from tongyun.chip.ppu.functional import Chip, run
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.isa import At, Type
-from tongyun.chip.ppu.lower import Fusions, Scale, lower
+from tongyun.chip.ppu.lower import Scale, lower
 from tongyun.errors import InputError
 from tongyun.specs import find_ppu
 

@@ -12,7 +12,9 @@ from torch.nn import functional
 from tongyun.chip.ppu.emit import attention as attend
 from tongyun.chip.ppu.emit import experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul, split_matmul
+from tongyun.chip.ppu.emit.mapper import Tiling
+from tongyun.chip.ppu.emit.matmul import Scales, matmul, split_matmul
+from tongyun.chip.ppu.emit.quantise import quantise
 from tongyun.chip.ppu.functional import Chip, Counts
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Tensor
@@ -224,3 +226,160 @@ def test_a_product_cut_over_k_is_the_same_product(m: int, n: int, k: int, parts:
     chip, counts = bench.run()
     assert error(chip.view("out"), a.float() @ w.float().T) < BF16
     assert sum(counts.flops.values()) == 2 * m * n * k
+
+
+def fp8(*shape: int) -> torch.Tensor:
+    """Small whole numbers: their products and sums are exact in f32 in any order."""
+    seed = torch.Generator().manual_seed(sum(shape))
+    return torch.randint(-8, 9, shape, generator=seed).to(torch.float8_e4m3fn)
+
+
+def int8(*shape: int) -> torch.Tensor:
+    return torch.randint(
+        -128, 128, shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.int8
+    )
+
+
+def positive(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape))) + 0.5
+
+
+H100 = dataclasses.replace(find_ppu("h100").at(), cores=5)
+
+
+@pytest.mark.parametrize("shape", [(33, 50, 96), (1, 300, 256), (100, 130, 320)])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_a_product_of_fp8_is_torchs_bit_for_bit(shape: tuple[int, int, int], splits: int) -> None:
+    m, n, k = shape
+    bench = Bench(H100, a=fp8(m, k), w=fp8(n, k), sa=positive(m, 1), sw=positive(1, n))
+    bench.out("out", splits * m, n, type=Type.F32)
+    tiling = Tiling(m=32, n=64, k=64) if m > 1 else None
+    chip, counts = bench.run(
+        lambda b, t: matmul(
+            b, t["a"], t["w"], t["out"], scales=Scales(rows=t["sa"], columns=t["sw"]), tiling=tiling,
+            splits=splits,
+        )
+    )  # fmt: skip
+    given = bench.given
+    exact = given["a"].float() @ given["w"].float().T
+    if splits == 1:
+        assert torch.equal(chip.view("out"), exact * given["sa"] * given["sw"])
+        torchs = torch._scaled_mm(
+            given["a"], given["w"].T, scale_a=given["sa"], scale_b=given["sw"], out_dtype=torch.float32
+        )
+        assert error(chip.view("out"), torchs) < 1e-6
+    assert error(chip.view("out").view(splits, m, n).sum(0), exact * given["sa"] * given["sw"]) < 1e-6
+    assert sum(counts.flops.values()) == 2 * m * n * k
+
+
+@pytest.mark.parametrize("shape", [(33, 200, 320), (130, 256, 1024)])
+def test_a_product_of_scaled_blocks(shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    deep, high = -(-k // 128), -(-n // 128)
+    bench = Bench(H100, a=fp8(m, k), w=fp8(n, k), sa=positive(m, deep), sw=positive(high, deep))
+    bench.out("out", m, n, type=Type.F32)
+    chip, _ = bench.run(
+        lambda b, t: matmul(
+            b, t["a"], t["w"], t["out"], scales=Scales(rows=t["sa"], columns=t["sw"], blocks=True)
+        )
+    )
+    given = bench.given
+    a = given["a"].double() * given["sa"].double().repeat_interleave(128, 1)[:, :k]
+    w = given["w"].double() * given["sw"].double().repeat_interleave(128, 0).repeat_interleave(128, 1)[:n, :k]
+    assert error(chip.view("out"), a @ w.T) < 1e-6
+
+
+@pytest.mark.parametrize("k", [96, 4096])
+def test_sums_of_int8_are_i32(k: int) -> None:
+    """4,096 products of −128 by −128 are more than f32 counts."""
+    m, n = 40, 70
+    bench = Bench(H100, a=int8(m, k), w=int8(n, k), sw=torch.ones(n))
+    bench.given["a"].fill_(-127) if k > 1000 else None
+    bench.out("out", m, n, type=Type.F32)
+    chip, _ = bench.run(lambda b, t: matmul(b, t["a"], t["w"], t["out"], scales=Scales(columns=t["sw"])))
+    exact = bench.given["a"].double() @ bench.given["w"].double().T
+    assert torch.equal(chip.view("out"), exact.int().float())
+
+
+def test_a_gated_product_of_fp8_scales_both_weights() -> None:
+    m, n, k = 37, 72, 160
+    bench = Bench(
+        H100, a=fp8(m, k), w=fp8(n, k), up=fp8(k, n).T.contiguous(), sa=positive(m, 1) / 99, sw=positive(n),
+        su=positive(n) + 1,
+    )  # fmt: skip
+    bench.out("out", m, n)
+    chip, _ = bench.run(
+        lambda b, t: matmul(
+            b, t["a"], t["w"], t["out"], up=t["up"],
+            scales=Scales(rows=t["sa"], columns=t["sw"], up=t["su"]),
+        )
+    )  # fmt: skip
+    given = bench.given
+    gate, up = (
+        given["a"].float() @ given[w].float().T * given["sa"] * given[s]
+        for w, s in (("w", "sw"), ("up", "su"))
+    )
+    assert error(chip.view("out"), functional.silu(gate) * up) < BF16
+
+
+def test_a_weight_of_int8_beside_bf16_rows() -> None:
+    m, n, k = 37, 72, 160
+    bench = Bench(a=bf16(m, k), w=int8(n, k), sw=positive(n) / 127)
+    bench.out("out", m, n)
+    chip, _ = bench.run(lambda b, t: matmul(b, t["a"], t["w"], t["out"], scales=Scales(columns=t["sw"])))
+    given = bench.given
+    want = given["a"].float() @ given["w"].float().T * given["sw"]
+    assert error(chip.view("out"), want) < BF16
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("norm", [False, True])
+def test_rows_become_few_bits_and_scales(kind: torch.dtype, blocks: int, norm: bool) -> None:
+    x = bf16(37, 256) * torch.linspace(0, 30, 37)[:, None].bfloat16()
+    bench = Bench(x=x, gain=bf16(256))
+    bench.out("q", 37, 256, type=TYPES[kind])
+    bench.out("scale", 37, blocks, type=Type.F32)
+    chip, _ = bench.run(
+        lambda b, t: quantise(
+            b, rows.Rows.of(t["x"]), t["q"], t["scale"], gain=t["gain"] if norm else None, eps=1e-6
+        )
+    )
+    if norm:
+        x = normed(x, bench.given["gain"]).bfloat16()
+    parts = x.float().reshape(37, blocks, -1)
+    largest = 448.0 if kind == torch.float8_e4m3fn else 127.0
+    scale = (parts.abs().amax(-1, keepdim=True) * (1 / largest)).clamp(min=1e-12)
+    want = parts * scale.reciprocal()
+    want = want.round() if kind == torch.int8 else want
+    assert torch.equal(chip.view("scale"), scale[..., 0])
+    assert torch.equal(chip.view("q").float(), want.to(kind).float().reshape(37, -1))
+
+
+@pytest.mark.parametrize("how", ["rows", "gate", "blocks", "int8"])
+def test_experts_of_few_bits(how: str) -> None:
+    tokens, count, n, k = 23, 5, 96, 320
+    pairs, make = 2 * tokens, int8 if how == "int8" else fp8
+    ends = torch.tensor([0, 3, 3, 20, 45, 46], dtype=torch.int32)
+    token = torch.randint(0, tokens, (pairs,), generator=torch.Generator().manual_seed(0)).int()
+    deep, high = (-(-k // 128), -(-n // 128)) if how == "blocks" else (1, n)
+    bench = Bench(
+        H100, x=make(tokens, k), w=make(count, n, k), offset=ends, token=token,
+        sx=positive(tokens, deep), sw=positive(count, high, deep) / 64,
+    )  # fmt: skip
+    bench.out("out", pairs, n // 2 if how == "gate" else n)
+    chip, _ = bench.run(
+        lambda b, t: experts.grouped(
+            b, t["x"], t["w"], t["out"], t["offset"], token=t["token"], gate=how == "gate",
+            scales=Scales(rows=t["sx"], columns=t["sw"], blocks=how == "blocks"),
+        )
+    )  # fmt: skip
+    given = bench.given
+    wide, tall = (128, 128) if how == "blocks" else (k, 1)
+    x = given["x"].float() * given["sx"].repeat_interleave(wide, 1)[:, :k]
+    w = given["w"].float() * given["sw"].repeat_interleave(wide, 2)[..., :k].repeat_interleave(tall, 1)[:, :n]
+    owner = torch.repeat_interleave(torch.arange(count), ends.diff())
+    want = torch.einsum("pk,pnk->pn", x[token.long()], w[owner])
+    if how == "gate":
+        want = functional.silu(want[:, : n // 2]) * want[:, n // 2 :]
+    assert error(chip.view("out"), want) < BF16

@@ -10,7 +10,7 @@ import pytest
 
 from tongyun.chip.ppu import capture
 from tongyun.chip.ppu.cached import cached_step, program_path
-from tongyun.chip.ppu.lower import Fusions
+from tongyun.chip.ppu.fusions import Fusions
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs import find_model, find_ppu

@@ -12,9 +12,9 @@ from tongyun.chip.ppu.capture import compile_step
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.fault import Fault
 from tongyun.chip.ppu.fields import OPS, fields
-from tongyun.chip.ppu.isa import Alu, At, Form, Instruction, Type
+from tongyun.chip.ppu.isa import ENGINES, Alu, At, Form, Instruction, Type
 from tongyun.chip.ppu.program import Kernel, Program
-from tongyun.chip.ppu.timing import ENGINES, simulate
+from tongyun.chip.ppu.timing import simulate
 from tongyun.errors import InputError
 from tongyun.specs import find_model, find_ppu
 

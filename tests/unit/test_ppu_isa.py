@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tongyun.chip.ppu import asm, document
 from tongyun.chip.ppu.emit.builder import Builder
-from tongyun.chip.ppu.emit.matmul import Tiling, matmul
+from tongyun.chip.ppu.emit.mapper import Tiling
+from tongyun.chip.ppu.emit.matmul import matmul
 from tongyun.chip.ppu.fault import Fault
 from tongyun.chip.ppu.functional import Chip
 from tongyun.chip.ppu.isa import OPCODES, REGISTERS, At, Form, Instruction, Type

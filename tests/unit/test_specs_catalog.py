@@ -14,6 +14,7 @@ from tongyun.specs import (
     find,
     find_chip,
     find_fabric,
+    find_ppu,
     find_price,
     find_storage,
     find_workload,
@@ -266,3 +267,11 @@ def test_the_whole_catalogue_loads_fast() -> None:
     # 0.1 s and 2.5 ms on an idle machine; tests share theirs
     assert min(spent(whole) for _ in range(3)) < 0.5
     assert min(spent(lambda: find_chip("h200")) for _ in range(5)) < 0.02
+
+
+@pytest.mark.parametrize("chip", ["a100", "h100"])
+def test_a_ppu_has_at_most_six_figures_fitted_to_measurements(chip: str) -> None:
+    figures = [figure for _, figure in find_ppu(chip).figures()]
+    fitted = [figure for figure in figures if "measured" in figure.reference]
+    assert 0 < len(fitted) <= 6
+    assert all(figure.source is Source.DERIVED for figure in fitted)

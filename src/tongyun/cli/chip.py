@@ -25,6 +25,7 @@ Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
 Context = Annotated[int, typer.Option(help="Tokens in the cache before the step.", min=0)]
 Layers = Annotated[int | None, typer.Option(help="Take only so many layers.", min=1)]
 Chips = Annotated[int, typer.Option(help="Cut the model over so many chips of one ICN domain.", min=1)]
+Few = Annotated[str, typer.Option(help="What the products of the layers take: bf16, fp8, fp8_block, int8.")]
 Without = Annotated[
     list[str] | None, typer.Option(help="Leave a fusion out: norm, rotate, swiglu, residual, all.")
 ]
@@ -44,12 +45,13 @@ def compile_(
     context: Context = 0,
     layers: Layers = None,
     chips: Chips = 1,
+    dtype: Few = "bf16",
     without: Without = None,
     idle: Idle = False,
 ) -> None:
     """Compile one step of a model into a program."""
     symbols = _symbols(model, tokens, context) if idle else None
-    program, spec = _program(model, chip, tokens, context, layers, chips, without, symbols)
+    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, symbols)
     program.save(output)
     words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
     typer.echo(
@@ -81,6 +83,7 @@ def profile(
     context: Context = 0,
     layers: Layers = None,
     chips: Chips = 1,
+    dtype: Few = "bf16",
     without: Without = None,
     idle: Idle = False,
     every: Annotated[bool, typer.Option("--every", help="Run every layer instead of repeating one.")] = False,
@@ -97,7 +100,8 @@ def profile(
     from tongyun.chip.ppu.energy import energy
 
     symbols = _symbols(model, tokens, context)
-    program, spec = _program(model, chip, tokens, context, layers, chips, without, symbols if idle else None)
+    read = symbols if idle else None
+    program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, read)
     from tongyun.chip.ppu.breakdown import names_by, shares
 
     names = names_by(by, program)
@@ -118,25 +122,25 @@ def profile(
 def _program(
     model: str,
     chip: str,
-    tokens: int,
-    context: int,
-    layers: int | None,
-    chips: int,
+    step: tuple[int, int, int | None, int],
+    dtype: str,
     without: list[str] | None,
     symbols: dict[str, list[int]] | None,
 ) -> tuple[Program, PpuSpec]:
+    """The program of a step of (tokens, context, layers, chips)."""
     from tongyun.chip.ppu.cached import cached_step
-    from tongyun.chip.ppu.lower import Fusions
+    from tongyun.chip.ppu.fusions import Fusions
     from tongyun.errors import Infeasible, InputError
     from tongyun.specs import find_model, find_ppu
 
+    tokens, context, layers, chips = step
     spec = find_ppu(chip)
     config, _ = find_model(model)
     fusions = Fusions.without(*(without or ()))
     try:
         return cached_step(
             config, spec.at(), tokens=tokens, context=context, layers=layers, fusions=fusions, chips=chips,
-            symbols=symbols,
+            dtype=dtype, symbols=symbols,
         ), spec  # fmt: skip
     except Infeasible as short:
         raise InputError(f"{model} with --chips {chips}: {short}") from None
@@ -186,8 +190,6 @@ def _print_table(
     order = sorted(parts.items(), key=lambda item: -item[1].seconds) if by == "kind" else parts.items()
     rows = []
     for name, share in order:
-        flops_s = share.flops / result.ppu.peak_flops_per_s()
-        bound = max(flops_s, share.hbm_bytes / result.ppu.hbm_peak_bytes_per_s)
         rows.append(
             [
                 name,
@@ -197,7 +199,7 @@ def _print_table(
                 f"{share.flops / 1e9:,.1f}",
                 f"{share.hbm_bytes / 1e6:,.1f}",
                 f"{share.joules * 1e3:,.1f}",
-                f"{100 * bound / share.seconds:.0f}",
+                f"{100 * share.roofline_s / share.seconds:.0f}",
             ]
         )
     heads = ("kernels", "ms", "%", "GFLOP", "HBM MB", "mJ", "% of roofline")

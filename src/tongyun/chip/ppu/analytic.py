@@ -1,17 +1,18 @@
 """What a lowered program takes, without simulating it: the analytic price of the very same instructions.
 
-A kernel is one core's recurrence: tokens, queues, double buffers filling and draining, in the order of the
-program. L2 and HBM are servers that pass a request of all cores that go the same way; every time is that of
-the first and of the last of them. Loops whose turns repeat are multiplied out. The kernel takes as long as
-its slowest core, and no less than L2 and HBM need for all bytes. What the L2 holds follows from the order
-of the requests that cores would make alone.
+First all cores go through a kernel in step, without times: what is counted, what they ask the L2 for, who
+shares a tile, what comes from the HBM (`census`). Then cores that go the same way are one strand, sixteen
+at most, and one core of each is walked (`strands`): tokens, queues, double buffers filling and draining; with
+its requests the servers pass what all cores of the strand ask for. A kernel takes as long as its slowest
+strand, and no less than L2 and HBM need for all bytes.
 
-It does not know how cores of unlike work meet: their requests count as if they came together, turn by turn.
-Against the timing simulator: `benchmarks/ppu_analytic.py`.
+It does not know how the cores of one strand drift apart, nor exactly who is first at a shared tile. With a
+strand a core it is the simulator's time. Against the timing simulator: `benchmarks/ppu_analytic.py`.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,11 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.rates import TICKS
-from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, tables
+from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, product_rates, tables
 from tongyun.specs.ppu import Ppu
 
-_WIDTH, _BARRIER = 20, 5
-"""Of a row of microcode: its length, and the operation that begins a kernel or ends the program."""
+_WIDTH = 20
+"""Length of a row of microcode."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,25 @@ class Laid:
         return cls(program=program, code=code)
 
 
+class _Memory:
+    """What the L2 holds, kept from program to program so that it need not be cleared; one a thread."""
+
+    _threads = threading.local()
+
+    def __init__(self) -> None:
+        from tongyun.chip.ppu.census import PLACE, PLACES
+
+        self.tags = np.zeros((PLACES, PLACE), dtype=np.int64)
+        self.filled = np.array([0, 1, 1, 1], dtype=np.int64)
+
+    @classmethod
+    def of_thread(cls) -> _Memory:
+        held: _Memory | None = getattr(cls._threads, "memory", None)
+        if held is None:
+            held = cls._threads.memory = cls()
+        return held
+
+
 def analyse(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
     """The analytic counterpart of `timing.simulate`: cycles and counters kernel by kernel."""
     return price(Laid.of(program, ppu), ppu, symbols)
@@ -53,21 +73,18 @@ def analyse(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None 
 def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
     """The same of a program that has been laid out."""
     from tongyun.chip.ppu.clockwork import _weigh
-    from tongyun.chip.ppu.recurrence import PLACES, kernel, plain_loops
+    from tongyun.chip.ppu.strands import price as priced
 
     program = laid.program
     rates, _ = chips(program, ppu)
     starts, values = tables(program, dict(symbols or {}))
     flat = laid.code.copy()
     _weigh(flat, rates)
-    code = flat.reshape(-1, _WIDTH)
-    plain = plain_loops(code)
-    borders = np.flatnonzero(code[:, 0] == _BARRIER)[1:]
     ticks, counters = np.zeros(len(program.kernels)), np.zeros((len(program.kernels), len(COUNTERS)))
-    tags, filled = np.zeros((PLACES, 4), dtype=np.int64), np.zeros(2)
-    for number in range(len(program.kernels)):
-        begin, end = int(borders[number]) + 1, int(borders[number + 1])
-        ticks[number] = kernel(begin, end, code, plain, starts, values, rates, tags, filled, counters[number])
+    memory = _Memory.of_thread()
+    priced(
+        flat.reshape(-1, _WIDTH), starts, values, rates, memory.tags, memory.filled, ticks, counters,
+    )  # fmt: skip
     return Timing(
         ppu=ppu,
         names=tuple(each.name for each in program.kernels),
@@ -76,4 +93,5 @@ def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) 
         counters=np.rint(counters).astype(np.int64),
         times=np.ones(len(program.kernels), dtype=np.int64),
         instructions=0,
+        rates=product_rates(program),
     )

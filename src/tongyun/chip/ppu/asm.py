@@ -33,7 +33,7 @@ from tongyun.chip.ppu.isa import (
 from tongyun.errors import InputError, unknown
 
 Words = NDArray[np.uint32]
-_FLAGGED = {"MMA": Flag.ACCUMULATE | Flag.TRANSPOSED | Flag.NORM, "ATTN": Flag.CAUSAL}
+_FLAGGED = {"MMA": Flag.ACCUMULATE | Flag.TRANSPOSED | Flag.NORM | Flag.SCALED, "ATTN": Flag.CAUSAL}
 _IMM24 = (1 << 24) - 1
 
 

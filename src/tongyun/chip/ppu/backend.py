@@ -18,7 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.fx import GraphModule
 
 from tongyun.chip.ppu.functional import Chip, Counts
-from tongyun.chip.ppu.lower import Fusions, Lowered, lower
+from tongyun.chip.ppu.fusions import Fusions
+from tongyun.chip.ppu.lower import Lowered, lower
 from tongyun.errors import InputError, unknown
 from tongyun.specs import Ppu, find_ppu
 

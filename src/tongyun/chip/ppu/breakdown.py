@@ -12,7 +12,7 @@ import numpy as np
 
 from tongyun.chip.ppu.energy import energy
 from tongyun.chip.ppu.program import Kernel, Program
-from tongyun.chip.ppu.timing import Timing
+from tongyun.chip.ppu.timing import COUNTERS, Timing
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import PpuSpec
 
@@ -31,6 +31,8 @@ class Share:
     flops: int
     hbm_bytes: int
     l2_bytes: int
+    roofline_s: float
+    """The longer of products at the peak of their types and bytes at that of the memory."""
     joules: float
     """At nominal energies, static power of its time within the envelope included."""
 
@@ -44,9 +46,16 @@ def shares(timing: Timing, spec: PpuSpec, names: list[str]) -> dict[str, Share]:
         flops, hbm, l2 = (part.total(counter) for counter in ("flops", "hbm_bytes", "l2_bytes"))
         found[name] = Share(
             kernels=int(part.times.sum()), seconds=part.seconds, cycles=part.total_cycles, flops=flops,
-            hbm_bytes=hbm, l2_bytes=l2, joules=energy(part, spec).total[1],
+            hbm_bytes=hbm, l2_bytes=l2,
+            roofline_s=max(_products_s(part), hbm / timing.ppu.hbm_peak_bytes_per_s),
+            joules=energy(part, spec).total[1],
         )  # fmt: skip
     return found
+
+
+def _products_s(timing: Timing) -> float:
+    peaks = np.array([timing.ppu.peak_flops_per_s(rate) for rate in timing.rates])
+    return float(timing.counters[:, COUNTERS.index("flops")] / peaks @ timing.times)
 
 
 def names_by(cut: str, program: Program) -> list[str]:

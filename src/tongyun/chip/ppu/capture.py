@@ -19,7 +19,9 @@ from torch.fx import GraphModule
 
 from tongyun.chip.ppu import shard
 from tongyun.chip.ppu.cores import quickest
-from tongyun.chip.ppu.lower import Fusions, Lowered, Scale, lower
+from tongyun.chip.ppu.fusions import Fusions
+from tongyun.chip.ppu.lower import Lowered, Scale, lower
+from tongyun.chip.ppu.quantised import quantised
 from tongyun.chip.ppu.repeat import UnlikeError
 from tongyun.errors import InputError, unknown
 from tongyun.specs.ppu import Ppu
@@ -50,10 +52,12 @@ def compile_step(
     layers: int | None = None,
     fusions: Fusions | None = None,
     chips: int = 1,
+    dtype: str = "bf16",
     symbols: Mapping[str, ArrayLike] | None = None,
 ) -> Lowered:
-    """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones, in bf16.
+    """The program of one step: `tokens` new tokens of one sequence behind `context` cached ones.
 
+    `dtype` is bf16, or what the products of the layers take (`quantised.WAYS`).
     `config` is a Qwen3 `config.json`, dense or MoE; `layers` replaces its number of layers. With `chips` the
     model is cut over so many, which run the same words. With `symbols`, the numbers that the step will read,
     it is compiled for as many cores as take least, by `cores.quickest`. InputError for another family or a
@@ -66,13 +70,13 @@ def compile_step(
         raise InputError(f"{ppu.name} joins at most {ppu.icn_domain} chips, got {chips}")
     wanted = layers or int(config["num_hidden_layers"])
     part = {**shard.part(config, chips), "num_hidden_layers": min(wanted, CAPTURED)}
-    graph = _traced(family, part, chips, tokens, context)
+    graph = _traced(family, part, (chips, dtype), tokens, context)
     scale = Scale(layers=wanted, chips=chips, names=graph.names)
     try:
         lowered = lower(graph.graph, ppu, fusions, scale)
     except UnlikeError:
         # Layers that differ (some with experts, some without) are captured one by one.
-        graph = _traced(family, {**part, "num_hidden_layers": wanted}, chips, tokens, context)
+        graph = _traced(family, {**part, "num_hidden_layers": wanted}, (chips, dtype), tokens, context)
         scale = Scale(chips=chips, names=graph.names)
         lowered = lower(graph.graph, ppu, fusions, scale)
     if symbols is None:
@@ -149,8 +153,9 @@ def _family(config: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def _traced(
-    family: tuple[Any, Any], config: dict[str, Any], chips: int, tokens: int, context: int
+    family: tuple[Any, Any], config: dict[str, Any], how: tuple[int, str], tokens: int, context: int
 ) -> Captured:
+    """`how`: over how many chips, and the type of the products."""
     import transformers
 
     make_config, make_model = family
@@ -160,7 +165,7 @@ def _traced(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         torch.set_default_dtype(torch.bfloat16)
         try:
-            model = shard.joined(make_model(settings).eval(), chips)
+            model = quantised(shard.joined(make_model(settings).eval(), how[0]), how[1])
         finally:
             torch.set_default_dtype(before)
         cache: Any = transformers.StaticCache(config=settings, max_cache_len=room)

@@ -17,7 +17,7 @@ a barrier all semaphores must be empty. Cores meet only in HBM, and only across 
 
 There are {REGISTERS} registers of 64 bits for the control: r0 is zero, r1 this core, r2 the number of
 cores, r3 this chip's rank. There are {SEMAPHORES} semaphores a core. All products are exact and summed
-in f32; a result is rounded once.
+in f32, those of int8 by int8 in i32; a result is rounded once.
 
 ## The word
 

@@ -15,7 +15,6 @@ from tongyun.chip.ppu.rates import TICKS
 from tongyun.chip.ppu.timing import COUNTERS, Timing
 from tongyun.specs.figure import Corner
 from tongyun.specs.ppu import Ppu, PpuSpec
-from tongyun.units import DType
 
 COMPONENTS = ("tensor", "vector", "sram", "l2", "hbm", "icn", "static")
 
@@ -36,7 +35,7 @@ class Energy:
 
 
 def energy(timing: Timing, spec: PpuSpec) -> Energy:
-    """What a simulated run costs in joules, and its time within the envelope. Assumes bf16 products."""
+    """What a simulated run costs in joules, and its time within the envelope."""
     corners = [spec.at(corner) for corner in (Corner.FAST, Corner.NOMINAL, Corner.SLOW)]
     at_corner = [_by_kernel(timing, ppu) for ppu in corners]
     plain = timing.ticks / TICKS
@@ -57,13 +56,6 @@ def _by_kernel(timing: Timing, ppu: Ppu) -> NDArray[np.float64]:
     """Dynamic joules, shape (kernels, components without static)."""
     names = ("flops", "vector_elements", "sram_bytes", "l2_bytes", "hbm_bytes", "icn_bytes")
     counts = timing.counters[:, [COUNTERS.index(name) for name in names]]
-    each = [
-        ppu.flop_j[DType.BF16],
-        ppu.vector_j,
-        ppu.sram_byte_j,
-        ppu.l2_byte_j,
-        ppu.hbm_byte_j,
-        ppu.icn_byte_j,
-    ]
-    joules: NDArray[np.float64] = counts * np.array(each)
+    beside = [ppu.vector_j, ppu.sram_byte_j, ppu.l2_byte_j, ppu.hbm_byte_j, ppu.icn_byte_j]
+    joules: NDArray[np.float64] = counts * np.array([[ppu.flop_j[rate], *beside] for rate in timing.rates])
     return joules

@@ -14,12 +14,10 @@ from numba import njit
 from numpy.typing import NDArray
 
 from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
-from tongyun.chip.ppu.isa import OPCODES, Form
-from tongyun.chip.ppu.rates import TENSOR, TILES, rates
-from tongyun.chip.ppu.timing import ENGINES
+from tongyun.chip.ppu.isa import ENGINES, OPCODES, Form
+from tongyun.chip.ppu.rates import TILES, rates
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
-from tongyun.units import DType
 
 OPS = (
     "HALT", "ALU", "LDS", "LOOP", "ENDLOOP", "BARRIER", "LOAD", "GATHER", "STORE", "SCATTER", "MMA",
@@ -66,9 +64,10 @@ def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
     bad = _unpack(np.ascontiguousarray(words), *_tables(), rates(ppu)[TILES:] >= 0, head, imm, reg)
     if bad >= 0:
         each = decode(words[bad].tolist(), int(bad))
-        if each.op in {"MMA", "ATTN"} and TENSOR.get(each.types[1], DType.BF16) not in ppu.tensor_flops:
+        lacking = [kind.name for kind in each.types[:2] if kind.rate not in ppu.tensor_flops]
+        if each.op in {"MMA", "ATTN"} and lacking:
             has = ", ".join(ppu.tensor_flops)
-            raise InputError(f"{ppu.name} has no tensor rate for {each.types[1].name}; it has {has}")
+            raise InputError(f"{ppu.name} has no tensor rate for {lacking[0]}; it has {has}")
         raise InputError(f"word {bad}: {each.op} with more than 12 semaphores; the timing simulator takes 12")
     _distances(head, imm)
     return head, imm, reg
@@ -108,9 +107,11 @@ def _unpack(
             return at
         head[at, 6] = sizes[first >> 16 & 15]
         if number == _MMA or number == _ATTN:
-            head[at, 7] = first >> 20 & 15
-            if not rated[head[at, 7]]:
+            # Operands of two types run at the rate of the wider one.
+            one, other = first >> 16 & 15, first >> 20 & 15
+            if not rated[one] or not rated[other]:
                 return at
+            head[at, 7] = one if sizes[one] > sizes[other] else other
         for place in range(_OPERANDS):
             form, slot = forms[code, place], slots[code, place]
             if form <= 0:

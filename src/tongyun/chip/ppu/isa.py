@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, IntFlag, StrEnum
 
+from tongyun.units import DType
+
 SLOTS = 16
 """32-bit slots of an instruction word."""
 REGISTERS = 64
@@ -33,6 +35,9 @@ class Engine(StrEnum):
     ICN = "icn"
 
 
+ENGINES = tuple(Engine)
+
+
 class Type(IntEnum):
     """Data type of an operand, as encoded."""
 
@@ -47,6 +52,14 @@ class Type(IntEnum):
     @property
     def bytes(self) -> int:
         return (0, 4, 2, 1, 1, 4, 8)[self]
+
+    @property
+    def rate(self) -> DType:
+        """The rate of the tensor unit that products of this type run at."""
+        return _RATES.get(self, DType.BF16)
+
+
+_RATES = {Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
 
 
 class Form(Enum):
@@ -92,6 +105,8 @@ class Flag(IntFlag):
     """MMA: B lies as [N, K], the way PyTorch stores a weight."""
     NORM = 4
     """MMA: multiply A's columns by `gain` on their way in and add A's squares to `stats`."""
+    SCALED = 8
+    """MMA: multiply the product by an f32 of each row of A (`left`) and one of B (`right`) before it is added."""
     CAUSAL = 1
     """ATTN: a query sees keys up to its own position only."""
 
@@ -115,6 +130,7 @@ class Vec(IntEnum):
     COS = 13
     SIGMOID = 14
     LESS = 15
+    RECIPROCAL = 16
 
 
 class Operand(IntEnum):
@@ -136,6 +152,8 @@ class Red(IntEnum):
     SQUARES = 2
     SOFTMAX = 3
     """Not a reduction: the row itself, normalised; `out` is a tile."""
+    LARGEST = 4
+    """The largest magnitude."""
 
 
 class Epilogue(IntFlag):
@@ -152,6 +170,10 @@ class Epilogue(IntFlag):
     """Multiply each row by an f32 (an expert's share)."""
     BIAS = 16
     """Add one row to every row."""
+    ROWS = 32
+    """Multiply each row by an f32 (`stats`), before GATE: what a row of A was divided by."""
+    COLUMNS = 64
+    """Multiply each column by an f32, before GATE: what B was divided by. C2's lie `ldc` bytes behind C's."""
 
 
 class Alu(IntEnum):
@@ -221,13 +243,13 @@ OPCODES: tuple[Opcode, ...] = (
     _opcode(0x11, "GATHER", Engine.LOAD, 1, _MOVE + " index:s", "HBM to SRAM; row r is row index[r] (i32 in SRAM) of the tensor at `hbm`."),
     _opcode(0x18, "STORE", Engine.STORE, 1, _MOVE, "SRAM to HBM, a strided tile."),
     _opcode(0x19, "SCATTER", Engine.STORE, 1, _MOVE + " index:s", "SRAM to HBM; row r becomes row index[r]."),
-    _opcode(0x20, "MMA", Engine.TENSOR, 2, "a:s b:s c:s m:n n:n k:n lda:b ldb:b ldc:b gain:s stats:s", "C[m,n] f32 (+)= A[m,k] · B[k,n], products exact, sums in f32."),
+    _opcode(0x20, "MMA", Engine.TENSOR, 2, "a:s b:s c:s m:n n:n k:n lda:b ldb:b ldc:b gain:s stats:s left:s right:s ldl:b", "C[m,n] f32 (+)= A[m,k] · B[k,n], products exact, sums in f32; of int8 by int8 C and sums are i32."),
     _opcode(0x28, "ATTN", Engine.TENSOR, 2, "q:s k:s v:s state:s m:n n:n width:n ldq:b ldk:b ldv:b scale:f query:p key:p group:b", "One tile of online softmax: `n` keys into the state (acc [m,width], max [m], sum [m], all f32) of `m` query rows; `group` rows share a position."),
-    _opcode(0x30, "VEC", Engine.VECTOR, 3, "a:s b:s out:s rows:n cols:n lda:b ldb:b ldo:b imm:f", "out = f(a, b), element by element in f32, rounded once.", Vec),
+    _opcode(0x30, "VEC", Engine.VECTOR, 3, "a:s b:s out:s rows:n cols:n lda:b ldb:b ldo:b imm:f", "out = f(a, b), element by element in f32, rounded once; what fp8 or int8 cannot hold becomes its largest number.", Vec),
     _opcode(0x31, "RED", Engine.VECTOR, 2, "a:s out:s rows:n cols:n lda:b ldo:b", "out[row] = f over the row, in f32.", Red),
     _opcode(0x32, "RMSNORM", Engine.VECTOR, 2, "a:s gain:s out:s rows:n cols:n lda:b ldo:b eps:f", "out = a · rsqrt(mean(a²) + eps) · gain, by rows, rounded once."),
     _opcode(0x33, "ROPE", Engine.VECTOR, 2, "a:s cos:s sin:s out:s rows:n heads:n width:n lda:b ldc:b ldo:b", "Rotate the halves of each head's `width` columns by the row's angles."),
-    _opcode(0x34, "DRAIN", Engine.VECTOR, 2, "c:s gate:s out:s m:n n:n ldc:b ldo:b stats:s residual:s ldr:b eps:f width:b weight:s", "Accumulator to tile, with an epilogue.", Epilogue),
+    _opcode(0x34, "DRAIN", Engine.VECTOR, 3, "c:s gate:s out:s m:n n:n ldc:b ldo:b stats:s residual:s ldr:b eps:f width:b weight:s columns:s", "Accumulator to tile, with an epilogue; types are the output's, that of what is added, and i32 for accumulators that are.", Epilogue),
     _opcode(0x35, "ATTN_END", Engine.VECTOR, 2, "state:s out:s m:n width:n ldo:b", "out = acc / sum."),
     _opcode(0x36, "ATTN_MERGE", Engine.VECTOR, 0, "state:s other:s m:n width:n", "Fold another state of the same queries, over other keys, into `state`."),
     _opcode(0x37, "ATTN_INIT", Engine.VECTOR, 0, "state:s m:n width:n", "The state before the first key: acc 0, max −∞, sum 0."),

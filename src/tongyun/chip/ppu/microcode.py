@@ -205,6 +205,7 @@ def _pass(row: Any, at: Any, head: Any, imm: Any, reg: Any) -> None:
         plain, times = 3, imm[at, 6]
     elif op == _DRAIN:
         plain += (fn & 1) + ((fn >> 1) & 1) + ((fn >> 2) & 1) + ((fn >> 3) & 1) + ((fn >> 4) & 1)
+        plain += ((fn >> 5) & 1) + ((fn >> 6) & 1)
         special = (fn >> 1) & 1
     elif op == _TOPK:
         plain, top = imm[at, first + 2], _count(reg[at, first + 2])

@@ -35,13 +35,13 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in node.meta["val"].shape)
 
 
-def _call(node: Any, name: str, library: str = "aten") -> Sequence[Any] | None:
+def call_of(node: Any, name: str, library: str = "aten") -> Sequence[Any] | None:
     return node.args if name_of(node) == f"{library}.{name}" else None
 
 
-def _either(node: Any, name: str) -> list[tuple[Any, Any]]:
+def either_of(node: Any, name: str) -> list[tuple[Any, Any]]:
     """Both orders of a commutative call's operands."""
-    args = _call(node, name)
+    args = call_of(node, name)
     return [] if args is None else [(args[0], args[1]), (args[1], args[0])]
 
 
@@ -54,14 +54,14 @@ class Norm:
 
 def norm_of(node: Any) -> Norm | None:
     """gain · bf16(x32 · rsqrt(mean(x32²) + eps))."""
-    for gain, cast in _either(through(node), "mul.Tensor"):
+    for gain, cast in either_of(through(node), "mul.Tensor"):
         if not isinstance(gain, Node) or name_of(gain) or name_of(cast) != "aten._to_copy.default":
             continue
-        for wide, scale in _either(cast.args[0], "mul.Tensor"):
-            root = _call(scale, "rsqrt.default")
-            shifted = root and _call(root[0], "add.Tensor")
-            mean = shifted and _call(shifted[0], "mean.dim")
-            square = mean and _call(mean[0], "pow.Tensor_Scalar")
+        for wide, scale in either_of(cast.args[0], "mul.Tensor"):
+            root = call_of(scale, "rsqrt.default")
+            shifted = root and call_of(root[0], "add.Tensor")
+            mean = shifted and call_of(shifted[0], "mean.dim")
+            square = mean and call_of(mean[0], "pow.Tensor_Scalar")
             if square and square[1] == 2 and square[0] is wide and name_of(wide) == "aten._to_copy.default":
                 return Norm(through(wide.args[0]), gain, float(shifted[1]))  # type: ignore[index]
     return None
@@ -71,19 +71,45 @@ def norm_of(node: Any) -> Norm | None:
 class Product:
     x: Node
     weight: Node
+    rows: Node | None = None
+    """Scales of the rows of x, in f32; of whole numbers and fp8 only, as the columns'."""
+    columns: Node | None = None
+    blocks: bool = False
 
 
 def product_of(node: Any) -> Product | None:
-    """x · weightᵀ."""
-    args = _call(through(node), "mm.default")
-    turned = args and _call(args[1], "t.default")
+    """x · weightᵀ, or (x · rows) · (weight · columns)ᵀ."""
+    behind = through(node)
+    if args := call_of(behind, "scaled_product.default", "tongyun"):
+        return Product(args[0], args[1], args[2], args[3], bool(args[4]))
+    if args := call_of(behind, "_scaled_mm.default"):
+        turned, given = call_of(args[1], "t.default"), [*args[4:], *behind.kwargs.values()]
+        # Neither a bias nor a scale of the result.
+        if turned is None or any(isinstance(item, Node) for item in given):
+            return None
+        return Product(args[0], turned[0], args[2], through(args[3], "aten.t.default"))
+    args = call_of(behind, "mm.default")
+    turned = args and call_of(args[1], "t.default")
     return Product(args[0], turned[0]) if args and turned else None
+
+
+@dataclass(frozen=True)
+class Quantised:
+    call: Node
+    x: Node
+    blocks: bool
+
+
+def quantised_of(node: Any) -> Quantised | None:
+    """Rows in few bits, of which this is one result: 0 the numbers, 1 the scales."""
+    args = picked_of(node, "quantise.default", "tongyun")
+    return Quantised(node.args[0], args[0], bool(args[2])) if args else None
 
 
 def swiglu_of(node: Any) -> tuple[Node, Node] | None:
     """silu(gate) · up."""
-    for act, up in _either(through(node), "mul.Tensor"):
-        if silu := _call(act, "silu.default"):
+    for act, up in either_of(through(node), "mul.Tensor"):
+        if silu := call_of(act, "silu.default"):
             return silu[0], up
     return None
 
@@ -100,10 +126,10 @@ class Part:
 
 def part_of(node: Any) -> Part | None:
     """One piece of a split: of columns, or of heads, which lie behind each other as columns do."""
-    args = _picked(through(node), "split_with_sizes.default")
+    args = picked_of(through(node), "split_with_sizes.default")
     if args is not None:
         sizes = list(args[1])
-    elif args := _picked(through(node), "split.Tensor"):
+    elif args := picked_of(through(node), "split.Tensor"):
         wide = shape_of(args[0])[_last(args, 2)]
         sizes = [min(args[1], wide - at) for at in range(0, wide, args[1])]
     else:
@@ -145,13 +171,13 @@ class Rotation:
 
 def rotation_of(node: Any) -> Rotation | None:
     """x · cos + (−right half, left half) · sin, before or after heads and tokens change places."""
-    for straight, crossed in _either(node, "add.Tensor"):
-        for turned, cos in _either(straight, "mul.Tensor"):
-            for halves, sin in _either(crossed, "mul.Tensor"):
-                pair = _call(halves, "cat.default")
-                negative = pair and _call(pair[0][0], "neg.default")
+    for straight, crossed in either_of(node, "add.Tensor"):
+        for turned, cos in either_of(straight, "mul.Tensor"):
+            for halves, sin in either_of(crossed, "mul.Tensor"):
+                pair = call_of(halves, "cat.default")
+                negative = pair and call_of(pair[0][0], "neg.default")
                 if negative and _half(negative[0], turned, 1) and _half(pair[0][1], turned, 0):  # type: ignore[index]
-                    x = _call(turned, "transpose.int")
+                    x = call_of(turned, "transpose.int")
                     if x or len(shape_of(turned)) == 3:
                         return Rotation(x[0] if x else turned, through(cos), through(sin))
     return None
@@ -160,7 +186,7 @@ def rotation_of(node: Any) -> Rotation | None:
 def _half(node: Any, whole: Node, which: int) -> bool:
     """The left or right half of the last axis."""
     width = shape_of(whole)[-1]
-    if args := _call(node, "slice.Tensor"):
+    if args := call_of(node, "slice.Tensor"):
         begin, end = which * width // 2, (which + 1) * width // 2
         last = args[1] % len(shape_of(whole)) == len(shape_of(whole)) - 1
         return args[0] is whole and last and args[2] == begin and min(args[3], width) == end
@@ -182,13 +208,13 @@ class Angles:
 def angles_of(node: Any) -> Angles | None:
     """bf16(cos(position · frequency, twice))."""
     scaled = through(node, "aten._to_copy.default")
-    if args := _call(scaled, "mul.Tensor"):
+    if args := call_of(scaled, "mul.Tensor"):
         scaled = args[0] if args[1] == 1.0 else None
     for function in ("cos", "sin"):
-        wave = _call(scaled, f"{function}.default")
-        both = wave and _call(wave[0], "cat.default")
+        wave = call_of(scaled, f"{function}.default")
+        both = wave and call_of(wave[0], "cat.default")
         if both and both[0][0] is both[0][1]:
-            for position, frequency in _either(both[0][0], "mul.Tensor"):
+            for position, frequency in either_of(both[0][0], "mul.Tensor"):
                 place = start_of(through(position, "aten._to_copy.default"))
                 source = through(frequency, "aten._to_copy.default")
                 if name_of(source):
@@ -208,7 +234,7 @@ class Start:
 
 def start_of(node: Any) -> Start | None:
     """arange(n) + start, the positions of the new tokens."""
-    args = _call(through(node), "add.Tensor")
+    args = call_of(through(node), "add.Tensor")
     if args is None or name_of(args[0]) != "aten.arange.default":
         return None
     if isinstance(args[1], Node):
@@ -224,9 +250,9 @@ class Taken:
 
 def taken_of(node: Any) -> Taken | None:
     """Rows of a matrix by number."""
-    if args := _call(node, "embedding.default"):
+    if args := call_of(node, "embedding.default"):
         return Taken(args[0], args[1])
-    args = _call(node, "index.Tensor")
+    args = call_of(node, "index.Tensor")
     if args and len(args[1]) == 1 and len(shape_of(args[0])) == 2 and len(shape_of(args[1][0])) == 1:
         return Taken(args[0], args[1][0])
     return None
@@ -247,7 +273,7 @@ class Cached:
 def cached_of(node: Any) -> Cached | None:
     """The tensor behind the repeats, slices and copies that an attention sees."""
     behind = through(node, "aten.expand.default", "aten.clone.default", "aten.slice.Tensor")
-    if args := _call(behind, "index_copy.default"):
+    if args := call_of(behind, "index_copy.default"):
         place = start_of(args[2])
         if args[1] != 2 or place is None:
             return None
@@ -268,12 +294,12 @@ class Attended:
 
 def attention_of(node: Any) -> Attended | None:
     """Causal attention, [sequences, tokens, heads · width] after heads and tokens changed places back."""
-    turned = _call(through(node), "transpose.int")
+    turned = call_of(through(node), "transpose.int")
     picked = turned and through(turned[0])
     if not picked or name_of(picked) != "<built-in function getitem>":
         return None
     call = picked.args[0]
-    args = _call(call, "_scaled_dot_product_flash_attention_for_cpu.default")
+    args = call_of(call, "_scaled_dot_product_flash_attention_for_cpu.default")
     if args is None:
         return None
     scale = call.kwargs.get("scale") or shape_of(args[0])[-1] ** -0.5
@@ -287,9 +313,9 @@ def attention_of(node: Any) -> Attended | None:
 def _causal(mask: Any) -> Start | None:
     """Key j seen by query i where j ≤ start + i, as −∞ or as a boolean."""
     inner = mask
-    if args := _call(mask, "where.self"):
+    if args := call_of(mask, "where.self"):
         inner = args[0]
-    order = _call(through(inner, "aten.expand.default"), "le.Tensor")
+    order = call_of(through(inner, "aten.expand.default"), "le.Tensor")
     if order is None:
         return None
     keys, queries = start_of(order[0]), start_of(order[1])
@@ -325,52 +351,6 @@ def paged_of(node: Any) -> Paged | None:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Mixture:
-    x: Node
-    router: Node
-    up: Node
-    """[experts, 2 · inner, hidden], gate first."""
-    down: Node
-    top: int
-    renormalise: bool
-
-
-def mixture_of(node: Any) -> Mixture | None:
-    """The sum over a token's choices of share · expert, by grouped products over sorted rows, or one call."""
-    if args := _call(through(node), "experts.default", "tongyun"):
-        return _mixture(args[0], args[4], args[1], args[2])
-    total = _call(through(node), "sum.dim_IntList")
-    back = total and _call(through(total[0]), "index.Tensor")
-    for each, share in _either(back[0] if back else None, "mul.Tensor"):
-        down = _call(each, "_grouped_mm.default")
-        act = down and swiglu_of(down[0])
-        first = act and _picked(act[0], "split.Tensor")
-        up = first and _call(first[0], "_grouped_mm.default")
-        rows = up and _call(up[0], "index.Tensor")
-        taken = _call(through(share), "index.Tensor")
-        if not (down and up and rows and taken):
-            continue
-        weights = [_call(item[1], "transpose.int") for item in (up, down)]
-        if weights[0] and weights[1]:
-            return _mixture(through(rows[0]), taken[0], weights[0][0], weights[1][0])
-    return None
-
-
-def _mixture(x: Node, share: Any, up: Node, down: Node) -> Mixture | None:
-    """With the router behind the shares: the largest of a softmax, which may be made to sum to one."""
-    shares = through(share, "aten._to_copy.default")
-    ratio = _call(shares, "div.Tensor")
-    choice = _picked(ratio[0] if ratio else shares, "topk.default")
-    soft = choice and _call(choice[0], "_softmax.default")
-    router = soft and product_of(through(soft[0], "aten._to_copy.default"))
-    if not (choice and router):
-        return None
-    return Mixture(
-        x=x, router=router.weight, up=up, down=down, top=int(choice[1]), renormalise=ratio is not None
-    )
-
-
-def _picked(node: Any, name: str) -> Sequence[Any] | None:
+def picked_of(node: Any, name: str, library: str = "aten") -> Sequence[Any] | None:
     """The call of which this is one result."""
-    return _call(node.args[0], name) if name_of(node) == "<built-in function getitem>" else None
+    return call_of(node.args[0], name, library) if name_of(node) == "<built-in function getitem>" else None

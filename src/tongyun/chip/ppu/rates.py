@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from tongyun.chip.ppu.isa import Type
 from tongyun.specs.ppu import Ppu
-from tongyun.units import DType
 
 TICKS = 10**14
 """Parts of a second."""
 CYCLE, TILES = 20, 21
 """Places of a cycle, and of the smallest products by type."""
-TENSOR = {Type.BF16: DType.BF16, Type.FP8: DType.FP8, Type.INT8: DType.INT8, Type.F32: DType.F32}
 
 
 def rates(ppu: Ppu) -> NDArray[np.float64]:
@@ -52,8 +50,7 @@ def _tiles(ppu: Ppu) -> list[float]:
     """By data type: ticks of the smallest product of the tensor unit, -1 where it has no rate."""
     ticks = [-1.0] * 16
     for kind in Type:
-        dtype = TENSOR.get(kind, DType.BF16)
-        if dtype in ppu.tensor_flops:
+        if kind.rate in ppu.tensor_flops:
             work = 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k
-            ticks[kind] = float(ceil(work / ppu.tensor_flops[dtype] * cycle_ticks(ppu)))
+            ticks[kind] = float(ceil(work / ppu.tensor_flops[kind.rate] * cycle_ticks(ppu)))
     return ticks

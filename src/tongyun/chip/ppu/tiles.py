@@ -66,11 +66,22 @@ def mma(on: Tiles) -> int:
         b = on.read("b", (n, k), on.number("ldb"), on.types[1]).float().T
     else:
         b = on.read("b", (k, n), on.number("ldb"), on.types[1]).float()
-    c = on.write("c", (m, n), on.number("ldc"), Type.F32)
-    if accumulate:
-        c += wide @ b
+    if on.types[0] == on.types[1] == Type.INT8:
+        # Sums of doubles are exact where those of f32 are not.
+        made, kind = (wide.double() @ b.double()).int(), Type.I32
     else:
-        c.copy_(wide @ b)
+        made, kind = wide @ b, Type.F32
+    if on.flags & Flag.SCALED:
+        left, right = (
+            on.read("left", (m, 1), on.number("ldl"), Type.F32),
+            on.read("right", (1, 1), 0, Type.F32),
+        )
+        made = made * (left * right)
+    c = on.write("c", (m, n), on.number("ldc"), kind)
+    if accumulate:
+        c += made
+    else:
+        c.copy_(made)
     return 2 * m * n * k
 
 
@@ -79,13 +90,20 @@ def drain(on: Tiles) -> int:
     if not (m and n):
         return 0
     fn, ldc = Epilogue(on.fn), on.number("ldc")
-    y = on.read("c", (m, n), ldc, Type.F32)
+    kind = on.types[2] if len(on.types) > 2 and on.types[2] else Type.F32
+    y = on.read("c", (m, n), ldc, kind).float()
+    other = on.read("gate", (m, n), ldc, kind).float() if fn & Epilogue.GATE else None
+    if fn & Epilogue.ROWS:
+        rows = on.read("stats", (m, 1), 4, Type.F32)
+        y, other = y * rows, other if other is None else other * rows
+    if fn & Epilogue.COLUMNS:
+        columns = on.read("columns", (1 if other is None else 2, n), ldc, Type.F32)
+        y, other = y * columns[:1], other if other is None else other * columns[1:]
     if fn & Epilogue.SCALE:
         stats = on.read("stats", (m, 1), 4, Type.F32)
         scale = torch.rsqrt(stats / on.number("width") + on.real("eps"))
         y = y * scale
-    if fn & Epilogue.GATE:
-        other = on.read("gate", (m, n), ldc, Type.F32)
+    if other is not None:
         other = other * scale if fn & Epilogue.SCALE else other
         y = torch.nn.functional.silu(y) * other
     if fn & Epilogue.BIAS:
@@ -170,6 +188,7 @@ _UNARY: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {
     Vec.SIN: torch.sin,
     Vec.COS: torch.cos,
     Vec.SIGMOID: torch.sigmoid,
+    Vec.RECIPROCAL: torch.reciprocal,
 }
 _BINARY: Mapping[int, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     Vec.ADD: torch.add,
@@ -198,8 +217,15 @@ def vec(on: Tiles) -> int:
         else:
             b = on.read("b", shape[Operand(on.flags)], on.number("ldb"), on.types[1]).to(kind)
         y = _BINARY[on.fn](y, b)
-    on.write("out", (rows, cols), on.number("ldo"), on.types[2]).copy_(y)
+    on.write("out", (rows, cols), on.number("ldo"), on.types[2]).copy_(_held(y, on.types[2]))
     return 0
+
+
+def _held(y: torch.Tensor, kind: Type) -> torch.Tensor:
+    """Numbers that a type of few bits holds: of int8 whole ones, ties to even."""
+    if kind == Type.FP8:
+        return y.clamp(-448, 448)
+    return y.round().clamp(-128, 127) if kind == Type.INT8 else y
 
 
 def red(on: Tiles) -> int:
@@ -210,8 +236,8 @@ def red(on: Tiles) -> int:
     if on.fn == Red.SOFTMAX:
         on.write("out", (rows, cols), on.number("ldo"), on.types[1]).copy_(torch.softmax(a, 1))
         return 0
-    if on.fn == Red.MAX:
-        found = a.amax(1, keepdim=True)
+    if on.fn in {Red.MAX, Red.LARGEST}:
+        found = (a if on.fn == Red.MAX else a.abs()).amax(1, keepdim=True)
     else:
         found = (a if on.fn == Red.SUM else a.square()).sum(1, keepdim=True)
     on.write("out", (rows, 1), on.number("ldo"), on.types[1]).copy_(found)

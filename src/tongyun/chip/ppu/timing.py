@@ -19,13 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.asm import decode
 from tongyun.chip.ppu.fault import Fault
-from tongyun.chip.ppu.isa import BY_NAME, OPCODES, Engine, Form
+from tongyun.chip.ppu.isa import BY_NAME, ENGINES, OPCODES, Form, Type
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.rates import TICKS, rates
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
+from tongyun.units import DType
 
-ENGINES = tuple(Engine)
 COUNTERS = (
     "flops", "hbm_bytes", "l2_bytes", "sram_bytes", "icn_bytes", "vector_elements",
     *(f"{engine.value}_ticks" for engine in ENGINES),
@@ -45,6 +45,8 @@ class Timing:
     """Shape (kernels, counters), in the order of `COUNTERS`."""
     times: NDArray[np.int64]
     instructions: int
+    rates: tuple[DType, ...]
+    """By kernel, the type whose rate its products run at."""
 
     @property
     def cycles(self) -> NDArray[np.float64]:
@@ -107,7 +109,20 @@ def _simulate(program: Program, ppu: Ppu, symbols: dict[str, ArrayLike], times: 
         counters=np.asarray(counters),
         times=times,
         instructions=int(count),
+        rates=product_rates(program),
     )
+
+
+def product_rates(program: Program) -> tuple[DType, ...]:
+    """By kernel, the type whose rate its products run at: the wider one of their operands; bf16 for none."""
+    first, codes = program.words[:, 0].astype(np.int64), program.words[:, 0] & 0xFF
+    kernel = np.cumsum(codes == _BARRIER) - 1
+    found = [DType.BF16] * len(program.kernels)
+    places = np.flatnonzero((codes == BY_NAME["MMA"].code) | (codes == BY_NAME["ATTN"].code))
+    for number, at in zip(*np.unique(kernel[places], return_index=True), strict=True):
+        types = [Type(first[places[at]] >> shift & 15) for shift in (16, 20)]
+        found[number] = max(types, key=lambda kind: kind.bytes).rate
+    return tuple(found)
 
 
 def _run(

@@ -13,9 +13,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tongyun.chip.ppu.isa import Engine
+from tongyun.chip.ppu.isa import ENGINES, Engine
 from tongyun.chip.ppu.rates import TICKS
-from tongyun.chip.ppu.timing import COUNTERS, ENGINES, Timing
+from tongyun.chip.ppu.timing import COUNTERS, Timing
 
 KERNELS = 0
 """The thread of the kernels; engines are the threads behind it."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tongyun.chip.ppu.emit.builder import Builder
+from tongyun.chip.ppu.emit.builder import Buffers, Builder
+from tongyun.chip.ppu.emit.mapper import BLOCK
+from tongyun.chip.ppu.emit.matmul import BlockScales, Scales
 from tongyun.chip.ppu.emit.rows import Rows, rows_kernel
 from tongyun.chip.ppu.isa import CORE, ZERO, Alu, At, Epilogue, Flag, Operand, Red, Type, Vec
 from tongyun.chip.ppu.program import Tensor
@@ -108,17 +110,24 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
     *,
     token: Tensor | None = None,
     gate: bool = False,
+    scales: Scales | None = None,
 ) -> None:
     """out[rows of e] = a[rows of e] · weight[e]ᵀ, over experts; rows are gathered by `token` if given.
 
     weight is [experts, n, k]; with `gate` the first half of n is the gate of the second, and out has n/2
-    columns.
+    columns. Of `scales` the rows are those of a, the columns [experts, n], or [experts, n / 128, k / 128]
+    by blocks, without `gate`.
     """
     experts, n, k = weight.shape
+    blocks = scales is not None and scales.blocks
+    if blocks and gate:
+        raise ValueError("a gated product has no scaled blocks")
     n = n // 2 if gate else n
     products = 2 if gate else 1
     pairs = out.shape[0]
-    t_m, t_n, t_k = _tile(b, -(-pairs // experts), n, k, experts, products)
+    each_a, each_b = a.type.bytes, weight.type.bytes
+    t_m, t_n, t_k = _tile(b, -(-pairs // experts), n, k, experts, products, each_a, each_b, blocks)
+    whole = a.type is weight.type is Type.INT8
     bounds = b.sram((experts + 1) * 4)
     b.load(
         Type.I32, At(offset.at), bounds, rows=1, cols=experts + 1, stride=0, sram_stride=0, signal=["bounds"]
@@ -129,8 +138,13 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
     ):  # fmt: skip
         b.lend(name, giver, taker)
     b.lend("index_free", "load", "load")
-    wide, cols = t_k * 2, -(-n // t_n)
-    near_a, near_b = b.pair(t_m * wide), b.pair(products * t_n * wide)
+    held: Buffers | None = None
+    if scales is not None:
+        b.lend("scale_free", "vector", "load")
+        deep = -(-k // BLOCK)
+        held = b.pair(4 * (deep * (t_m + 1) if blocks else t_m + products * t_n))
+    wide_a, wide_b, cols = t_k * each_a, t_k * each_b, -(-n // t_n)
+    near_a, near_b = b.pair(t_m * wide_a), b.pair(products * t_n * wide_b)
     acc, near_out, near_index = b.pair(products * t_m * t_n * 4), b.pair(t_m * t_n * 2), b.pair(t_m * 4)
     with b.units(experts * cols) as unit:
         expert, col = b.alu(Alu.DIV, unit, imm=cols), b.alu(Alu.MOD, unit, imm=cols)
@@ -140,17 +154,22 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
         times = b.alu(Alu.ADD, left, imm=t_m - 1)
         b.alu(Alu.DIV, times, imm=t_m, into=times)
         n_left = At(t_n, b.left(n, col, t_n))
-        begin = b.address(weight, (expert, products * n * k * 2), (col, t_n * k * 2))
+        begin = b.address(weight, (expert, products * n * k * each_b), (col, t_n * k * each_b))
         m = At(t_m, left)
         with b.loop(At(-(-pairs // t_m), times), ((row, t_m), (left, -t_m))):
             far_b, far_k, k_left = b.alu(Alu.ADD, begin.reg), b.register(0), b.register(k)
-            rows_at = b.alu(Alu.MUL, row, imm=k * 2)
+            rows_at = b.alu(Alu.MUL, row, imm=k * each_a)
             if token is not None:
                 b.load(
                     Type.I32, b.address(token, (row, 4)), near_index.address, rows=1, cols=m, stride=0,
                     sram_stride=0, wait=["index_free"], signal=["index_full"],
                 )  # fmt: skip
                 b.sync("load", wait=["index_full"])
+            scale = BlockScales(At(), At(), 0)
+            if scales is not None and held is not None:
+                index = None if token is None else near_index
+                _load_rows(b, scales, held, row, m, index, k if blocks else 1)
+                scale = _load_columns(b, scales, held, (expert, col), (t_m, t_n), (n, k), n_left, products)
             count = At(t_k, k_left)
 
             def step(*, first: bool) -> None:
@@ -162,20 +181,20 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
                         near_a.address,
                         rows=m,
                         cols=count,
-                        stride=k * 2,
-                        sram_stride=wide,
+                        stride=k * each_a,
+                        sram_stride=wide_a,
                         wait=["free"],
                     )
                 else:
                     b.gather(
                         a.type, At(a.at, far_k), near_a.address, near_index.address, rows=m, cols=count,
-                        stride=k * 2, sram_stride=wide, wait=["free"],
+                        stride=k * each_a, sram_stride=wide_a, wait=["free"],
                     )  # fmt: skip
                 for product in range(products):
                     b.load(
-                        weight.type, At(weight.at + product * n * k * 2, far_b),
-                        near_b + product * t_n * wide, rows=n_left, cols=count, stride=k * 2,
-                        sram_stride=wide, signal=["full"] if product == products - 1 else [],
+                        weight.type, At(weight.at + product * n * k * each_b, far_b),
+                        near_b + product * t_n * wide_b, rows=n_left, cols=count, stride=k * each_b,
+                        sram_stride=wide_b, signal=["full"] if product == products - 1 else [],
                     )  # fmt: skip
                 for product in range(products):
                     waits = [
@@ -184,15 +203,21 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
                     ]
                     b.emit(
                         "MMA", a.type, weight.type,
-                        flags=Flag.TRANSPOSED | (0 if first else Flag.ACCUMULATE), a=near_a.address,
-                        b=near_b + product * t_n * wide, c=acc + product * t_m * t_n * 4, m=m, n=n_left,
-                        k=count, lda=wide, ldb=wide, ldc=t_n * 4, wait=waits,
+                        flags=Flag.TRANSPOSED
+                        | (0 if first else Flag.ACCUMULATE)
+                        | (Flag.SCALED if blocks else 0), a=near_a.address,
+                        b=near_b + product * t_n * wide_b, c=acc + product * t_m * t_n * 4, m=m, n=n_left,
+                        k=count, lda=wide_a, ldb=wide_b, ldc=t_n * 4, left=scale.left, right=scale.right,
+                        ldl=scale.stride, wait=waits,
                         signal=["free"] if product == products - 1 else [],
                     )  # fmt: skip
                 b.swap(near_a)
                 b.swap(near_b)
 
-            onward = ((k_left, -t_k), (far_k, wide), (far_b, wide), (rows_at, wide))
+            onward = (
+                (k_left, -t_k), (far_k, wide_a), (far_b, wide_b), (rows_at, wide_a),
+                *([(scale.left.reg, t_k // BLOCK * 4)] if blocks else []),
+            )  # fmt: skip
             with b.loop(1, onward):
                 step(first=True)
             if k > t_k:
@@ -200,10 +225,16 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
                     step(first=False)
             b.sync("load", signal=["index_free"]) if token is not None else None
             b.sync("tensor", signal=["acc_full"])
+            fn = Epilogue.GATE if gate else Epilogue.PLAIN
+            if held is not None and not blocks:
+                fn |= Epilogue.ROWS | Epilogue.COLUMNS
+            waits = ["acc_full", "out_free", *(["scale_full"] if fn & Epilogue.ROWS else [])]
             b.emit(
-                "DRAIN", out.type, Type.NONE, fn=Epilogue.GATE if gate else Epilogue.PLAIN, c=acc.address,
+                "DRAIN", out.type, Type.NONE, Type.I32 if whole else Type.NONE, fn=fn, c=acc.address,
                 gate=acc + t_m * t_n * 4 if gate else 0, out=near_out.address, m=m, n=n_left, ldc=t_n * 4,
-                ldo=t_n * 2, wait=["acc_full", "out_free"], signal=["acc_free", "out_full"],
+                ldo=t_n * 2, stats=held.address if held is not None and not blocks else 0,
+                columns=held + t_m * 4 if held is not None and not blocks else 0, wait=waits,
+                signal=["acc_free", "out_full", *(["scale_free"] if held is not None else [])],
             )  # fmt: skip
             to = b.address(out, (row, n * 2), (col, t_n * 2))
             b.store(
@@ -213,13 +244,66 @@ def grouped(  # noqa: PLR0915 - a kernel reads from top to bottom
             if token is not None:
                 b.sync("load", wait=["index_free"])
                 b.sync("load", signal=["index_free"])
-            for pair in (acc, near_out, near_index):
+            for pair in (acc, near_out, near_index, *([held] if held is not None else [])):
                 b.swap(pair)
     b.alu(Alu.ADD, ZERO, rb=zero, into=zero)
 
 
-def _tile(b: Builder, rows: int, n: int, k: int, experts: int, products: int) -> tuple[int, int, int]:
-    """Rows like an expert's share, columns that keep the cores busy, k what SRAM leaves."""
+def _load_rows(
+    b: Builder, scales: Scales, held: Buffers, row: int, m: At, index: Buffers | None, k: int
+) -> None:
+    """The scales of a tile's rows: one each, or one each 128 of k."""
+    assert scales.rows is not None
+    deep = -(-k // BLOCK)
+    if index is None:
+        b.load(
+            Type.F32, b.address(scales.rows, (row, deep * 4)), held.address, rows=m, cols=deep,
+            stride=deep * 4, sram_stride=deep * 4, wait=["scale_free"],
+        )  # fmt: skip
+    else:
+        b.gather(
+            Type.F32, At(scales.rows.at), held.address, index.address, rows=m, cols=deep, stride=deep * 4,
+            sram_stride=deep * 4, wait=["scale_free"],
+        )  # fmt: skip
+
+
+def _load_columns(
+    b: Builder, scales: Scales, held: Buffers, unit: tuple[int, int], tile: tuple[int, int],
+    sizes: tuple[int, int], n_left: At, products: int,
+) -> BlockScales:  # fmt: skip
+    """The scales of a tile's columns; with blocks, where a step along k finds its own."""
+    (expert, col), (t_m, t_n), (n, k) = unit, tile, sizes
+    deep, high = -(-k // BLOCK), -(-n // BLOCK)
+    if not scales.blocks:
+        for product in range(products):
+            far = b.address(
+                scales.columns, (expert, products * n * 4), (col, t_n * 4), offset=product * n * 4
+            )
+            b.load(
+                Type.F32, far, held + (t_m + product * t_n) * 4, rows=1, cols=n_left, stride=0,
+                sram_stride=0, signal=["scale_full"] if product == products - 1 else [],
+            )  # fmt: skip
+        return BlockScales(At(), At(), 0)
+    block = b.alu(Alu.MUL, col, imm=t_n)
+    b.alu(Alu.DIV, block, imm=BLOCK, into=block)
+    far = b.address(scales.columns, (expert, high * deep * 4), (block, deep * 4))
+    b.load(Type.F32, far, held + t_m * deep * 4, rows=1, cols=deep, stride=0, sram_stride=0)
+    step = b.alu(Alu.ADD, held.turn)
+    return BlockScales(At(held.at, step), At(held.at + t_m * deep * 4, step), deep * 4)
+
+
+def _tile(
+    b: Builder,
+    rows: int,
+    n: int,
+    k: int,
+    experts: int,
+    products: int,
+    left: int = 2,
+    right: int = 2,
+    blocks: bool = False,
+) -> tuple[int, int, int]:
+    """Rows like an expert's share, columns that keep the cores busy, k what SRAM leaves or a block is."""
     t_m = 16
     while t_m < min(rows, 128):
         t_m *= 2
@@ -229,13 +313,13 @@ def _tile(b: Builder, rows: int, n: int, k: int, experts: int, products: int) ->
     t_k = 512
 
     def size() -> int:
-        return (
-            2 * (t_m * t_k * 2 + products * t_n * t_k * 2 + products * t_m * t_n * 4 + t_m * t_n * 2) + 8192
-        )
+        scales = 4 * (-(-k // BLOCK) * (t_m + 1) if blocks else t_m + products * t_n)
+        operands = t_m * t_k * left + products * t_n * t_k * right
+        return 2 * (operands + products * t_m * t_n * 4 + t_m * t_n * 2 + scales) + 8192
 
     while t_k > 32 and (size() + 4 * experts > b.ppu.sram_bytes or t_k >= 2 * k):
         t_k //= 2
-    return t_m, t_n, t_k
+    return t_m, t_n, BLOCK if blocks else t_k
 
 
 def combine(

@@ -1,189 +1,31 @@
-"""Products with what is fused to them: RMSNorm before, SwiGLU, bias and residual behind.
+"""Products with what is fused to them: RMSNorm before, SwiGLU, scales, bias and residual behind.
 
-Output tiles go round the cores, row tiles fastest so that neighbours share a tile of the weight.
+Output tiles go round the cores along the shorter side, so that neighbours share a tile of the operand with
+more of them, and the other operand stays in the L2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 
 from tongyun.chip.ppu.emit.builder import Buffers, Builder
+from tongyun.chip.ppu.emit.mapper import BLOCK, Matmul, Tiling, mapped, traffic
 from tongyun.chip.ppu.emit.rows import join
 from tongyun.chip.ppu.isa import Alu, At, Epilogue, Flag, Type
 from tongyun.chip.ppu.program import Tensor
-from tongyun.chip.ppu.traffic import pieces, tiled
-from tongyun.specs.ppu import Ppu
-from tongyun.units import DType
 
 
 @dataclass(frozen=True, kw_only=True)
-class Matmul:
-    """out[m, n] = epilogue(a[m, k] · weight[n, k]ᵀ)."""
+class Scales:
+    """What the operands of a product were divided by, in f32."""
 
-    m: int
-    n: int
-    k: int
-    norm: bool = False
-    gate: bool = False
-    """Two weights of n rows each: silu(first) · second."""
-    residual: bool = False
-    bias: bool = False
-    out_bytes: int = 2
-    splits: int = 1
-    """Parts of k that are multiplied side by side, each into an f32 result of its own."""
-
-    @property
-    def inner(self) -> int:
-        """k of one part, a multiple of 32 where there are several."""
-        return self.k if self.splits == 1 else -(-self.k // (32 * self.splits)) * 32
-
-    @property
-    def parts(self) -> list[int]:
-        return pieces(self.k, self.inner)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    m: int
-    n: int
-    k: int
-
-    def steps(self, matmul: Matmul) -> int:
-        """Products of one tile in all."""
-        tiles = -(-matmul.m // self.m) * -(-matmul.n // self.n)
-        return tiles * matmul.splits * -(-matmul.inner // self.k)
-
-    def sram_bytes(self, matmul: Matmul) -> int:
-        """What the kernel's double buffers take."""
-        products = 2 if matmul.gate else 1
-        a = self.m * self.k * 2
-        b = products * self.n * self.k * 2
-        c = products * self.m * self.n * 4 + (2 * self.m * 4 if matmul.norm else 0)
-        out = self.m * self.n * (matmul.out_bytes + (2 if matmul.residual else 0)) + 2 * self.n * matmul.bias
-        return 2 * (a + b + c + out) + 16 * 64 + (matmul.k * 2 if matmul.norm else 0)
-
-
-def tilings(matmul: Matmul, ppu: Ppu) -> Iterator[Tiling]:
-    """Every tiling that fits, powers of two from the tensor unit's tile upwards."""
-    for m in _sizes(matmul.m, ppu.tile_m, 256):
-        for n in _sizes(matmul.n, ppu.tile_n, 256):
-            for k in _sizes(matmul.inner, max(ppu.tile_k, 32), 1024):
-                tiling = Tiling(m=m, n=n, k=k)
-                if tiling.sram_bytes(matmul) <= ppu.sram_bytes:
-                    yield tiling
-
-
-def _sizes(size: int, least: int, most: int) -> list[int]:
-    sizes = [least]
-    while sizes[-1] < min(size, most):
-        sizes.append(sizes[-1] * 2)
-    return sizes
-
-
-@lru_cache(maxsize=4096)
-def mapped(matmul: Matmul, ppu: Ppu) -> Tiling:
-    """Of the tilings within 1 % of the least estimated cycles, the one of the fewest steps.
-
-    The estimate does not tell closer ones apart; fewer steps are fewer instructions and requests. A gated
-    product has half the room for each of its two accumulators. It takes no tiling that would move more
-    bytes than the two products and the activation it stands for, where there is another.
-    """
-    found = list(tilings(matmul, ppu))
-    if matmul.gate:
-        most = _apart(matmul, ppu)
-        found = [tiling for tiling in found if sum(traffic(matmul, tiling, ppu.cores)) <= most] or found
-    cycles = {tiling: estimate(matmul, tiling, ppu) for tiling in found}
-    least = min(cycles.values())
-    near = [tiling for tiling, needed in cycles.items() if needed <= 1.01 * least]
-    return min(near, key=lambda tiling: (tiling.steps(matmul), cycles[tiling]))
-
-
-def traffic(matmul: Matmul, tiling: Tiling, cores: int) -> tuple[int, ...]:
-    """Bytes moved of a, weight, second weight, gain, residual, bias and out.
-
-    Each column of tiles reads a, each row of tiles the weights; each core reads the gain once.
-    """
-    m, n = pieces(matmul.m, tiling.m), pieces(matmul.n, tiling.n)
-    k = [2 * step for part in matmul.parts for step in pieces(part, tiling.k)]
-    wide = 2 * matmul.k
-    weight = len(m) * tiled(n, k, wide)
-    beside = tiled(m, [2 * step for step in n], 2 * matmul.n)
-    out = tiled(m, [matmul.out_bytes * step for step in n], matmul.out_bytes * matmul.n)
-    return (
-        len(n) * tiled(m, k, wide),
-        weight,
-        weight * matmul.gate,
-        cores * tiled([1], [wide], 0) * matmul.norm,
-        beside * matmul.residual,
-        len(m) * tiled([1], [2 * step for step in n], 0) * matmul.bias,
-        out * matmul.splits,
-    )
-
-
-def _apart(matmul: Matmul, ppu: Ppu) -> int:
-    """Bytes of the two products and the activation that a gated product stands for."""
-    alone = replace(matmul, gate=False)
-    product = sum(traffic(alone, mapped(alone, ppu), ppu.cores))
-    return 2 * product + 3 * matmul.m * matmul.n * matmul.out_bytes
-
-
-_ISSUED = 7
-"""Instructions of one step along k, each a cycle of the control."""
-
-
-def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
-    """Cycles of a product on a tiling: rounds of tiles, each bound by tensor unit, port, L2 or latency.
-
-    Two buffers hide a load's latency behind the step before it: a step takes at least half of the way
-    of a buffer, from its request over its product to its next request. HBM is charged for each
-    operand once, which holds where the L2 keeps the other one.
-    """
-    products = 2 if matmul.gate else 1
-    rows, cols = -(-matmul.m // tiling.m), -(-matmul.n // tiling.n)
-    steps = -(-matmul.inner // tiling.k)
-    tiles = rows * cols * matmul.splits
-    rounds = -(-tiles // ppu.cores)
-    busy = min(tiles, ppu.cores)
-    m, n, k = min(tiling.m, matmul.m), min(tiling.n, matmul.n), min(tiling.k, matmul.inner)
-    smallest = -(-m // ppu.tile_m) * -(-n // ppu.tile_n) * -(-k // ppu.tile_k)
-    tensor = products * smallest * 2 * ppu.tile_m * ppu.tile_n * ppu.tile_k / ppu.tensor_flops[DType.BF16]
-    moved = 2 * k * (m + products * n)
-    hbm_rate = ppu.hbm_bytes_per_s / ppu.clock_hz
-    latency = (ppu.hbm_latency_s + ppu.l2_latency_s) / 2 * ppu.clock_hz
-    # Cores of one round share the tiles of one operand.
-    shared = 2 * k * (min(busy, rows) * m + products * n * -(-busy // rows))
-    transfer = max(moved / ppu.port_bytes, moved * busy / ppu.l2_rate, shared / hbm_rate)
-    way = latency + transfer + tensor + ppu.tensor_latency_s * ppu.clock_hz
-    step = max(tensor, transfer, way / 2, _ISSUED)
-    drain = products * m * n / ppu.vector_lanes
-    once = 2 * (matmul.m * matmul.k + products * matmul.n * matmul.k + matmul.m * matmul.n)
-    return max(rounds * max(steps * step, drain), once / hbm_rate) + way + drain
-
-
-@lru_cache(maxsize=4096)
-def splits(matmul: Matmul, ppu: Ppu) -> int:
-    """Into how many parts of k to cut a plain product: where its tiles leave cores idle, parts fill them.
-
-    The parts are then read once more and summed, by a kernel behind another barrier.
-    """
-    least, best = estimate(matmul, mapped(matmul, ppu), ppu), 1
-    for parts in SPLITS:
-        shape = replace(matmul, splits=parts, out_bytes=4)
-        if len(shape.parts) != parts or shape.inner < 128:
-            break
-        size = matmul.m * matmul.n * (4 * parts + matmul.out_bytes)
-        rate = ppu.l2_rate if size < ppu.l2_bytes else ppu.hbm_bytes_per_s / ppu.clock_hz
-        join = (ppu.barrier_s + ppu.hbm_latency_s + ppu.l2_latency_s) * ppu.clock_hz + size / rate
-        needed = estimate(shape, mapped(shape, ppu), ppu) + join
-        if needed < least:
-            least, best = needed, parts
-    return best
-
-
-SPLITS = (2, 3, 4, 6, 8, 12, 16)
-"""Parts of k that a product may be cut into."""
+    rows: Tensor | None = None
+    """[m], or one number for all, or [m, k / 128] by blocks."""
+    columns: Tensor
+    """[n], or one number for all, or [n / 128, k / 128] by blocks."""
+    up: Tensor | None = None
+    """As `columns`, of the second weight."""
+    blocks: bool = False
 
 
 def split_matmul(b: Builder, a: Tensor, weight: Tensor, out: Tensor, parts: int, name: str) -> None:
@@ -196,7 +38,7 @@ def split_matmul(b: Builder, a: Tensor, weight: Tensor, out: Tensor, parts: int,
         join(b, held, out, parts)
 
 
-def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
+def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
     b: Builder,
     a: Tensor,
     weight: Tensor,
@@ -207,24 +49,32 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
     eps: float = 0.0,
     residual: Tensor | None = None,
     bias: Tensor | None = None,
+    scales: Scales | None = None,
     tiling: Tiling | None = None,
     splits: int = 1,
 ) -> None:
     """Emit one product, inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k].
 
-    With `splits` the product of each part of k goes to m rows of `out` of its own.
+    With `splits` the product of each part of k goes to m rows of `out` of its own. With `scales` by blocks,
+    k in steps of 128 and no `up`.
     """
+    blocks = scales is not None and scales.blocks
     (m, k), n = a.shape, weight.shape[0]
     shape = Matmul(
         m=m, n=n, k=k, norm=gain is not None, gate=up is not None, residual=residual is not None,
-        bias=bias is not None, out_bytes=out.type.bytes, splits=splits,
+        bias=bias is not None, out_bytes=out.type.bytes, splits=splits, left=a.type, right=weight.type,
+        rows=0 if scales is None or scales.rows is None else scales.rows.bytes // 4,
+        columns=0 if scales is None else scales.columns.bytes // 4, blocks=blocks,
     )  # fmt: skip
     t = tiling or mapped(shape, b.ppu)
     rows, cols, steps = -(-m // t.m), -(-n // t.n), -(-shape.inner // t.k)
     products = 2 if up is not None else 1
     into = Operands.of(b, t, shape, out.type)
     moved = traffic(shape, t, b.ppu.cores)
-    for tensor, size in zip((a, weight, up, gain, residual, bias, out), moved, strict=True):
+    beside = (None, None, None) if scales is None else (scales.rows, scales.columns, scales.up)
+    whole = a.type is weight.type is Type.INT8
+    left, right = a.type.bytes, weight.type.bytes
+    for tensor, size in zip((a, weight, up, gain, residual, bias, *beside, out), moved, strict=True):
         if tensor is not None:
             b.moves(tensor, size)
     near_gain = 0
@@ -233,58 +83,53 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
         near_gain = b.sram(k * 2)
         b.load(gain.type, At(gain.at), near_gain, rows=1, cols=k, stride=0, sram_stride=0)
     with b.units(rows * cols * splits) as unit:
-        row = b.alu(Alu.MOD, unit, imm=rows)
-        col = b.alu(Alu.DIV, unit, imm=rows)
+        fast, slow = b.alu(Alu.MOD, unit, imm=min(rows, cols)), b.alu(Alu.DIV, unit, imm=min(rows, cols))
         part = None
         if splits > 1:
-            part = b.alu(Alu.DIV, col, imm=cols)
-            b.alu(Alu.MOD, col, imm=cols, into=col)
+            part = b.alu(Alu.DIV, slow, imm=max(rows, cols))
+            b.alu(Alu.MOD, slow, imm=max(rows, cols), into=slow)
+        row, col = (fast, slow) if rows <= cols else (slow, fast)
         m_left, n_left = At(t.m, b.left(m, row, t.m)), At(t.n, b.left(n, col, t.n))
         k_left = b.register(k) if part is None else b.left(k, part, shape.inner)
         along = []
         if part is not None:
             b.alu(Alu.MIN, k_left, imm=shape.inner, into=k_left)
-            along = [(part, shape.inner * 2)]
-        far_a = b.address(a, (row, t.m * k * 2), *along)
-        far_b = b.address(weight, (col, t.n * k * 2), *along)
+            along = [(part, shape.inner)]
+        far_a = b.address(a, (row, t.m * k * left), *((part, each * left) for part, each in along))
+        far_b = b.address(weight, (col, t.n * k * right), *((part, each * right) for part, each in along))
         far_up = None if up is None else At(up.at, far_b.reg)
         far_gain = b.register(0)
+        scale = BlockScales(At(), At(), 0)
+        if scales is not None and blocks:
+            scale = _load_blocks(b, scales, into, t, k, (row, col), m_left)
+            for register, each in along:
+                gone = b.alu(Alu.MUL, register, imm=each // BLOCK * 4)
+                b.alu(Alu.ADD, scale.left.reg, rb=gone, into=scale.left.reg)
         k_count = At(t.k, k_left)
 
         def step(*, first: bool) -> None:
             flags = Flag.TRANSPOSED | (Flag.NONE if first else Flag.ACCUMULATE)
             flags |= Flag.NORM if gain is not None else Flag.NONE
-            wide = t.k * 2
+            flags |= Flag.SCALED if blocks else Flag.NONE
             b.load(
                 a.type,
                 far_a,
                 into.a.address,
                 rows=m_left,
                 cols=k_count,
-                stride=k * 2,
-                sram_stride=wide,
+                stride=k * left,
+                sram_stride=t.k * left,
                 wait=["free"],
             )
             if far_up is not None:
                 b.load(
-                    a.type,
-                    far_up,
-                    into.b + t.n * wide,
-                    rows=n_left,
-                    cols=k_count,
-                    stride=k * 2,
-                    sram_stride=wide,
-                )
+                    weight.type, far_up, into.b + t.n * t.k * right, rows=n_left, cols=k_count,
+                    stride=k * right, sram_stride=t.k * right,
+                )  # fmt: skip
             b.load(
-                a.type,
-                far_b,
-                into.b.address,
-                rows=n_left,
-                cols=k_count,
-                stride=k * 2,
-                sram_stride=wide,
-                signal=["full"],
-            )
+                weight.type, far_b, into.b.address, rows=n_left, cols=k_count, stride=k * right,
+                sram_stride=t.k * right, signal=["full"],
+            )  # fmt: skip
             for product in range(products):
                 last = product == products - 1
                 starts = [
@@ -293,16 +138,20 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
                 ]
                 b.emit(
                     "MMA", a.type, weight.type, flags=flags, a=into.a.address,
-                    b=into.b + product * t.n * wide, c=into.c + product * t.m * t.n * 4, m=m_left, n=n_left,
-                    k=k_count, lda=wide, ldb=wide, ldc=t.n * 4,
+                    b=into.b + product * t.n * t.k * right, c=into.c + product * t.m * t.n * 4, m=m_left,
+                    n=n_left, k=k_count, lda=t.k * left, ldb=t.k * right, ldc=t.n * 4,
                     gain=At(near_gain, far_gain) if gain is not None else 0,
                     stats=into.c + (products * t.n + product) * t.m * 4 if gain is not None else 0,
-                    wait=starts, signal=["free"] if last else [],
+                    left=scale.left, right=scale.right, ldl=scale.stride, wait=starts,
+                    signal=["free"] if last else [],
                 )  # fmt: skip
             b.swap(into.a)
             b.swap(into.b)
 
-        onward = ((k_left, -t.k), (far_a.reg, 2 * t.k), (far_b.reg, 2 * t.k), (far_gain, 2 * t.k))
+        onward = (
+            (k_left, -t.k), (far_a.reg, left * t.k), (far_b.reg, right * t.k), (far_gain, left * t.k),
+            *([(scale.left.reg, t.k // BLOCK * 4)] if blocks else []),
+        )  # fmt: skip
         with b.loop(1, onward):
             step(first=True)
         if steps > 1:
@@ -330,15 +179,24 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
             )  # fmt: skip
             waits.append("bias_full")
             fn |= Epilogue.BIAS
+        if scales is not None and not blocks:
+            fn |= _load_scales(b, scales, into, t, (row, col), (m_left, n_left))
+            waits.append("scale_full")
         frees = ["acc_free", "out_full"]
         frees += ["res_free"] if residual is not None else []
         frees += ["bias_free"] if bias is not None else []
+        frees += ["scale_free"] if scales is not None else []
+        stats, columns = At(), At()
+        if gain is not None:
+            stats = into.c + products * t.n * t.m * 4
+        elif into.scales is not None and not blocks:
+            stats, columns = into.scales.address, into.scales + t.m * 4
         second = into.bias.address if into.bias is not None else into.c + t.m * t.n * 4
         b.emit(
-            "DRAIN", out.type, Type.BF16, fn=fn, c=into.c.address,
+            "DRAIN", out.type, Type.BF16, Type.I32 if whole else Type.NONE, fn=fn, c=into.c.address,
             gate=second if up is not None or bias is not None else 0, out=into.out.address, m=m_left,
             n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
-            stats=into.c + products * t.n * t.m * 4 if gain is not None else 0,
+            stats=stats, columns=columns,
             residual=into.residual.address if into.residual is not None else 0,
             ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits, signal=frees,
         )  # fmt: skip
@@ -348,6 +206,57 @@ def matmul(  # noqa: PLR0915 - a kernel reads from top to bottom
         )  # fmt: skip
         for pair in into.behind:
             b.swap(pair)
+
+
+def _load_scales(
+    b: Builder, scales: Scales, into: Operands, t: Tiling, tile: tuple[int, int], left: tuple[At, At]
+) -> Epilogue:
+    """The scales of a tile's rows and columns, and what the epilogue does with them."""
+    assert into.scales is not None
+    wanted = [(scales.columns, t.m * 4, tile[1], t.n, left[1])]
+    if scales.up is not None:
+        wanted.append((scales.up, t.m * 4 + t.n * 4, tile[1], t.n, left[1]))
+    if scales.rows is not None:
+        wanted.append((scales.rows, 0, tile[0], t.m, left[0]))
+    for number, (tensor, near, unit, size, count) in enumerate(wanted):
+        one = tensor.bytes == 4
+        far = At(tensor.at) if one else b.address(tensor, (unit, size * 4))
+        b.load(
+            Type.F32, far, into.scales + near, rows=count if one else 1, cols=1 if one else count, stride=0,
+            sram_stride=4, wait=[] if number else ["scale_free"],
+            signal=["scale_full"] if number == len(wanted) - 1 else [],
+        )  # fmt: skip
+    return Epilogue.COLUMNS | (Epilogue.ROWS if scales.rows is not None else Epilogue.PLAIN)
+
+
+def _load_blocks(
+    b: Builder, scales: Scales, into: Operands, t: Tiling, k: int, tile: tuple[int, int], m_left: At
+) -> BlockScales:
+    """All scales of a tile's rows, and those of its columns' block; the first operands come behind them."""
+    assert into.scales is not None
+    assert scales.rows is not None
+    deep = -(-k // BLOCK)
+    b.load(
+        Type.F32, b.address(scales.rows, (tile[0], t.m * deep * 4)), into.scales.address, rows=m_left,
+        cols=deep, stride=deep * 4, sram_stride=deep * 4, wait=["scale_free"],
+    )  # fmt: skip
+    block = b.alu(Alu.MUL, tile[1], imm=t.n)
+    b.alu(Alu.DIV, block, imm=BLOCK, into=block)
+    b.load(
+        Type.F32, b.address(scales.columns, (block, deep * 4)), into.scales + t.m * deep * 4, rows=1,
+        cols=deep, stride=0, sram_stride=0,
+    )  # fmt: skip
+    step = b.alu(Alu.ADD, into.scales.turn)
+    return BlockScales(At(into.scales.at, step), At(into.scales.at + t.m * deep * 4, step), deep * 4)
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """Where a step along k finds its scales: of its rows, `stride` bytes apart, and of its columns."""
+
+    left: At
+    right: At
+    stride: int
 
 
 @dataclass(frozen=True)
@@ -360,6 +269,7 @@ class Operands:
     out: Buffers
     residual: Buffers | None
     bias: Buffers | None
+    scales: Buffers | None
 
     @classmethod
     def of(cls, b: Builder, t: Tiling, shape: Matmul, out: Type) -> Operands:
@@ -371,16 +281,23 @@ class Operands:
             b.lend("res_free", "vector", "load")
         if shape.bias:
             b.lend("bias_free", "vector", "load")
+        scales = t.scale_bytes(shape)
+        if scales:
+            b.lend("scale_free", "vector", "load")
+        left, right = t.operand_bytes(shape)
         return cls(
-            a=b.pair(t.m * t.k * 2),
-            b=b.pair(products * t.n * t.k * 2),
+            a=b.pair(left),
+            b=b.pair(right),
             c=b.pair(products * t.m * t.n * 4 + (2 * t.m * 4 if shape.norm else 0)),
             out=b.pair(t.m * t.n * out.bytes),
             residual=b.pair(t.m * t.n * 2) if shape.residual else None,
             bias=b.pair(t.n * 2) if shape.bias else None,
+            scales=b.pair(scales) if scales else None,
         )
 
     @property
     def behind(self) -> list[Buffers]:
         """Buffers that change once a tile."""
-        return [pair for pair in (self.c, self.out, self.residual, self.bias) if pair is not None]
+        return [
+            pair for pair in (self.c, self.out, self.residual, self.bias, self.scales) if pair is not None
+        ]

@@ -103,20 +103,20 @@ def rmsnorm(b: Builder, x: Rows, gain: Tensor, out: Rows, eps: float) -> None:
     def body(rows: At, given: Sequence[At], made: Sequence[At], _: Sequence[int]) -> None:
         b.emit(
             "RMSNORM", x.tensor.type, out.tensor.type, a=given[0], gain=given[1], out=made[0],
-            rows=_many(b, rows, heads), cols=At(width), lda=width * x.tensor.type.bytes,
+            rows=many(b, rows, heads), cols=At(width), lda=width * x.tensor.type.bytes,
             ldo=width * out.tensor.type.bytes, eps=eps,
         )  # fmt: skip
 
     rows_kernel(b, [x, row], [out], body)
 
 
-def _many(b: Builder, rows: At, heads: int) -> At:
+def many(b: Builder, rows: At, heads: int) -> At:
     """Heads of a row lie one behind the other: rows · heads rows of one head's width."""
     if heads == 1:
         return rows
-    many = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
-    b.alu(Alu.MUL, many, imm=heads, into=many)
-    return At(rows.imm * heads, many)
+    held = b.alu(Alu.MIN, rows.reg, imm=rows.imm)
+    b.alu(Alu.MUL, held, imm=heads, into=held)
+    return At(rows.imm * heads, held)
 
 
 def elementwise(
@@ -214,7 +214,7 @@ def rotate(
         if norm is not None:
             b.emit(
                 "RMSNORM", Type.BF16, Type.BF16, a=near[0], gain=near[3], out=At(work[0]),
-                rows=_many(b, rows, heads), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
+                rows=many(b, rows, heads), cols=At(width), lda=width * 2, ldo=width * 2, eps=norm.eps,
             )  # fmt: skip
             source = At(work[0])
         b.emit(
@@ -372,6 +372,7 @@ __all__ = [
     "embed",
     "join",
     "keep",
+    "many",
     "position_register",
     "rmsnorm",
     "rotate",
