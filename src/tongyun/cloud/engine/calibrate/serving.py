@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.calibrated import TINY, nonnegative
+from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
