@@ -67,6 +67,24 @@ def test_a_trace_has_one_slice_at_a_time_on_each_engine(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".tmp"] == []
 
 
+def test_the_planner_stands_beside_the_program() -> None:
+    arguments = ["chip", "check", "Qwen/Qwen3-0.6B", "--tokens", "4", "--context", "60"]
+    result = CliRunner().invoke(build(), [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.output)
+    works = {work["name"]: work for work in answer["works"]}
+    for side in ("planner_s", "analytic_s", "simulated_s"):
+        parts = [work[side] for work in works.values() if work["simulated_s"] > 0]
+        assert 0 < sum(parts) == pytest.approx(answer["lowered"][side])
+    assert answer["lowered"]["planner_flops"] == answer["lowered"]["program_flops"] > 0
+    assert works["sampling"]["planner_over_analytic"] is None
+    assert answer["sources"]["simulated_s"] == "simulated"
+    assert {"products reach", "memory reaches"} <= {fact["name"] for fact in answer["unlike"]}
+    shown = CliRunner().invoke(build(), arguments).output
+    assert "lowered" in shown
+    assert "analytic" in shown
+
+
 def test_every_cut_of_a_profile_adds_up_to_the_whole() -> None:
     whole: dict[str, list[float]] = {}
     for cut in ("kind", "layer", "operator"):
@@ -101,6 +119,7 @@ def test_what_is_wrong_is_named() -> None:
         (["profile", "Qwen/Qwen3-0.6B", "--chips", "32"], "zhenwu-810e joins at most 16 chips, got 32"),
         (["profile", "meta-llama/Llama-3.1-8B"], "unknown model_type 'llama'"),
         (["profile", *MODEL, "--by", "layers"], "did you mean layer"),
+        (["check", "Qwen/Qwen3-0.6B", "--chip", "h20"], "h20"),
         (["disasm", "no.ppu"], "no.ppu: No such file"),
     ):
         result = CliRunner().invoke(build(), ["chip", *arguments])

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tongyun.cli import chip_run
+from tongyun.cli import chip_check, chip_run
+from tongyun.cli.chip_check import balanced
 
 if TYPE_CHECKING:
     from tongyun.chip.ppu.breakdown import Share
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Compile for a PPU and run on the simulated chip.", no_args_is_help=True)
 
 run = app.command()(chip_run.run)
+check = app.command()(chip_check.check)
 Model = Annotated[str, typer.Argument(help="A Qwen3 model of the catalogue, or the path of a config.json.")]
 Chip = Annotated[str, typer.Option(help="A PPU of the catalogue, or a TOML file.")]
 Tokens = Annotated[int, typer.Option(help="New tokens of the step.", min=1)]
@@ -50,7 +52,7 @@ def compile_(
     idle: Idle = False,
 ) -> None:
     """Compile one step of a model into a program."""
-    symbols = _symbols(model, tokens, context) if idle else None
+    symbols = balanced(model, tokens, context) if idle else None
     program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, symbols)
     program.save(output)
     words, on = len(program.words), spec.name if chips == 1 else f"each of {chips} {spec.name}"
@@ -99,7 +101,7 @@ def profile(
     from tongyun.chip.ppu import timing
     from tongyun.chip.ppu.energy import energy
 
-    symbols = _symbols(model, tokens, context)
+    symbols = balanced(model, tokens, context)
     read = symbols if idle else None
     program, spec = _program(model, chip, (tokens, context, layers, chips), dtype, without, read)
     from tongyun.chip.ppu.breakdown import names_by, shares
@@ -144,18 +146,6 @@ def _program(
         ), spec  # fmt: skip
     except Infeasible as short:
         raise InputError(f"{model} with --chips {chips}: {short}") from None
-
-
-def _symbols(model: str, tokens: int, context: int) -> dict[str, list[int]]:
-    """The numbers that a step reads from memory, experts' rows as balanced."""
-    from tongyun.specs import find_model
-
-    config, _ = find_model(model)
-    symbols = {"position": [context]}
-    if "num_experts" in config:
-        experts, pairs = int(config["num_experts"]), tokens * int(config["num_experts_per_tok"])
-        symbols["expert_offset"] = [number * pairs // experts for number in range(experts + 1)]
-    return symbols
 
 
 def _print_json(result: Timing, joules: Energy, by: str, parts: dict[str, Share]) -> None:

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tongyun.chip.ppu.program import Program
 from tongyun.chip.ppu.rates import TICKS
-from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, product_rates, tables
+from tongyun.chip.ppu.timing import COUNTERS, Timing, chips, product_rates, shortened, tables
 from tongyun.specs.ppu import Ppu
 
 _WIDTH = 20
@@ -68,6 +68,12 @@ class _Memory:
 def analyse(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
     """The analytic counterpart of `timing.simulate`: cycles and counters kernel by kernel."""
     return price(Laid.of(program, ppu), ppu, symbols)
+
+
+def analyse_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:
+    """The same of what `timing.simulate_repeated` runs: kernels that repeat three times, then counted."""
+    shorter, times = shortened(program)
+    return replace(analyse(shorter, ppu, symbols), times=times)
 
 
 def price(laid: Laid, ppu: Ppu, symbols: Mapping[str, ArrayLike] | None = None) -> Timing:

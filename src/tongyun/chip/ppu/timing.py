@@ -81,7 +81,7 @@ def simulate_repeated(program: Program, ppu: Ppu, symbols: Mapping[str, ArrayLik
     Of a sequence that repeats r times the first two and the last are run; the second stands for those left
     out. What differs is what the L2 still holds, which settles after the first.
     """
-    shorter, times = _shortened(program)
+    shorter, times = shortened(program)
     return _simulate(shorter, ppu, dict(symbols or {}), times)
 
 
@@ -191,7 +191,7 @@ _PLACES = {
 """By opcode, the slots that hold a place in HBM."""
 
 
-def _shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
+def shortened(program: Program) -> tuple[Program, NDArray[np.int64]]:
     """The program without the middle of its longest repetition, and how often each kernel left counts."""
     borders = np.flatnonzero((program.words[:, 0] & 0xFF) == _BARRIER)
     ends = [*borders[1:], len(program.words) - 1]
