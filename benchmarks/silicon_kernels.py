@@ -1,7 +1,7 @@
 """How an H100's libraries run fp8 products: which tile, what an early launch spares and lost registers cost.
 
-Rules of public sources, but for two choices by measured rows of the families that `ppu_silicon.py` fits to:
-where CUTLASS's small tile ends, and what it costs when sums leave the registers.
+Rules of public sources, but for what was chosen by measured rows of the families that `ppu_silicon.py` fits to:
+where CUTLASS's small tile ends, which barriers are spared to what, and what lost registers cost.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def library_tiling(m: int) -> Tiling:
 def launched_early(program: Program, ppu: Ppu, kinds: tuple[str, ...]) -> Ppu:
     """The chip for a program whose kernels of some kinds are launched while the one before them runs.
 
-    Programmatic dependent launch, from 9.0 on: of their barrier only the way to memory is left. Every
-    barrier of the program is given the mean. SGLang has it on for DeepGEMM (its pull request 23979),
+    Programmatic dependent launch, from 9.0 on: of their barrier only a write to memory and a read are left.
+    Every barrier of the program is given the mean. SGLang has it on for DeepGEMM (its pull request 23979),
     FlashAttention 3 for the kernel that merges parts of the keys.
     """
     early = sum(kernel.kind in kinds for kernel in program.kernels) / len(program.kernels)
-    left = min(ppu.hbm_latency_s + ppu.l2_latency_s, ppu.barrier_s)
+    left = min(2 * (ppu.hbm_latency_s + ppu.l2_latency_s), ppu.barrier_s)
     return replace(ppu, barrier_s=early * left + (1 - early) * ppu.barrier_s)
 
 
