@@ -1,6 +1,6 @@
 """How an H100's libraries run fp8 products: which tile, what an early launch spares and lost registers cost.
 
-Rules of public sources, but for what was chosen by measured rows of the families that `ppu_silicon.py` fits to:
+Rules of public sources, but for what was chosen by rows of the families that `ppu_silicon.py` fits to:
 where CUTLASS's small tile ends, which barriers are spared to what, and what lost registers cost.
 """
 
