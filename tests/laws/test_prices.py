@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tongyun.chip.calibrated import Curve, Linear
 from tongyun.chip.collective import all_reduce_s, gather_s
+from tongyun.chip.curves import Curve, Linear
 from tongyun.chip.rates import rate_dtype
 from tongyun.chip.roofline import steps_s, work_s
 from tongyun.cost import step_cost, usd_per_mtoken

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from tongyun.chip.calibrated import nonnegative
+from tongyun.chip.curves import nonnegative
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate import machine, products
 from tongyun.cloud.engine.calibrate.machine import Elsewhere

@@ -52,6 +52,7 @@ def as_json(fleet: Fleet, played: Played, router: str) -> dict[str, Any]:
         "classes": _groups_json(played.classes, played),
         "models": _groups_json(played.models, played),
         "moves": played.moves,
+        "rebalanced": played.rebalanced,
         "engines": played.engines,
         "kept": None if played.kept is None else kept_json(played.kept),
         "series": [] if played.recording is None else _series_json(played.recording),
@@ -148,6 +149,7 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
         *_moves(played),
+        *_rebalanced(played),
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
@@ -204,6 +206,31 @@ def _moves(played: Played) -> list[list[str]]:
         ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
         ["  pause ms, p50 and p99", told],
     ]
+
+
+def _rebalanced(played: Played) -> list[list[str]]:
+    """What placing experts anew during the run did, where the fleet does that."""
+    from tongyun.report import number
+    from tongyun.units import GB, MS
+
+    log = played.rebalanced
+    if log is None:
+        return []
+    rows = [["experts placed anew", f"{len(log):,} times"]]
+    if log:
+        spans, before, after = (
+            [getattr(one, name) for one in log] for name in ("seconds", "crowding_before", "crowding_after")
+        )
+        how = "steps stood still" if log[0].standing else "beside steps"
+        rows += [
+            ["  weights moved", f"{number(sum(one.moved_bytes for one in log) / GB)} GB"],
+            ["  ms each time, mean", f"{number(sum(spans) / len(log) / MS)}, {how}"],
+            [
+                "  busiest rank, mean",
+                f"from {sum(before) / len(log):.2f} to {sum(after) / len(log):.2f} × the mean",
+            ],
+        ]
+    return rows
 
 
 def _groups(head: str, groups: Mapping[str, Group], played: Played) -> Table:

@@ -49,6 +49,10 @@ def twin_gateway(
         raise InputError(f"{file}: migration: the twin moves no running requests; leave the table out")
     if fleet.upkeep is not None:
         raise InputError(f"{file}: failures and autoscale: the twin's replicas stand still; leave them out")
+    if fleet.experts is not None and fleet.experts.spec.during:
+        raise InputError(
+            f"{file}: experts: window_s and drift_s: the twin's experts stay where they are; leave them out"
+        )
     own = fleet.question.model.name
     if model is not None and find_model(model)[1] != own:
         raise InputError(f"{file}: model: the fleet serves {own}, not {model}; leave MODEL out or name it")

@@ -39,6 +39,13 @@ def events(schedule: Schedule) -> Iterator[Event]:
         yield from _requests(engine, lanes)
         for model, begin_s, end_s in engine.changes():
             yield _slice(f"to {model}", engine.number, STEPS, begin_s, end_s, {"model": model})
+        for begin_s, end_s, standing in engine.moves:
+            if standing:
+                yield _slice("experts move", engine.number, STEPS, begin_s, end_s, {})
+                continue
+            # Steps go on: a slice would lie across theirs.
+            for what, moment_s in (("experts set off", begin_s), ("experts are there", end_s)):
+                yield {"ph": "i", "s": "p", **_at(what, engine.number, STEPS, moment_s)}
         for moment_s, up in engine.turns:
             what = "given requests" if up else "given no more requests"
             yield {"ph": "i", "s": "p", **_at(what, engine.number, STEPS, moment_s)}

@@ -239,6 +239,10 @@ class _EngineTape:
         if self._also is not None:
             self._also.turned(up, moment_s)
 
+    def moved(self, begin_s: float, end_s: float, standing: bool) -> None:
+        if self._also is not None:
+            self._also.moved(begin_s, end_s, standing)
+
     def note(self, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]) -> None:
         self._held.append(stretch)
         if len(self._held) >= _HELD:

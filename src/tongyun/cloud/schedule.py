@@ -104,6 +104,8 @@ class EngineSchedule:
         self._phases: list[Phase] = []
         self.turns: list[tuple[float, bool]] = []
         """Moments from which on the engine is given requests, or is not."""
+        self.moves: list[tuple[float, float, bool]] = []
+        """Times in which experts went to other ranks, and whether steps stood still for it."""
         self._changes: list[tuple[str, float, float]] = []
         # In flight: the phase it is in, since when, and whether it was preempted before.
         self._live: dict[str, tuple[str, float, bool]] = {}
@@ -165,6 +167,10 @@ class EngineSchedule:
     def turned(self, up: bool, moment_s: float) -> None:
         if self._whole.takes(moment_s, moment_s):
             self.turns.append((moment_s, up))
+
+    def moved(self, begin_s: float, end_s: float, standing: bool) -> None:
+        if self._whole.takes(begin_s, end_s):
+            self.moves.append((begin_s, end_s, standing))
 
     def changed(self, model: str, begin_s: float, end_s: float) -> None:
         """The engine waited for what a model needs to work."""

@@ -9,13 +9,15 @@ layers stand for each: their most crowded experts are averaged, and so on down.
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.cloud.sched.experts import balanced, in_order
+from tongyun.cloud.sched.experts import Placement, balanced, in_order
 from tongyun.errors import InputError, SpecError
 from tongyun.model.config import Experts, ModelConfig
 from tongyun.specs import ExpertsSpec
@@ -48,14 +50,33 @@ class ExpertLoads:
             )
         if ep == 1 and redundant:
             raise SpecError(self.file, "experts.redundant", "one rank has all experts; it needs no copies")
-        busiest = []
-        for layer, placed in enumerate(self._chances()):
-            now = self._drifted(placed, layer)
-            where = (
-                balanced(placed.tolist(), ep, redundant) if spec.rebalance else in_order(experts.count, ep)
-            )
-            busiest.append(where.busiest(now.tolist()))
-        return tuple(np.mean(busiest, axis=0).tolist())
+        if ep == 1 and spec.window_s is not None:
+            raise SpecError(self.file, "experts.window_s", "one rank has all experts; none can move")
+        return busiest(self.placed(ep), self.first())
+
+    def placed(self, ep: int) -> list[Placement]:
+        """Where the experts of each layer are when a run begins."""
+        if not self.spec.rebalance:
+            return [in_order(self._experts.count, ep)] * len(self.chances)
+        return [balanced(layer.tolist(), ep, self.spec.redundant or 0) for layer in self.chances]
+
+    def first(self) -> Array:
+        """Picks when a run begins, [layers, experts]."""
+        return np.stack([self._drifted(placed, layer) for layer, placed in enumerate(self.chances)])
+
+    def drifted(self, now: Array, moment: int) -> Array:
+        """Picks after they have drifted once more during a run, the `moment`-th time.
+
+        A share of the experts, others in each layer, trade their places among themselves, so that
+        picks stay as uneven as they were.
+        """
+        assert self.spec.drift is not None
+        after, count = now.copy(), self._experts.count
+        for layer in range(len(now)):
+            rng = np.random.default_rng([layer, moment, 2])
+            chosen = rng.permutation(count)[: round(self.spec.drift.value * count)]
+            after[layer, chosen] = now[layer, np.roll(chosen, 1)]
+        return after
 
     def crowding(self, ep: int) -> float:
         """Tokens of the busiest of `ep` ranks over those of the mean one."""
@@ -64,15 +85,23 @@ class ExpertLoads:
     @property
     def sources(self) -> frozenset[Source]:
         """Of the picks; what was recorded is measured."""
-        given = [figure.source for figure in (self.spec.skew, self.spec.drift) if figure is not None]
+        spec = self.spec
+        figures = (spec.skew, spec.drift, spec.move_share)
+        given = [figure.source for figure in figures if figure is not None]
         return frozenset(given if self.spec.counts is None else [*given, Source.MEASURED])
+
+    @property
+    def per_token(self) -> int:
+        """Experts that a token picks."""
+        return self._experts.per_token
 
     @property
     def _experts(self) -> Experts:
         assert self.model.experts is not None
         return self.model.experts
 
-    def _chances(self) -> Array:
+    @cached_property
+    def chances(self) -> Array:
         """[layers, experts]: how many of a token's picks fall on each expert; at most one."""
         loads = self._recorded() if self.spec.counts is not None else self._skewed()
         return np.stack([_chances(each, self._experts.per_token) for each in loads])
@@ -87,7 +116,7 @@ class ExpertLoads:
 
     def _drifted(self, placed: Array, layer: int) -> Array:
         """Picks after a share of them has gone to other experts."""
-        if self.spec.drift is None:
+        if self.spec.drift is None or self.spec.drift_s is not None:
             return placed
         moved, share = np.random.default_rng([layer, 1]).permutation(placed), self.spec.drift.value
         return np.asarray((1 - share) * placed + share * moved)
@@ -103,6 +132,12 @@ class ExpertLoads:
         if not lines:
             raise SpecError(path, "", f"empty; a line for each layer, {count} counts in each")
         return np.stack([_counts(path, number, line, count) for number, line in enumerate(lines, 1)])
+
+
+def busiest(placed: Sequence[Placement], now: Array) -> tuple[float, ...]:
+    """The picks of the busiest rank's experts, the mean of all layers."""
+    each = [where.busiest(picks.tolist()) for where, picks in zip(placed, now, strict=True)]
+    return tuple(np.mean(each, axis=0).tolist())
 
 
 def _counts(path: Path, number: int, line: list[str], count: int) -> Array:

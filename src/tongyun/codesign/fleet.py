@@ -20,6 +20,7 @@ from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.migration import Moves, play_migrating
+from tongyun.cloud.rebalance import Rebalanced
 from tongyun.cloud.record import Recorder, Recording
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
@@ -32,6 +33,7 @@ from tongyun.codesign.classes import migration_policy, own_limits, priorities
 from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
+from tongyun.codesign.rebalance import rebalancing
 from tongyun.codesign.replicas import Engines, Pool
 from tongyun.codesign.space import Question
 from tongyun.codesign.speculate import draft_bytes
@@ -70,6 +72,8 @@ class Played:
     """Over time, where it was asked for."""
     moves: Moves | None = None
     """Of running requests between engines, where the fleet moves any."""
+    rebalanced: tuple[Rebalanced, ...] | None = None
+    """Where experts are placed anew during a run: each time that some moved."""
 
     def joules_per_token(self, group: Group) -> float | None:
         """Of a group's output tokens, its share of all chips' energy; None without output."""
@@ -112,6 +116,7 @@ class _Served(NamedTuple):
     results: Sequence[Sequence[Simulated]]
     kept: Kept | None = None
     moves: Moves | None = None
+    rebalanced: tuple[Rebalanced, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +312,7 @@ class Fleet:
             classes=grouped(records, lambda record: record.priority_class, limits),
             models=grouped(records, lambda record: record.model, limits),
             moves=served.moves,
+            rebalanced=served.rebalanced,
             recording=None if recorder is None else recorder.recording(records),
         )
 
@@ -319,6 +325,13 @@ class Fleet:
             records = tuple(running.play(load))
             each = [[one.result() for one in front.instances] for front in fleet.fronts]
             return _Served(records, each, kept=running.kept(records))
+        if self.experts is not None and self.experts.spec.during:
+            fleet = self._put_together(pools, router, chip)
+            changing = rebalancing(self.experts, fleet, pools, chip, self.question, seed)
+            records = changing.play(load)
+            each = [[one.result() for one in front.instances] for front in fleet.fronts]
+            log = None if self.experts.spec.window_s is None else tuple(changing.log)
+            return _Served(records, each, rebalanced=log)
         if len(pools) == 2:
             prefill, decode = pools
             hand_over_s = self.hand_over(chip)

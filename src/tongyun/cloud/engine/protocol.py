@@ -145,6 +145,9 @@ class Tape(Protocol):
     def turned(self, up: bool, moment_s: float) -> None:
         """From now on the engine is given requests, or is not."""
 
+    def moved(self, begin_s: float, end_s: float, standing: bool) -> None:
+        """Experts went to other ranks in that time; steps stood still for it, or went on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Switched:

@@ -87,6 +87,10 @@ class SimulatedExecutor:
         self.acceptance = 0.0
         """Probability that a draft is right when those before it were, where drafts are verified."""
 
+    def reprice(self, step_cost: DecodeCosts) -> None:
+        """Price steps from the next one on like this."""
+        self._step_cost = step_cost
+
     def execute(self, batch: Batch) -> StepResult:
         cost = self._step_cost(StepLoad.of(batch))
         seconds, joules = self._whole(float(cost.seconds), float(cost.joules), batch.pieces)
@@ -151,6 +155,10 @@ class LeapingExecutor(SimulatedExecutor):
         super().__init__(step_cost, vocabulary=vocabulary, words=words)
         self._decode, self._mixed = step_cost.decode, step_cost.mixed
         self._coming_joules = np.zeros(0)
+
+    def reprice(self, step_cost: DecodeCosts) -> None:
+        super().reprice(step_cost)
+        self._decode, self._mixed = step_cost.decode, step_cost.mixed
 
     def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
         """Seconds of each of the next steps: every sequence's context grows by one a step."""

@@ -13,6 +13,7 @@ shape of step, and what drafts the next ones is added.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -70,7 +71,7 @@ class StepTable:
         self._part = slice_of(config, shard)
         # MLA multiplies other matrices when it decodes than in a prompt: not a sum of parts.
         self._apart = measured(chip) is None and config.latent is None
-        longest = min(config.max_positions, max_context_tokens or config.max_positions)
+        self._longest = longest = min(config.max_positions, max_context_tokens or config.max_positions)
         self._contexts = np.arange(0, longest + GRAIN, GRAIN, dtype=np.float64)
         self._rows: dict[int, Array] = {}
         self._attention: dict[int, Array] = {}
@@ -84,6 +85,23 @@ class StepTable:
         if draft_tokens and not config.mtp_layers:
             # The module is that of another model.
             self.sources |= {Source.ASSUMED}
+
+    def crowded(self, picks: tuple[float, ...], chip: Chip) -> StepTable:
+        """The same with other picks of the busiest rank's experts, and perhaps other links.
+
+        Attention, which neither of them touches, is priced once for both.
+        """
+        other = StepTable(
+            self._config,
+            chip,
+            self._precision,
+            replace(self._shard, expert_picks=picks),
+            max_step_tokens=self._most,
+            max_context_tokens=self._longest,
+            draft_tokens=self._drafts,
+        )
+        other._attention, other._chunks = self._attention, self._chunks
+        return other
 
     def __call__(self, load: StepLoad) -> Cost:
         """The cost of one batch."""

@@ -17,7 +17,7 @@ request ends.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Series
 
 from tongyun.cloud.sched.blocks import BlockPool
@@ -25,6 +25,7 @@ from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import Counters, SchedulerConfig
 from tongyun.cloud.sched.migrate import Movable, Traveller
+from tongyun.cloud.sched.pieces import Pieces, check_drafts
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 from tongyun.cloud.sched.residents import Residents, by_rank
 from tongyun.cloud.sched.sequence import Sequence, State
@@ -45,6 +46,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._serial = 0
         self._residents = residents = Residents(config, self.pool, self.counters)
+        self._pieces = Pieces(residents)
         self._waiting = residents.waiting
         # The residents' own lists, which change in place.
         self._decoding, self._prefilling = residents.decoding, residents.prefilling
@@ -229,11 +231,11 @@ class Scheduler:
         self.settle()
         self._residents.make_way(now)
         pieces: list[Piece] = []
-        preempted = self._propose_decodes(pieces)
+        preempted = self._pieces.propose_decodes(pieces)
         chosen = self._decoding[:]
         # What was just preempted would come straight back and be preempted again.
         taken = len(pieces) * self.config.positions
-        self._propose_prompts(now, pieces, chosen, taken, admit=not preempted)
+        self._pieces.propose_prompts(now, pieces, chosen, taken, admit=not preempted)
         if not pieces:
             self._check_idle()
             return None
@@ -257,8 +259,8 @@ class Scheduler:
         ended: dict[str, Finish] = {}
         chosen = self._take_proposed(batch)
         if further:
-            self._check_drafts(batch, further)
-        self._record(batch.pieces, chosen, tokens, stopped, ended, further or {})
+            check_drafts(batch, further)
+        self._pieces.record(batch.pieces, chosen, tokens, stopped, ended, further or {})
         self._leave(ended)
         return ended
 
@@ -282,7 +284,7 @@ class Scheduler:
             return None
         pieces: list[Piece] = []
         chosen: list[Sequence] = []
-        self._propose_prompts(now, pieces, chosen, coast.count, admit=True)
+        self._pieces.propose_prompts(now, pieces, chosen, coast.count, admit=True)
         if not pieces and not coast.count:
             self._check_idle()
             return None
@@ -298,7 +300,7 @@ class Scheduler:
         self.counters.output_tokens += step.decoding
         ended = {seq.request.id: Finish.LENGTH for seq in coast.commit()}
         if chosen:
-            self._record(step.pieces, chosen, tokens, {}, ended, {})
+            self._pieces.record(step.pieces, chosen, tokens, {}, ended, {})
             for seq in chosen:
                 if seq.state is State.DECODING:
                     coast.join(seq)
@@ -358,85 +360,12 @@ class Scheduler:
         if self._sequences:
             raise RuntimeError(f"no step possible with {len(self._sequences)} requests in flight")
 
-    def _check_drafts(self, batch: Batch, further: Mapping[str, Series[int]]) -> None:
-        """ValueError where a step yields more than it verified, for which there may be no blocks."""
-        for piece in batch.pieces:
-            more = len(further.get(piece.request.id, ()))
-            if more > piece.drafts:
-                raise ValueError(f"{more} drafts accepted for '{piece.request.id}', {piece.drafts} verified")
-
     def _take_proposed(self, work: Batch | Step) -> list[Sequence]:
         """The sequences of the turn that is committed."""
         if self._proposed is None or self._proposed[0] is not work:
             raise RuntimeError("commit of a batch that was not proposed last")
         chosen, self._proposed = self._proposed[1], None
         return chosen
-
-    def _propose_prompts(
-        self, now: float, pieces: list[Piece], chosen: list[Sequence], decoding: int, *, admit: bool
-    ) -> None:
-        """Chunks of prompts, those under way first, as far as the budget goes beside the tokens of those
-        that decode."""
-        budget = self.config.max_step_tokens - decoding
-        for seq in self._prefilling:
-            if budget <= 0:
-                break
-            budget -= self._propose_chunk(seq, budget, pieces, chosen)
-        while budget > 0 and self._waiting and admit:
-            admitted = self._residents.admit(now)
-            if admitted is None:
-                break
-            budget -= self._propose_chunk(admitted, budget, pieces, chosen)
-
-    def _record(
-        self,
-        pieces: Iterable[Piece],
-        chosen: list[Sequence],
-        tokens: Mapping[str, int],
-        stopped: Mapping[str, Finish],
-        ended: dict[str, Finish],
-        further: Mapping[str, Series[int]],
-    ) -> None:
-        """What was computed and sampled; adds to `ended`."""
-        caching, block_tokens = self.config.prefix_caching, self.config.block_tokens
-        computed_tokens = output_tokens = 0
-        for piece, seq in zip(pieces, chosen, strict=True):
-            if seq.state is State.ENDED:
-                continue
-            seq.computed = computed = piece.start + piece.length
-            computed_tokens += piece.length
-            if caching and computed >= seq.publish_at:
-                seq.publish(self.pool, block_tokens)
-            if not piece.samples:
-                continue
-            output_tokens += 1
-            request_id = piece.request.id
-            seq.history.append(tokens[request_id])
-            if piece.drafts:
-                computed_tokens += piece.drafts
-                accepted = self._accept(seq, further.get(request_id, ()))
-                output_tokens += accepted
-                computed += accepted
-            if stopped and request_id in stopped:
-                ended[request_id] = stopped[request_id]
-            elif computed + 1 >= seq.limit:
-                ended[request_id] = Finish.LENGTH
-            elif seq.state is State.PREFILLING:
-                seq.state = State.DECODING
-                insort(self._decoding, seq, key=by_rank)
-        self.counters.computed_tokens += computed_tokens
-        self.counters.output_tokens += output_tokens
-
-    def _accept(self, seq: Sequence, more: Series[int]) -> int:
-        """Take in the drafts that were right, up to the output limit; returns how many."""
-        more = more[: seq.limit - len(seq.history)]
-        seq.history.extend(more)
-        seq.computed += len(more)
-        if self.config.prefix_caching and seq.computed >= seq.publish_at:
-            seq.publish(self.pool, self.config.block_tokens)
-        self.counters.verifications += 1
-        self.counters.accepted_tokens += len(more)
-        return len(more)
 
     def _leave(self, ended: Collection[str]) -> None:
         """Forget who ended, and sort out who decodes and who is in prefill now."""
@@ -446,43 +375,6 @@ class Scheduler:
             self._decoding[:] = [seq for seq in self._decoding if seq.state is State.DECODING]
         if self._prefilling:
             self._prefilling[:] = [seq for seq in self._prefilling if seq.state is State.PREFILLING]
-
-    def _propose_decodes(self, pieces: list[Piece]) -> bool:
-        """One piece for every decoding request that has or gets room; whether any was preempted."""
-        before, drafts = self.counters.preemptions, self.config.draft_tokens
-        for seq in self._decoding:
-            known = len(seq.history)
-            # The last token produced is never fed back, as a draft no more than otherwise.
-            wanted = min(known + drafts, seq.limit - 1) if drafts else known
-            while wanted > seq.room and self._residents.grow(seq):
-                pass
-            if wanted > seq.room:
-                # It was the lowest-ranked one left, so nobody comes after it.
-                break
-            pieces.append(
-                Piece(seq.request, known - 1, 1, True, seq.history, seq.blocks, seq.cached_tokens, (), drafts)
-            )
-        return self.counters.preemptions > before
-
-    def _propose_chunk(self, seq: Sequence, budget: int, pieces: list[Piece], chosen: list[Sequence]) -> int:
-        """As much of what `seq` still has to compute as `budget` tokens allow; returns how many."""
-        left = len(seq.history) - seq.computed
-        length = min(left, budget)
-        pieces.append(
-            Piece(
-                seq.request,
-                seq.computed,
-                length,
-                length == left,
-                seq.history,
-                seq.blocks,
-                seq.cached_tokens,
-                seq.restored,
-            )
-        )
-        seq.restored = ()
-        chosen.append(seq)
-        return length
 
     def _end(self, seq: Sequence) -> None:
         seq.state = State.ENDED

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 MOST_TURN_S = 4.0
-"""The longest turn while others wait (the published system's limit)."""
+"""The longest turn while others wait (assumed; in the manner of Aegaeon, not checked against it)."""
 SLACK = 0.5
 """A round lasts at most this share of the time for which its tokens last, if that can be had."""
 GROUP_REQUESTS = 8
-"""Prompts of one model that go before the next model's (the published system's limit)."""
+"""Prompts of one model that go before the next model's (assumed; as for `MOST_TURN_S`)."""
 
 
 class Work(NamedTuple):
@@ -142,7 +142,9 @@ class Rounds:
 
 
 def quotas_s(works: Iterable[Work], most_s: float = MOST_TURN_S) -> list[float]:
-    """Seconds of each model's turn in a round, after Aegaeon's decoding rounds.
+    """Seconds of each model's turn in a round, in the manner of Aegaeon's decoding rounds.
+
+    The formula and `SLACK` have not been checked against the text of the paper.
 
     With n = limit / step tokens' time earned a second, load = Σ 1/n, c = Σ switch:
     q = c / (n · (α − load)), so that a round of c + Σ q = c · α / (α − load) earns each model

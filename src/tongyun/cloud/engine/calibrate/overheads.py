@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tongyun.chip.calibrated import nonnegative, shared
+from tongyun.chip.calibrated import shared
+from tongyun.chip.curves import nonnegative
 from tongyun.chip.roofline import streamed_bytes, work_s
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.model.graph import Operator, Precision, StepShape

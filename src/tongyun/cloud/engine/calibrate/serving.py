@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.calibrated import TINY, nonnegative
+from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
@@ -58,11 +58,11 @@ class _Cell:
 
 
 CELLS = (
-    _Cell(streams=2, output=64, prompt=32),
-    _Cell(streams=5, output=64, prompt=33),
-    _Cell(streams=12, output=64, prompt=34),
-    _Cell(streams=28, output=64, prompt=35),
-    _Cell(streams=2, output=16, prompt=36),
+    _Cell(streams=2, output=64, prompt=128),
+    _Cell(streams=5, output=64, prompt=129),
+    _Cell(streams=12, output=64, prompt=130),
+    _Cell(streams=28, output=64, prompt=131),
+    _Cell(streams=2, output=16, prompt=132),
 )
 CELL_S = 2.5
 BARE_STEPS = 32
@@ -221,19 +221,24 @@ def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Rou
 
         count = 6 if bench.quick else SINGLES
         short, long = (put([Arrival(i * GAP_S, n, 2) for i in range(count)]) for n in (SHORT, LONG))
+        prompt_s = next(engine.samples((), (CELLS[0].prompt,))).seconds
         loaded, before = [], _bare_s(engine)
         for cell in CELLS[-1:] if bench.quick else CELLS:
-            records = put(_arrivals(cell, float(np.interp(cell.streams, STREAMS, before)), bench.quick))
+            step_s = float(np.interp(cell.streams, STREAMS, before))
+            records = put(_arrivals(cell, step_s, prompt_s, bench.quick))
             after = _bare_s(engine)
             loaded.append(_Loaded(cell=cell, records=records, bare_s=(before + after) / 2))
             before = after
     return _Round(seen=seen, singles=(short, long), loaded=tuple(loaded))
 
 
-def _arrivals(cell: _Cell, step_s: float, quick: bool) -> list[Arrival]:
-    """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law."""
+def _arrivals(cell: _Cell, step_s: float, prompt_s: float, quick: bool) -> list[Arrival]:
+    """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law.
+
+    A request takes its own steps and waits for the prompts of the others.
+    """
     served_s = step_s + AROUND_S + AROUND_TOKEN_S * cell.streams
-    rate = cell.streams / (cell.output * served_s)
+    rate = cell.streams / (cell.output * served_s + cell.streams * prompt_s)
     return sample(
         Workload(
             arrivals=Arrivals(process=Process.POISSON, rate_per_s=rate),

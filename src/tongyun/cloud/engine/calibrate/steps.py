@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.calibrate.bench import Bench
-from tongyun.cloud.engine.calibrate.stopwatch import quiet
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
@@ -99,9 +98,9 @@ class Steps:
         self._visits.append([sample for engine in self._engines for sample in engine.samples()])
 
     def samples(self) -> list[StepSample]:
-        """Seconds of each composition, while neighbours are quiet."""
+        """Seconds of each composition: the median over the visits so far."""
         return [
-            replace(same[0], seconds=quiet([sample.seconds for sample in same]))
+            replace(same[0], seconds=statistics.median(sample.seconds for sample in same))
             for same in zip(*self._visits, strict=True)
         ]
 

@@ -2,9 +2,9 @@
 
 A machine is quicker in one second than in the next: neighbours, clocks, other programs.
 What is to be compared is therefore visited in turns, a little each time, and a reading is
-the lower quartile of the visits, since neighbours on a shared host slow whole visits down
-and nothing speeds one up; within a visit it is the median, which a single interruption does
-not move. Knows nothing of what is measured.
+the median of the visits, since neighbours on a shared host slow whole visits down; within a
+visit it is the median too, which a single interruption does not move. Knows nothing of what
+is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 
 LONG_ENOUGH_S = 50e-6
@@ -24,11 +23,6 @@ LONG_S = 3e-3
 MOST_REPEATS = 15
 
 Call = Callable[[], object]
-
-
-def quiet(readings: Sequence[float]) -> float:
-    """The lower quartile of what one thing took in several visits."""
-    return float(np.quantile(readings, 0.25))
 
 
 class Stopwatch:
@@ -44,8 +38,8 @@ class Stopwatch:
             readings.append(self._visit(call, readings[-1] if readings else None))
 
     def seconds(self) -> list[float]:
-        """Seconds of one call of each: what it takes while neighbours are quiet."""
-        return [quiet(readings) for readings in self._readings]
+        """Seconds of one call of each: the median over the visits so far."""
+        return [statistics.median(readings) for readings in self._readings]
 
     def _visit(self, call: Call, known_s: float | None) -> float:
         """Median of a few readings; on a GPU the queue is emptied before and after each."""
