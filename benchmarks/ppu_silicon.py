@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from silicon_kernels import SPILT, block_tiling, launched_early, library_tiling
 from silicon_tables import CHIPS, VERSIONS, families, installed, read, routed_rows
 from tongyun.chip.ppu.emit import attention, experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
@@ -40,10 +41,10 @@ PRODUCT_FLOPS, OTHER_FLOPS = 6e11, 2e11
 BARS = {
     "product": 12, "fp8": 12, "blocks": 12, "prefill": 15, "decode": 15, "experts": 20, "experts fp8": 20,
 }  # fmt: skip
-Made = tuple[Program, dict[str, ArrayLike]]
+Made = tuple[Program, dict[str, ArrayLike], Ppu]
 Row = Callable[[Ppu, int], Made]
 Table = tuple[Row, NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]
-"""What a row is as a program, measured seconds, family, and whether it may be drawn."""
+"""What a row is as a program and chip, measured seconds, family, and whether it may be drawn."""
 
 
 def place(b: Builder, name: str, *shape: int, type: Type = Type.BF16) -> Tensor:
@@ -63,28 +64,33 @@ def product(m: int, n: int, k: int, ppu: Ppu) -> Program:
     return b.program()
 
 
-def scaled(m: int, n: int, k: int, ppu: Ppu, blocks: bool) -> Program:
+def scaled(m: int, n: int, k: int, ppu: Ppu, blocks: bool) -> tuple[Program, Ppu]:
     """As the engine's call: bf16 rows to fp8 and their scales, then the product; scales by row or by blocks.
 
-    Scales by row are CUTLASS's kernel, whose tile follows from m alone; those by blocks DeepGEMM's, which
-    chooses a tile by the shape, as the mapper does.
+    Scales by row are CUTLASS's kernel, whose tile follows from m alone; those by blocks DeepGEMM's, whose
+    tile follows from its rule where that fits a core's SRAM. Tiles of which one lies across two blocks of
+    the weight's scales are for timing alone: the kernel reads the first block's.
     """
-    b = Builder(ppu)
+    b, chip = Builder(ppu), ppu
     x, w, out = place(b, "x", m, k), place(b, "w", n, k, type=Type.FP8), place(b, "out", m, n)
     deep, high = (k // BLOCK, -(-n // BLOCK)) if blocks else (1, n)
     a, scale = place(b, "a", m, k, type=Type.FP8), place(b, "scale", m, deep, type=Type.F32)
     columns = place(b, "columns", high, deep, type=Type.F32)
+    tiling: Tiling | None = library_tiling(m)
+    if blocks:
+        found = block_tiling(m, n, k, ppu.cores)
+        shape = Matmul(
+            m=m, n=n, k=k, left=Type.FP8, right=Type.FP8, rows=m * deep, columns=high * deep, blocks=True
+        )
+        tiling = found.tiling if found.tiling.sram_bytes(shape) <= ppu.sram_bytes else None
+        if found.spills:
+            chip = replace(ppu, tensor_flops={kind: each / SPILT for kind, each in ppu.tensor_flops.items()})
     with b.kernel("quantise", "rows"):
         quantise(b, rows.Rows.of(x), a, scale)
     with b.kernel("matmul", "product"):
-        tiling = None if blocks else library_tiling(m)
         matmul(b, a, w, out, scales=Scales(rows=scale, columns=columns, blocks=blocks), tiling=tiling)
-    return b.program()
-
-
-def library_tiling(m: int) -> Tiling:
-    """The tile of sgl-kernel's fp8 product (0.5.14) for m, as deep as 228 KiB of shared memory hold twice."""
-    return Tiling(m=64, n=64, k=512) if m <= 128 else Tiling(m=128, n=128, k=256)
+    program = b.program()
+    return program, launched_early(program, chip, ("matmul",)) if blocks else chip
 
 
 DTYPES = {
@@ -102,7 +108,10 @@ def products(folder: Path, chip: str, kind: str = "product") -> Table:
 
     def row(ppu: Ppu, i: int) -> Made:
         sizes = int(m[i]), int(n[i]), int(k[i])
-        return (product(*sizes, ppu) if kind == "product" else scaled(*sizes, ppu, kind == "blocks")), {}
+        if kind == "product":
+            return product(*sizes, ppu), {}, ppu
+        program, chip = scaled(*sizes, ppu, kind == "blocks")
+        return program, {}, chip
 
     return row, t.number("latency") * 1e-3, families(n, k), fits
 
@@ -143,7 +152,9 @@ def attended(folder: Path, chip: str, kind: str) -> Table:
         called(b, shape, place(b, "new", int(batch[i] * tokens[i]), 2 * int(kv[i] * width[i])))
         position = place(b, "position", 1, type=Type.I32)
         attention.emit(b, shape, q, (held[0], held[1]), out, position, kind)
-        return b.program(), {"position": [int(behind[i])]}
+        program = b.program()
+        as_run = ppu if chip == "a100" else launched_early(program, ppu, ("merge",))
+        return program, {"position": [int(behind[i])]}, as_run
 
     return row, t.number("latency") * 1e-3, families(heads, kv, width), fits
 
@@ -168,7 +179,7 @@ def mixed(folder: Path, chip: str, kind: str = "experts") -> Table:
             each = np.interp((np.arange(many) + 0.5) / many, (np.arange(32) + 0.5) / 32, shares[i])
         each = np.random.default_rng(0).permutation(each)
         ends = np.rint(np.cumsum([0.0, *each]) * sizes.pairs / each.sum()).astype(int)
-        return mixture(sizes, ppu, kind == "experts fp8"), {"expert_offset": ends}
+        return mixture(sizes, ppu, kind == "experts fp8"), {"expert_offset": ends}, ppu
 
     return row, t.number("latency") * 1e-3, families(hidden, inner), fits
 
@@ -234,11 +245,11 @@ def judged(table: Table, held_out: bool, most: int, ppu: Ppu) -> NDArray[np.floa
     ours = np.full(len(chosen), np.nan)
     for place, i in enumerate(chosen):
         try:
-            program, symbols = row(ppu, int(i))
+            program, symbols, chip = row(ppu, int(i))
         except Infeasible:
             # More queries share a key head than SRAM has room for; the count of rows says how many are left.
             continue
-        ours[place] = simulate(program, ppu, symbols).seconds
+        ours[place] = simulate(program, chip, symbols).seconds
     error = 100 * (ours / measured_s[chosen] - 1)
     return error[np.isfinite(error)]
 
