@@ -16,6 +16,7 @@ import torch
 from tongyun.chip.curves import nonnegative
 from tongyun.cli.calibrate import calibrated
 from tongyun.cloud.engine.calibrate import machine, products
+from tongyun.cloud.engine.calibrate import pace as pace_module
 from tongyun.cloud.engine.calibrate.machine import Elsewhere
 from tongyun.cloud.engine.calibrate.measure import Setting, measure
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
@@ -171,3 +172,14 @@ def test_a_quick_calibration_of_this_machine_is_whole() -> None:
     assert calibration.matmul and calibration.grouped_matmul and calibration.attention and calibration.memory
     assert calibration.served and all(sample.way_s > 0 for sample in calibration.served)
     assert all(figure.value > 0 for key, figure in spec.figures() if not key.startswith("overhead"))
+
+
+def test_a_machine_half_as_fast_as_its_calibration_has_a_pace_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    then = MatmulSample(dtype=DType.BF16, m=1, n=64, k=64, seconds=1e-6)
+    calibration = chip_spec(readings(matmul=(then,) * 8)).at().calibration
+    assert calibration is not None
+    monkeypatch.setattr(Stopwatch, "seconds", lambda self: [2e-6] * len(self._calls))
+    monkeypatch.setattr(pace_module, "KINDS", pace_module.KINDS[:1])
+    before = torch.get_num_threads()
+    assert pace_module.pace(QUICK.bench(), calibration) == pytest.approx(2.0)
+    torch.set_num_threads(before)

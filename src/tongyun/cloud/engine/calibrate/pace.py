@@ -18,21 +18,24 @@ from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.specs import Calibration
 
+KINDS: tuple[tuple[Callable[[Bench], Iterator[Probe[Any]]], str], ...] = (
+    (products.linear, "matmul"),
+    (products.experts, "grouped_matmul"),
+    (attention.attention, "attention"),
+)
+"""What is measured again, and where the calibration keeps its samples."""
 EVERY = 7
 VISITS = 3
 
 
 def pace(bench: Bench, calibration: Calibration) -> float:
     """Geometric mean of what every seventh sample takes now over what it took; 1.1 is a tenth slower."""
-    kinds: list[tuple[Callable[[Bench], Iterator[Probe[Any]]], tuple[Any, ...]]] = [
-        (products.linear, calibration.matmul),
-        (products.experts, calibration.grouped_matmul),
-        (attention.attention, calibration.attention),
-    ]
     again = [
         (probe.call, then.seconds)
-        for measured, samples in kinds
-        for probe, then in islice(zip(measured(bench), samples, strict=False), 0, None, EVERY)
+        for measured, kind in KINDS
+        for probe, then in islice(
+            zip(measured(bench), getattr(calibration, kind), strict=False), 0, None, EVERY
+        )
     ]
     watch = Stopwatch([call for call, _ in again], bench.device)
     with torch.inference_mode():
