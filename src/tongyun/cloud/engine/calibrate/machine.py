@@ -35,6 +35,7 @@ DECISIVE = (
     "weights",
     "kv",
     "activations",
+    "awake",
     "quick",
 )
 """A calibration is stale when one of these differs."""
