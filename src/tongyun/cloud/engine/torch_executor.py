@@ -28,9 +28,6 @@ from tongyun.model.sampling import Draw, sample
 from tongyun.model.weights import load_model
 
 GREEDY = SamplingOptions(temperature=0.0)
-CPUINFO = Path("/proc/cpuinfo")
-LINGER_S = 1.0
-"""How long cores are kept awake after a step: the next request may be near."""
 KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -48,8 +45,6 @@ class ExecutorOptions:
     """`f32` or `bf16`; None is f32 on a CPU, so that tokens equal the reference's, and bf16 on a GPU."""
     kv_bytes: int | None = None
     """Memory for the cache; None takes 40 % of what is free, at most 256 full contexts."""
-    awake: bool | None = None
-    """Keep the cores from sleeping while requests are served; None: where a hypervisor would take them."""
 
 
 def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
@@ -61,8 +56,7 @@ def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
 def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
     """Operations on the threads asked for, which are all that the process then uses."""
     threads = options.threads or default_threads()
-    awake = sleep_costs() if options.awake is None else options.awake
-    ops = choose_ops(options.kernels, options.device, threads, awake=awake)
+    ops = choose_ops(options.kernels, options.device, threads)
     if options.device == "cpu":
         # PyTorch's idle threads spin for a while after each operation, on the cores that
         # native kernels use next; what is left to PyTorch is too small to share out.
@@ -106,17 +100,6 @@ def default_threads() -> int:
     return min(psutil.cpu_count(logical=False) or allowed, allowed)
 
 
-def sleep_costs() -> bool:
-    """Whether a core that sleeps is given back to a host.
-
-    Where it has a second thread that we see, keeping that awake would take from the first.
-    """
-    import psutil
-
-    flags = CPUINFO.read_text() if CPUINFO.exists() else ""
-    return " hypervisor" in flags and psutil.cpu_count(logical=False) == psutil.cpu_count()
-
-
 class TorchExecutor:
     """One model and one cache, one step at a time. Of a request it keeps nothing but its KV blocks."""
 
@@ -130,7 +113,6 @@ class TorchExecutor:
         A request samples as its `sampling` (a `SamplingOptions`) says; without, greedily.
         """
         begun = time.perf_counter()
-        self.model.ops.keep_awake(LINGER_S)
         with torch.inference_mode():
             tokens, scores = self._step(batch.pieces)
         # Reading the tokens back waited for the device; without any, wait for it here.

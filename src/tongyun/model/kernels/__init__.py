@@ -29,11 +29,6 @@ class TorchOps:
     """Each operation in PyTorch. Weights may be stored narrower than `x`; sums are in `x`'s type."""
 
     name = "torch"
-    awake = False
-    """Whether `keep_awake` does anything."""
-
-    def keep_awake(self, seconds: float) -> None:
-        """Ask that the cores not fall asleep for so long, though nothing runs; 0 lets them again."""
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
         """`x @ weight.T`, plus `add` where given (the residual), in the type of `x`."""
@@ -122,15 +117,12 @@ class TorchOps:
         return attention.paged_attention(q_THd, k_TKd, v_TKd, keys, values, layout)
 
 
-def choose_ops(
-    kernels: str | None = None, device: str = "cpu", threads: int | None = None, *, awake: bool = False
-) -> TorchOps:
+def choose_ops(kernels: str | None = None, device: str = "cpu", threads: int | None = None) -> TorchOps:
     """The operations `kernels` names (`torch`, `native` or `auto`); None takes TONGYUN_KERNELS, else auto.
 
     `auto` is native on a CPU where the kernels can be built, and says once why where
     they cannot; `native` raises there instead. On a GPU it is PyTorch. `threads` are
-    those of the native kernels; PyTorch's own are set through PyTorch. Only native kernels can keep the
-    cores `awake`.
+    those of the native kernels; PyTorch's own are set through PyTorch.
     """
     kernels = kernels or os.environ.get("TONGYUN_KERNELS") or "auto"
     if kernels not in CHOICES:
@@ -143,7 +135,7 @@ def choose_ops(
     from tongyun.model.kernels.native import NativeOps
 
     try:
-        return NativeOps(load_kernels(), threads, awake=awake)
+        return NativeOps(load_kernels(), threads)
     except BuildFailed as error:
         if kernels == "native":
             raise InputError(f"native kernels: {error}") from error

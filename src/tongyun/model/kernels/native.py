@@ -23,17 +23,10 @@ class NativeOps(TorchOps):
 
     name = "native"
 
-    def __init__(self, kernels: ModuleType, threads: int | None = None, *, awake: bool = False) -> None:
-        """`threads` is for the whole process; None takes as many as PyTorch has now.
-
-        With `awake`, whoever asks for it has the cores kept from sleeping (see `awake.h`).
-        """
-        self.kernels, self.awake = kernels, awake
+    def __init__(self, kernels: ModuleType, threads: int | None = None) -> None:
+        """`threads` is for the whole process; None takes as many as PyTorch has now."""
+        self.kernels = kernels
         kernels.set_threads(threads or torch.get_num_threads())
-
-    def keep_awake(self, seconds: float) -> None:
-        if self.awake:
-            self.kernels.keep_awake(seconds)
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
         if weight_OD.dtype not in COVERED or x_TD.dtype != torch.float32:

@@ -35,7 +35,6 @@ DECISIVE = (
     "weights",
     "kv",
     "activations",
-    "awake",
     "quick",
 )
 """A calibration is stale when one of these differs."""

@@ -73,7 +73,6 @@ class Setting:
             "weights": bench.weight_type.value,
             "kv": bench.kv_type.value,
             "activations": bench.activation_type.value,
-            "awake": bench.ops.awake,
             "quick": self.quick,
         }
 
@@ -116,13 +115,10 @@ def _engine(
     whole = steps.Steps(bench)
     visits = 1 if setting.quick else VISITS
     for visit in range(visits):
-        # As while requests are served.
-        bench.ops.keep_awake(60.0)
         with torch.inference_mode():
             watch.visit()
         whole.visit()
         visited((visit + 1) / visits)
-    bench.ops.keep_awake(0)
     left = iter(watch.seconds())
     matmul, grouped, attending, reading, passing, drawn = (
         tuple(probe.sample(next(left)) for probe in kind) for kind in kinds

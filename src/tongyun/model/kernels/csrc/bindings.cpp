@@ -6,7 +6,6 @@
 
 #include <optional>
 
-#include "awake.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -193,6 +192,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("multiply_adds", &multiply_adds, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("set_threads", &set_threads);
   m.def("thread_count", &thread_count);
-  m.def("keep_awake", &keep_awake);
   m.attr("lanes") = W;
 }
