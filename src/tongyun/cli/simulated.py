@@ -203,6 +203,7 @@ def _moves(played: Played) -> list[list[str]]:
         ["requests moved while decoding", f"{moves.migrated:,}"],
         ["  while they waited", f"{moves.rescheduled:,}"],
         ["  called off; computed again", f"{moves.called_off:,}; {moves.recomputed:,}"],
+        *([["  torn by a failure", f"{moves.torn:,}"]] if moves.torn else []),
         ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
         ["  pause ms, p50 and p99", told],
     ]

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.instance import Torn
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica
 from tongyun.cloud.sched.request import Finish, Request
 
@@ -36,7 +35,7 @@ class Retries:
     """Requests torn from engines of one fleet, each sent again at most `most` times."""
 
     def __init__(
-        self, fleet: Front | Relay, most: int, *, told: Callable[[RequestRecord], None] | None = None
+        self, fleet: Fronts, most: int, *, told: Callable[[RequestRecord], None] | None = None
     ) -> None:
         """`told` hears of every request that is lost, when it is."""
         self._fleet, self._most, self._told = fleet, most, told
@@ -52,16 +51,19 @@ class Retries:
 
     def tear(self, replica: Replica, engine: int, moment_s: float) -> None:
         """One of its engines has lost what it had: each request is sent again, or lost."""
-        fleet = self._fleet
-        for one in fleet.tear(replica.pool, engine) if isinstance(fleet, Relay) else fleet.tear(engine):
+        self.judge(self._fleet.lose(replica.pool, engine), replica.name, moment_s)
+
+    def judge(self, torn: Iterable[Torn], name: str, moment_s: float) -> None:
+        """Send each of these again, which a replica of that name has lost, or lose it."""
+        for one in torn:
             story = self._note(one)
             if story.tries < self._most:
                 story.tries += 1
                 self.retries += 1
-                fleet.again(one.request)
+                self._fleet.again(one.request)
             else:
                 why = f" after {story.tries} retries" if story.tries else ""
-                self._lose(one.request, story, moment_s, f"{replica.name} failed{why}")
+                self._lose(one.request, story, moment_s, f"{name} failed{why}")
 
     def give_up(self, moment_s: float) -> None:
         """What is held now is lost: no engine will be up any more."""

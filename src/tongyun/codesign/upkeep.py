@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from tongyun.cloud.cold_start import ColdStarts, FromHost, FromNeighbour, FromStorage, Way
 from tongyun.cloud.failures import Failures, Outage, Part
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay
+from tongyun.cloud.migration import Mover
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 from tongyun.cloud.scaling import Scaling
@@ -116,14 +116,18 @@ class Upkeep:
 
     def attach(
         self,
-        fleet: Front | Relay,
+        fleet: Fronts,
         sites: Sequence[Site],
         chip: Chip,
         *,
         seed: int = 0,
+        mover: Mover | None = None,
         told: Callable[[RequestRecord], None] | None = None,
     ) -> Running:
-        """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost."""
+        """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost.
+
+        `mover` moves requests between its engines, if anybody does.
+        """
         self.check(sites, chip)
         spec = self.failures
         rules = {site.role: (key, rule) for key, rule, site in self._rules(sites)}
@@ -131,7 +135,7 @@ class Upkeep:
             fleet, sites, chip.chips_per_node, {role: rule for role, (_, rule) in rules.items()}
         )
         retries = Retries(fleet, 0 if spec is None or spec.on_failure == "lose" else spec.retries, told=told)
-        running = Running(fleet, replicas, retries)
+        running = Running(fleet, replicas, retries, mover)
         for site in sites:
             if site.role in rules:
                 key, rule = rules[site.role]
@@ -206,9 +210,11 @@ class Upkeep:
 class Running:
     """Replicas of one fleet that come and go while it is played."""
 
-    def __init__(self, fleet: Front | Relay, replicas: Sequence[Replica], retries: Retries) -> None:
-        self.fleet, self.replicas, self.retries = fleet, tuple(replicas), retries
-        self.failures = Failures(fleet, retries, over=self.over, changed=self._cancel)
+    def __init__(
+        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, mover: Mover | None = None
+    ) -> None:
+        self.fleet, self.replicas, self.retries, self._mover = fleet, tuple(replicas), retries, mover
+        self.failures = Failures(fleet, retries, over=self.over, changed=self._cancel, struck=self._call_off)
         self._starts: dict[tuple[Way, float], ColdStarts] = {}
         self._closing, self._waited = False, 0
 
@@ -289,6 +295,13 @@ class Running:
     def _serving(self) -> int:
         return sum(one.chips for one in self.replicas if one.state is State.UP)
 
+    def _call_off(self, replicas: Sequence[Replica], now_s: float) -> None:
+        """Moves to and from what has failed; who was under way from there is sent again, or lost."""
+        if self._mover is not None:
+            of = {index: replica.name for replica in replicas for index in replica.engines}
+            for engine, torn in self._mover.strike(of, now_s):
+                self.retries.judge([torn], of[engine], now_s)
+
     def _cancel(self, replica: Replica, now_s: float) -> None:
         for starts in self._starts.values():
             starts.cancel(replica, now_s)
@@ -310,7 +323,7 @@ def _layout(sites: Sequence[Site], chips_per_node: int) -> dict[str, tuple[int, 
 
 
 def _replicas(
-    fleet: Front | Relay, sites: Sequence[Site], chips_per_node: int, rules: Mapping[str, AutoscaleSpec]
+    fleet: Fronts, sites: Sequence[Site], chips_per_node: int, rules: Mapping[str, AutoscaleSpec]
 ) -> list[Replica]:
     layout, found = _layout(sites, chips_per_node), []
     for front, site in zip(fleet.fronts, sites, strict=True):
