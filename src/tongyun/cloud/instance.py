@@ -143,12 +143,12 @@ class Instance:
         """Lose every request in flight, in the order of sending, and all that is cached."""
         torn = []
         for request_id, progress in self.in_flight.items():
-            torn.append(_torn(progress, self.single.evict(request_id)))
+            torn.append(_torn(progress, self.loop.evict(request_id)))
             del self.records[request_id]
         self.in_flight.clear()
         self._classes.clear()
         self.prompt_tokens_due = 0
-        self.single.clear()
+        self.loop.clear()
         return torn
 
     def forget(self) -> None:

@@ -18,6 +18,7 @@ from tongyun.cloud.rebalance import Rebalancing
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
+from tongyun.cloud.simulate import play
 from tongyun.codesign.classes import migration_policy
 from tongyun.codesign.rebalance import rebalancing
 from tongyun.codesign.replicas import Engines
@@ -47,12 +48,7 @@ class AtWork:
             return tuple(self.running.play(load))
         if self.changing is not None:
             return self.changing.play(load)
-        names = []
-        for request in load:
-            names.append(request.id)
-            self.front.send(request)
-        self.front.advance(float("inf"))
-        return tuple(self.front.records(names))
+        return tuple(play(load, self.front))
 
     def results(self) -> list[list[Simulated]]:
         """What each engine of each pool did."""

@@ -52,6 +52,8 @@ class Kept:
     """Chips there are, over the time."""
     held_chip_s: float
     """Of these, paid for."""
+    held: Mapping[str, float]
+    """The same by pool."""
     down_chip_s: float
     """Of replicas that were down."""
     cold_starts_s: tuple[float, ...]
@@ -70,12 +72,21 @@ class Site:
     """One pool as the layout needs it."""
 
     role: str
+    """Its name: of several models, behind whose it is."""
     replicas: int
     ranks: int
     groups: int
     """Engines of a replica."""
     rank_bytes: float
-    """Weights of a rank."""
+    """Weights that a rank starts with."""
+    host_bytes: float | None = None
+    """And those that its host has to have besides, a rank's share; where models share a pool, all of them."""
+
+    def coming_bytes(self, rule: AutoscaleSpec) -> float:
+        """Of a rank, when a replica starts: on a host that has them, or has none."""
+        if rule.weights == "host" or self.host_bytes is None:
+            return self.rank_bytes
+        return self.host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,10 +247,10 @@ class Running:
         )
         Scaling(
             self.fleet,
-            [replica for replica in self.replicas if replica.name.startswith(f"{site.role}-")],
+            [replica for replica in self.replicas if replica.name.rpartition("-")[0] == site.role],
             Autoscaler(policy),
             starts,
-            rank_bytes=site.rank_bytes,
+            rank_bytes=site.coming_bytes(rule),
             interval_s=rule.interval_s,
             over=self.over,
         )
@@ -269,12 +280,13 @@ class Running:
         begin_s = min(record.arrival_s for record in records)
         end_s = max(record.ended_s for record in records)
 
-        def chip_s(states: frozenset[State] | None) -> float:
-            return sum(
-                one.chips * one.spent_s(states or (HELD if one.scaled else frozenset(State)), begin_s, end_s)
-                for one in self.replicas
-            )
+        def held_chip_s(one: Replica) -> float:
+            return one.chips * one.spent_s(HELD if one.scaled else frozenset(State), begin_s, end_s)
 
+        held = dict.fromkeys((one.name.rpartition("-")[0] for one in self.replicas), 0.0)
+        for one in self.replicas:
+            held[one.name.rpartition("-")[0]] += held_chip_s(one)
+        down = frozenset({State.DOWN})
         log = [
             Change(moment_s=at_s, replica=one.name, state=state)
             for one in self.replicas
@@ -286,8 +298,9 @@ class Running:
             lost=len(self.retries.lost),
             failures=self.failures.count,
             there_chip_s=sum(one.chips for one in self.replicas) * (end_s - begin_s),
-            held_chip_s=chip_s(None),
-            down_chip_s=chip_s(frozenset({State.DOWN})),
+            held_chip_s=sum(map(held_chip_s, self.replicas)),
+            held=held,
+            down_chip_s=sum(one.chips * one.spent_s(down, begin_s, end_s) for one in self.replicas),
             cold_starts_s=tuple(took_s for starts in self._starts.values() for took_s in starts.took_s),
             log=tuple(sorted((one for one in log if one.moment_s <= end_s), key=lambda one: one.moment_s)),
         )
