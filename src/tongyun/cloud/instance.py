@@ -7,7 +7,7 @@ and no other engine.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -151,9 +151,11 @@ class Instance:
         self.loop.clear()
         return torn
 
-    def forget(self) -> None:
-        """Drop the records of requests that have ended."""
-        self.records = dict.fromkeys(self.in_flight)
+    def forget(self, but: Collection[str]) -> None:
+        """Drop the records of requests that have ended, but for these."""
+        self.records = {
+            name: record for name, record in self.records.items() if record is None or name in but
+        }
 
     def oldest_s(self) -> float | None:
         """When the longest-waiting request without a first token arrived; None where none waits."""

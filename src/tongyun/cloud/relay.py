@@ -129,6 +129,11 @@ class Relay:
         first, second = ([one.result() for one in front.instances] for front in (self.first, self.second))
         return first, second
 
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that the first pool has needs the second."""
+        request = self._whole.get(request_id)
+        return request is not None and request.output_tokens > 1
+
     def next_s(self) -> float | None:
         """When the next request reaches the second pool or something else happens; None if neither is due."""
         moments = [entry[0] for entry in self._under_way[:1]]

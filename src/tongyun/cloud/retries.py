@@ -7,7 +7,7 @@ Its waiting counts from its first arrival. Knows no reason for a failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.front import Fronts
@@ -70,6 +70,11 @@ class Retries:
         for one in self._fleet.give_up():
             ended_s = max(moment_s, one.request.arrival_s)
             self._lose(one.request, self._note(one), ended_s, "no instance came up again")
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what requests felt that are not among these."""
+        self._stories = {name: story for name, story in self._stories.items() if name in but}
+        self.lost = {name: record for name, record in self.lost.items() if name in but}
 
     def whole(self, records: Iterable[RequestRecord]) -> list[RequestRecord]:
         """Records of how requests ended, with what they felt before they were torn."""

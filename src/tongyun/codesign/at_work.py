@@ -5,7 +5,7 @@ The same for who plays a load on it and for who answers requests at its pace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +49,16 @@ class AtWork:
         if self.changing is not None:
             return self.changing.play(load)
         return tuple(play(load, self.front))
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
+        for front in self.front.fronts:
+            for one in front.instances:
+                one.forget(but)
+        if self.running is not None:
+            self.running.retries.forget(but)
+        if self.mover is not None:
+            self.mover.log.clear()
 
     def results(self) -> list[list[Simulated]]:
         """What each engine of each pool did."""
