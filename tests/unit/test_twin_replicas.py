@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.laws.test_autoscale import rule
 from tests.laws.test_failures import CHIP, OFTEN, script, site
 from tests.unit.test_twin import CONFIG, HAND_OVER_S, Price, Reader, loops
 
+from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
@@ -24,7 +26,7 @@ from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import LeastLoad, RoundRobin
 from tongyun.cloud.sched.scheduler import Scheduler
 from tongyun.cloud.twin import Lost, Twin, Watch
-from tongyun.codesign.at_work import AtWork
+from tongyun.codesign.at_work import AtWork, put_to_work
 from tongyun.codesign.upkeep import Upkeep
 from tongyun.specs import AutoscaleSpec, FailureSpec, Figure, OutageSpec
 from tongyun.units import Source
@@ -134,6 +136,64 @@ def test_moments_are_those_of_the_simulation_to_the_last_bit(build: Build) -> No
             assert told[-1].finish is Finish.ERROR and told[-1].moment_s == record.ended_s
             assert told[-1].error == record.error and str(record.error).startswith(LOST)
     same(work[0], simulated)
+
+
+EXPERTS = """
+name = "wide"
+model = "Qwen/Qwen3-30B-A3B"
+chip = "h100"
+
+[experts]
+skew = { ratio = 0.6, kind = "assumed", source = "this test" }
+rebalance = true
+redundant = 16
+drift = { fraction = 0.3, kind = "assumed", source = "this test" }
+drift_s = 0.5
+window_s = 0.2
+
+[[pool]]
+replicas = 1
+tp = 1
+ep = 8
+dp = 8
+"""
+
+
+def test_experts_are_placed_anew_at_the_moments_of_the_simulation(tmp_path: Path) -> None:
+    file = tmp_path / "fleet.toml"
+    file.write_text(EXPERTS)
+    _, fleet = read_fleet(file)
+    chip, words = fleet.question.chip.at(), range(100)
+    logs, moments = [], []
+    reader, work = Reader(), []
+    sent: list[Request] = []
+
+    def start(watches: tuple[Watch, Watch], lost: Lost) -> AtWork:
+        pools = [fleet.engines(pool, chip, words=words) for pool in fleet.pools]
+        work.append(put_to_work(fleet, pools, LeastLoad(), chip, watches=watches, told=lost))
+        return work[0]
+
+    twin = Twin(start, reader, grace_s=0.25)
+    try:
+        for i in range(40):
+            moment_s = time.perf_counter()
+            request = Request(
+                id=f"r{i}", prompt=tuple(range(i, i + 300)), output_tokens=60, arrival_s=moment_s
+            )
+            twin.submit(request)
+            sent.append(replace(request, arrival_s=moment_s - twin._origin_s))
+            time.sleep(0.025)
+        reader.wait(*(request.id for request in sent))
+    finally:
+        twin.close()
+    moments.append({name: told[-1].moment_s for name, told in reader.events.items()})
+    work.append(put_to_work(fleet, [fleet.engines(pool, chip) for pool in fleet.pools], LeastLoad(), chip))
+    moments.append({record.id: record.last_token_s for record in work[1].play(sent)})
+    for one in work:
+        assert one.changing is not None
+        logs.append(one.changing.log)
+    assert moments[0] == moments[1]
+    assert len(logs[1]) > 1 and logs[0][: len(logs[1])] == logs[1]
 
 
 def same(twin: AtWork, simulated: AtWork) -> None:
