@@ -61,9 +61,9 @@ def build_gateway(options: ServeOptions) -> Gateway:
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.gateway.classes import Classes
     from tongyun.model.config import ModelConfig
+    from tongyun.model.find import find_model
     from tongyun.model.tokenizer import Tokenizer
     from tongyun.model.vocabulary import Vocabulary
-    from tongyun.model.find import find_model
 
     directory = find_model(options.model)
     engine = EngineProcess(partial(build_engine, options, directory))

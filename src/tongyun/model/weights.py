@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tongyun.errors import InputError, SpecError
+from tongyun.errors import SpecError
 from tongyun.model.config import ModelConfig
 from tongyun.model.kernels import TorchOps
 from tongyun.model.memory import empty_for_streaming

@@ -45,8 +45,8 @@ def attend(line: Connection, start: Start) -> None:
     """Run an engine for the other end of the line, until that closes it or is gone."""
 
     def report(events: Sequence[TokenEvent]) -> None:
-        failure = engine.failure
-        line.send(_Report([tuple(event) for event in events], engine.stats(), failure and str(failure)))
+        failure = None if engine.failure is None else str(engine.failure)
+        line.send(_Report([tuple(event) for event in events], engine.stats(), failure))
 
     # A report may come before the name below is bound: the first work arrives after it.
     engine = start(report)
@@ -119,7 +119,7 @@ class Distant:
         self._limits.check(request)
         with self._lock:
             if self._failure is not None:
-                raise ServiceError(str(self._failure)) from self._failure
+                raise ServiceError(f"the engine has stopped: {self._failure}") from self._failure
             if self._closing:
                 raise ServiceError("the engine is shutting down")
             if request.id in self._in_flight:
@@ -207,12 +207,24 @@ class EngineProcess:
             raise ServiceError(f"the engine's process ended with {code} before it was ready") from None
         if isinstance(first, int):
             raise InputError(second) if first == InputError.exit_code else ServiceError(second)
-        self._limits, self._first = first, second
-        return self._limits
+        limits: SchedulerConfig = first
+        self._limits, self._first = limits, second
+        return limits
 
     def connect(self, sink: Sink) -> Distant:
         """The engine, whose events go to `sink`; once, after `ready`."""
         return Distant(self._line, self._limits, self._first, sink)
+
+    @property
+    def pid(self) -> int:
+        """Of the operating system."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait for the process's end; False if time ran out first."""
+        self._process.join(timeout_s)
+        return not self._process.is_alive()
 
     def close(self) -> None:
         """End the process of an engine that nobody connected to."""

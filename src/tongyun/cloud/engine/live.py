@@ -19,7 +19,7 @@ from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError, ServiceError
 
 Sink = Callable[[Sequence[TokenEvent]], None]
-"""Told of no event at all, the engine has failed."""
+"""Called once a step with what happened; with nothing where the engine has failed."""
 
 _log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.chip.curves import TINY, nonnegative
-from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.apart import Distant, attend
+from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
