@@ -197,11 +197,11 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
         broad = [(at, _left(b, n_left, at, wide)) for at in range(0, min(t.n, n), wide)]
         places = [(down, across) for down in tall for across in broad]
         for (down, m_count), (across, n_count) in places:
-            near = (down * t.n + across) * 4
+            inside = (down * t.n + across) * 4
             first, last = not down and not across, (down, across) == (tall[-1][0], broad[-1][0])
             b.emit(
-                "DRAIN", out.type, Type.BF16, Type.I32 if whole else Type.NONE, fn=fn, c=into.c + near,
-                gate=second + near if up is not None or bias is not None else 0, out=into.out.address,
+                "DRAIN", out.type, Type.BF16, Type.I32 if whole else Type.NONE, fn=fn, c=into.c + inside,
+                gate=second + inside if up is not None or bias is not None else 0, out=into.out.address,
                 m=m_count, n=n_count, ldc=t.n * 4, ldo=wide * out.type.bytes, stats=stats + 4 * down,
                 columns=columns + 4 * across,
                 residual=into.residual.address if into.residual is not None else 0,
