@@ -53,6 +53,8 @@ class Kernels:
         self.chip = chip
         self.silicon = silicon_of(chip)
         self.library = library(chip.library)
+        if self.silicon.launch_s is not None:
+            self.library = replace(self.library, launch_s=self.silicon.launch_s)
         self._known: dict[object, Prices] = {}
 
     def parts_s(self, op: Operator) -> Parts:
