@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tongyun.errors import InputError, unknown
-from tongyun.specs import Chip, Corner, find_ppu
+from tongyun.specs import Chip, Corner, Ppu, find_ppu
 from tongyun.units import DType
 
 FITTED = (
@@ -226,22 +226,29 @@ def _stated(chip: Chip) -> dict[str, Any]:
     return {"memory_efficiency": chip.achieved_memory, **maths, **wires}
 
 
+def inside_of(chip: Chip) -> Ppu:
+    """The PPU that a chip is made of, by default of the same name, at the chip's corner.
+
+    Cores and clock are those of the middle, whose product is the peak that the chip's file states.
+    """
+    spec = find_ppu(chip.inside or chip.name)
+    middle = spec.at()
+    return replace(spec.at(chip.corner), cores=middle.cores, clock_hz=middle.clock_hz)
+
+
 def _made_of(chip: Chip) -> dict[str, Any]:
     """What a chip's inside says of its cores: the figures that the lowered program runs on.
 
-    Cores and clock are those of the middle, whose product is the peak that the chip's file states. A tile's
-    fill is a load from memory, a product, an epilogue and a store.
+    A tile's fill is a load from memory, a product, an epilogue and a store.
     """
-    assert chip.inside is not None
-    spec = find_ppu(chip.inside)
-    middle, ppu = spec.at(), spec.at(chip.corner)
+    ppu = inside_of(chip)
     fill_s = ppu.hbm_latency_s + 2 * ppu.l2_latency_s + ppu.tensor_latency_s + ppu.vector_latency_s
     port_bytes = min(ppu.port_bytes, ppu.l2_rate / ppu.cores)
     return {
-        "cores": float(middle.cores),
-        "clock_hz": middle.clock_hz,
+        "cores": float(ppu.cores),
+        "clock_hz": ppu.clock_hz,
         "exponentials_per_cycle": ppu.softmax_lanes,
-        "core_load_bytes_per_s": port_bytes * middle.clock_hz,
+        "core_load_bytes_per_s": port_bytes * ppu.clock_hz,
         "fill_s": fill_s,
         "math_rows": ppu.tile_m,
         "launch_s": ppu.barrier_s,

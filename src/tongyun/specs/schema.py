@@ -208,6 +208,8 @@ class Chip:
     calibration: Calibration | None
     inside: str | None = None
     """Name of the PPU that it is made of, where its kernels follow from that."""
+    is_lowered: bool = False
+    """Operators cost what the programs take that the compiler makes of them, where it can."""
     library: str = "any"
     """The serving engine whose kernels run on it; `any` is none in particular."""
 
