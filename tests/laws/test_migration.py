@@ -93,7 +93,6 @@ class Witness:
 
     def play(self) -> None:
         for request in self.load:
-            self.mover.wake(request.arrival_s)
             self.front.send(request)
             self.sent += 1
             self.look()
@@ -135,7 +134,7 @@ class Witness:
                 if not seq.blocks
             )
         assert len(here) == len(set(here))
-        assert len(here) + ended + self.mover.on_the_way == self.sent
+        assert len(here) + ended + len(self.front.between) == self.sent
 
 
 @settings(max_examples=60)
@@ -152,7 +151,7 @@ def test_no_request_block_or_token_is_lost_or_doubled(
     for one in witness.front.instances:
         assert one.loop.scheduler.pool.used == 0
         assert not one.loop.scheduler._residents.reserved
-    assert witness.mover.on_the_way == 0
+    assert not witness.front.between
     records = [record for one in witness.front.instances for record in one.result().records]
     assert sorted(record.id for record in records) == sorted(request.id for request in load)
 

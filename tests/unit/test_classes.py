@@ -140,10 +140,3 @@ def test_a_class_that_the_file_does_not_know_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(build(), flags)
     assert isinstance(done.exception, InputError)
     assert "chatt" in str(done.exception) and "did you mean chat" in str(done.exception)
-
-
-def test_the_twin_refuses_what_it_does_not_play(tmp_path: Path) -> None:
-    flags = ["serve", "--twin", "--fleet", str(fleet(tmp_path)), "--port", "0"]
-    done = CliRunner().invoke(build(), flags)
-    assert isinstance(done.exception, InputError)
-    assert "moves no running requests" in str(done.exception)

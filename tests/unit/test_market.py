@@ -259,3 +259,54 @@ def test_the_twin_and_flags_of_a_plain_fleet_are_refused(file: Path) -> None:
     assert "--html: not written for several models" in str(done.exception)
     with pytest.raises(SpecError, match="prefix_caching"):
         loads(MARKET.replace('chip = "h20"', 'chip = "h20"\nprefix_caching = 1'), MarketSpec)
+
+
+KEPT = """
+[failures]
+chip_mtbf_hours = 0.006
+chip_repair_hours = 0.001
+
+[[failures.event]]
+at_s = 6
+instance = "shared/mixed-1"
+for_s = 4
+
+[[autoscale]]
+pool = "Qwen/Qwen3-32B/mixed"
+target = 8
+weights = "host"
+"""
+
+
+def test_failures_and_autoscaling_are_told_by_pool_and_money_is_paid_for_what_is_held(tmp_path: Path) -> None:
+    file = tmp_path / "kept.toml"
+    file.write_text(MARKET + KEPT)
+    run = told(file, *LOAD, "--usd-per-chip-hour", "2")
+    kept, report = run["kept"], run["report"]
+    assert kept["failures"] > 1 and kept["retries"] > 0
+    assert set(kept["held"]) == {"Qwen/Qwen3-32B/mixed", "shared/mixed"}
+    assert kept["held"]["Qwen/Qwen3-32B/mixed"] < 2 * report["duration_s"]
+    assert kept["held"]["shared/mixed"] == pytest.approx(2 * report["duration_s"])
+    chips = sum(one["chips"] for one in run["models"].values())
+    assert chips == pytest.approx(kept["held_chip_s"] / report["duration_s"])
+    spent = 2 * kept["held_chip_s"] / 3600
+    assert run["usd_per_mtoken"] == pytest.approx(spent / report["output_tokens"] * 1e6)
+    assert report["succeeded"] + report["failed"] == 150
+    text = simulate(file, *LOAD)
+    assert "requests retried" in text and "chip-hours held" in text
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right", "message"),
+    [
+        ('instance = "shared/mixed-1"', 'instance = "shared/mixed-7"', "shared/mixed-1"),
+        ('pool = "Qwen/Qwen3-32B/mixed"', 'pool = "mixed"', "shared/mixed"),
+    ],
+)
+def test_a_replica_or_pool_that_is_not_there_is_told_its_neighbours(
+    tmp_path: Path, wrong: str, right: str, message: str
+) -> None:
+    file = tmp_path / "kept.toml"
+    file.write_text((MARKET + KEPT).replace(wrong, right))
+    with pytest.raises(SpecError, match=message):
+        simulate(file, *LOAD)

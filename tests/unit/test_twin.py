@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,13 +17,16 @@ from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor, StepLoad
+from tongyun.cloud.front import Front
 from tongyun.cloud.gateway.filler import WORDS, Filler
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Finish, Request
-from tongyun.cloud.sched.router import LeastLoad
+from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.cloud.simulate import play_fleet, play_pools
-from tongyun.cloud.twin import Twin
+from tongyun.cloud.twin import Lost, Twin, Watch
+from tongyun.codesign.at_work import AtWork
 from tongyun.errors import RequestError, ServiceError
 from tongyun.units import Cost, Source
 
@@ -54,6 +57,22 @@ class Price:
 
 def loops(count: int, kind: type[SimulatedExecutor] = SimulatedExecutor) -> list[EngineLoop]:
     return [EngineLoop(Scheduler(CONFIG), kind(Price()), VirtualClock()) for _ in range(count)]
+
+
+def at_work(pools: int, watches: tuple[Watch, Watch]) -> AtWork:
+    """Two engines for each pool, and nothing that changes them."""
+    front: Front | Relay = Front(loops(2), LeastLoad(), watch=watches[0])
+    if pools == 2:
+        relayed = loops(2), loops(2)
+        front = Relay(relayed, (LeastLoad(), LeastLoad()), lambda _: HAND_OVER_S, watches=watches)
+    return AtWork(front=front, running=None, mover=None, changing=None)
+
+
+def one_engine(engine: EngineLoop, router: Router) -> Callable[[tuple[Watch, Watch], Lost], AtWork]:
+    """For a twin of a single engine."""
+    return lambda watches, _: AtWork(
+        front=Front([engine], router, watch=watches[0]), running=None, mover=None, changing=None
+    )
 
 
 class Reader:
@@ -87,8 +106,9 @@ class Running:
         self.client_s = client_s
         self.reader = Reader()
         self.sent: list[Request] = []
-        engines = [(loops(2), LeastLoad()) for _ in range(pools)]
-        self.twin = Twin(engines, lambda _: HAND_OVER_S, self.reader, grace_s=grace_s, client_s=client_s)
+        self.twin = Twin(
+            lambda watches, _: at_work(pools, watches), self.reader, grace_s=grace_s, client_s=client_s
+        )
 
     def send(self, name: str, prompt: int = 20, output: int = 8) -> None:
         """As the gateway would: the moment of arrival comes with the request."""
@@ -106,7 +126,7 @@ class Running:
 
     def expected(self) -> Sequence[RequestRecord]:
         plain = [replace(request, stop_token_ids=frozenset()) for request in self.sent]
-        if len(self.twin._fronts) == 1:
+        if len(self.twin._fleet.fronts) == 1:
             results = play_fleet(plain, loops(2, LeapingExecutor), LeastLoad())
             return [record for one in results for record in one.records]
         pools = loops(2, LeapingExecutor), loops(2, LeapingExecutor)
@@ -146,7 +166,7 @@ def test_accepted_drafts_are_told_with_their_step() -> None:
         return EngineLoop(Scheduler(replace(CONFIG, draft_tokens=3)), executor, VirtualClock())
 
     reader = Reader()
-    twin = Twin([([engine()], LeastLoad())], lambda _: 0.0, reader, grace_s=0.25)
+    twin = Twin(one_engine(engine(), LeastLoad()), reader, grace_s=0.25)
     try:
         begun_s = time.perf_counter()
         sent = [
@@ -234,12 +254,12 @@ def test_closing_ends_everybody(running: Running) -> None:
 
 
 def test_a_router_that_fails_ends_everybody_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
-    class Lost:
+    class Astray:
         def choose(self, request: Request, loads: object) -> int:
             raise KeyError("no such engine")
 
     reader = Reader()
-    twin = Twin([(loops(1), Lost())], lambda _: 0.0, reader)
+    twin = Twin(one_engine(loops(1)[0], Astray()), reader)
     twin.submit(Request(id="r0", prompt=(1,), output_tokens=1, arrival_s=time.perf_counter()))
     reader.wait("r0")
     assert "no such engine" in (reader.events["r0"][-1].error or "")
@@ -257,7 +277,7 @@ def test_a_twin_that_falls_behind_says_so(caplog: pytest.LogCaptureFixture) -> N
 
     reader = Reader()
     engine = EngineLoop(Scheduler(CONFIG), Slow(Price()), VirtualClock())
-    twin = Twin([([engine], LeastLoad())], lambda _: 0.0, reader)
+    twin = Twin(one_engine(engine, LeastLoad()), reader)
     with caplog.at_level(logging.WARNING):
         twin.submit(Request(id="r0", prompt=(1,), output_tokens=4, arrival_s=time.perf_counter()))
         reader.wait("r0")

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from tongyun.cli.fleet import TOLD, pool_of, refuse_told, typed
+from tongyun.cli.kept import kept_json, lines, refuse_failed
 from tongyun.cli.planning import ask
-from tongyun.errors import Infeasible, InputError
+from tongyun.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,8 +62,7 @@ def simulate(
     report = played.whole.report
     if schedule is not None:
         write_trace(schedule, given["perfetto"], arrivals[0].time_s + report.duration_s)
-    if report.failed:
-        raise Infeasible(f"{report.failed} requests could not run: {report.errors[0][0]}")
+    refuse_failed(report)
 
 
 # ── what is asked ────────────────────────────────────────────────────────────────────
@@ -78,6 +78,7 @@ def read_market(
 ) -> Market:
     """The models and pools of a file, which have to hold requests of the load's mean lengths."""
     from tongyun.codesign.market import Market
+    from tongyun.codesign.upkeep import Upkeep
 
     count = max(len(arrivals), 1)
     isl = max(1, round(sum(arrival.prompt_tokens for arrival in arrivals) / count))
@@ -86,9 +87,16 @@ def read_market(
     for one in spec.model:
         served = _served(one, spec.chip, (isl, osl), slo, usd_per_chip_hour)
         models |= dict.fromkeys(one.names, served)
+    upkeep = None
+    if spec.failures is not None or spec.autoscale:
+        upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(file))
     try:
         return Market(
-            models=models, parts=_parts(spec), sharing=spec.sharing, prefix_caching=spec.prefix_caching
+            models=models,
+            parts=_parts(spec),
+            sharing=spec.sharing,
+            prefix_caching=spec.prefix_caching,
+            upkeep=upkeep,
         )
     except InputError as error:
         raise InputError(f"{file}: pool: {error}") from None
@@ -159,7 +167,7 @@ def show(spec: MarketSpec, market: Market, played: MarketPlayed) -> None:
     from tongyun.cli.simulated import latencies
 
     head = latencies(_headline(spec, market, played), played.whole.report)
-    report.show(head, _figures(played), _models(played))
+    report.show(head, _figures(market, played), _models(played))
 
 
 def _headline(spec: MarketSpec, market: Market, played: MarketPlayed) -> str:
@@ -177,7 +185,7 @@ def _title(part: Part) -> str:
     return f"{len(part.models)} {how} {' + '.join(pools)}"
 
 
-def _figures(played: MarketPlayed) -> Table:
+def _figures(market: Market, played: MarketPlayed) -> Table:
     from tongyun.cloud.engine.protocol import total
     from tongyun.report import NOTHING, column, number, source_tag, table
     from tongyun.units import GB, Source
@@ -207,6 +215,8 @@ def _figures(played: MarketPlayed) -> Table:
         ["per million output tokens", money],
         ["energy per output token", f"{number(whole.joules / max(done.output_tokens, 1))} J"],
     ]
+    if played.kept is not None and market.upkeep is not None:
+        rows += lines(market.upkeep, played.kept)
     tag = source_tag(frozenset({Source.SIMULATED}) | whole.sources)
     return table("", [column("", left=True), column("value")], rows, caption=tag)
 
@@ -264,6 +274,7 @@ def as_json(spec: MarketSpec, market: Market, played: MarketPlayed) -> dict[str,
             for name, group in whole.classes.items()
         },
         "engines": whole.engines,
+        "kept": None if played.kept is None else kept_json(played.kept),
         "source": sorted({"simulated"} | {source.value for source in whole.sources}),
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tongyun.cli.fleet import PLANNED, read_fleet, read_plan, refuse_told, typed
+from tongyun.cli.kept import refuse_failed
 from tongyun.cli.planning import ask, check_drafts, command
 from tongyun.cli.simulated import as_json, show, write_trace
 from tongyun.errors import Infeasible, InputError
@@ -93,7 +94,6 @@ def simulate(
     given = dict(locals())
     from tongyun.cli import market
     from tongyun.cloud.record import Recorder
-    from tongyun.cloud.retries import LOST
     from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.classes import headroom
     from tongyun.specs import find_market
@@ -136,10 +136,7 @@ def simulate(
     if perfetto is not None and schedule is not None:
         assert played.recording is not None
         write_trace(schedule, perfetto, max(one.ended_s for one in played.recording.records))
-    # What is lost by a failure is an outcome; what no engine takes is a question that had no answer.
-    refused = [(why, count) for why, count in played.report.errors if not why.startswith(LOST)]
-    if refused:
-        raise Infeasible(f"{sum(count for _, count in refused)} requests could not run: {refused[0][0]}")
+    refuse_failed(played.report)
 
 
 def _schedule(perfetto: Path | None, window: str | None) -> Schedule | None:

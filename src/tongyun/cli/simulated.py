@@ -153,8 +153,8 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
     ]
-    if played.kept is not None:
-        rows += lines(fleet, played.kept)
+    if played.kept is not None and fleet.upkeep is not None:
+        rows += lines(fleet.upkeep, played.kept)
     if done.slo.ttft_s is not None or done.slo.tpot_s is not None or done.slo.classes:
         rows.insert(2, ["goodput tokens/s", number(done.goodput_tokens_per_s)])
         rows.insert(3, ["requests within limits", f"{done.attainment:.1%}"])
@@ -203,6 +203,7 @@ def _moves(played: Played) -> list[list[str]]:
         ["requests moved while decoding", f"{moves.migrated:,}"],
         ["  while they waited", f"{moves.rescheduled:,}"],
         ["  called off; computed again", f"{moves.called_off:,}; {moves.recomputed:,}"],
+        *([["  torn by a failure", f"{moves.torn:,}"]] if moves.torn else []),
         ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
         ["  pause ms, p50 and p99", told],
     ]

@@ -40,19 +40,11 @@ def twin_gateway(
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.gateway.classes import Classes
-    from tongyun.cloud.sched.router import LeastLoad, find_router
+    from tongyun.cloud.sched.router import find_router
     from tongyun.codesign.classes import headroom
     from tongyun.specs import find_model
 
     spec, fleet = read_fleet(file)
-    if fleet.migration is not None:
-        raise InputError(f"{file}: migration: the twin moves no running requests; leave the table out")
-    if fleet.upkeep is not None:
-        raise InputError(f"{file}: failures and autoscale: the twin's replicas stand still; leave them out")
-    if fleet.experts is not None and fleet.experts.spec.during:
-        raise InputError(
-            f"{file}: experts: window_s and drift_s: the twin's experts stay where they are; leave them out"
-        )
     own = fleet.question.model.name
     if model is not None and find_model(model)[1] != own:
         raise InputError(f"{file}: model: the fleet serves {own}, not {model}; leave MODEL out or name it")
@@ -63,6 +55,7 @@ def twin_gateway(
 
     def start(sink: Sink) -> Twin:
         from tongyun.cloud.twin import Twin
+        from tongyun.codesign.at_work import put_to_work
 
         pools = [fleet.engines(pool, chip, words=words) for pool in fleet.pools]
         spare_s = min(pool.shortest_s for pool in pools) - client_s
@@ -72,10 +65,13 @@ def twin_gateway(
                 f"{(spare_s + client_s) * 1e3:.3g} ms"
             )
         grace_s = min(GRACE_S, spare_s / 2)
-        routers = [find_router(spec.router, headroom=headroom(fleet.classes)), LeastLoad()]
-        hand_over_s = fleet.hand_over(chip) if len(pools) == 2 else lambda _: 0.0
-        loops = [(pool.loops, policy) for pool, policy in zip(pools, routers, strict=False)]
-        return Twin(loops, hand_over_s, sink, grace_s=grace_s, client_s=client_s)
+        router = find_router(spec.router, headroom=headroom(fleet.classes))
+        return Twin(
+            lambda watches, lost: put_to_work(fleet, pools, router, chip, watches=watches, told=lost),
+            sink,
+            grace_s=grace_s,
+            client_s=client_s,
+        )
 
     return Gateway(
         served=Served(

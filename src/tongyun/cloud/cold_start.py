@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from tongyun.cloud.front import Front
-from tongyun.cloud.relay import Relay
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.replica import Replica, State
 
 
@@ -98,7 +97,7 @@ class ColdStarts:
 
     def __init__(
         self,
-        fleet: Front | Relay,
+        fleet: Fronts,
         way: Way,
         *,
         start_s: float,

@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tongyun.cloud.front import Front
-from tongyun.cloud.relay import Relay
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 
@@ -47,18 +46,20 @@ class Failures:
 
     def __init__(
         self,
-        fleet: Front | Relay,
+        fleet: Fronts,
         retries: Retries,
         *,
         over: Callable[[], bool] = lambda: False,
         changed: Callable[[Replica, float], None] = lambda _replica, _moment_s: None,
+        struck: Callable[[Sequence[Replica], float], None] = lambda _replicas, _moment_s: None,
     ) -> None:
-        """`changed` hears of every replica that is down or whole again.
+        """`changed` hears of every replica that is down or whole again, `struck` of all that went down at
+        once, when they are.
 
         One that is whole again serves at once; where a scaler has it, it is off, to be started.
         """
         self._fleet, self._retries, self._over = fleet, retries, over
-        self._changed = changed
+        self._changed, self._struck = changed, struck
         self.count = 0
         """Failures of parts so far."""
 
@@ -103,6 +104,7 @@ class Failures:
         for replica in struck:
             replica.turn(State.DOWN, now_s)
             self._changed(replica, now_s)
+        self._struck(struck, now_s)
         for replica in struck:
             for index in replica.engines:
                 # In the midst of a step an engine is ahead of the others.

@@ -5,14 +5,53 @@ Knows no pools that pass requests on, no workload and no price.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from heapq import heappop, heappush
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
+from tongyun.cloud.agenda import Agenda
 from tongyun.cloud.engine.loop import Engine, Turn
-from tongyun.cloud.instance import Instance, Torn
+from tongyun.cloud.instance import Instance, Passage, Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Remembering, Router
+
+
+class Fronts(Protocol):
+    """One front, or several that pass requests on or share nothing but the time."""
+
+    @property
+    def fronts(self) -> Sequence[Front]: ...
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have come and not ended, wherever they are."""
+
+    def at(self, moment_s: float, action: Callable[[], None]) -> None:
+        """Have something happen when every engine has come to `moment_s`, before what arrives then."""
+
+    def send(self, request: Request) -> None:
+        """Give a request, in order of arrival."""
+
+    def advance(self, until_s: float) -> None:
+        """Every engine to `until_s`, by way of all that happens until then."""
+
+    def next_s(self) -> float | None:
+        """When something happens next besides steps; None where nothing does."""
+
+    def again(self, request: Request) -> None:
+        """Give a request that an engine lost to one that is up, at this moment."""
+
+    def lose(self, pool: Front, index: int) -> list[Torn]:
+        """Take what is in flight from an engine of a front that failed, and what it was handing over."""
+
+    def give_up(self) -> list[Torn]:
+        """Take back what is held."""
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; false if it is not in flight."""
+
+    def records(self, names: Iterable[str]) -> list[RequestRecord]:
+        """Of these requests, those that ended."""
 
 
 class Front:
@@ -34,10 +73,12 @@ class Front:
         self.instances = [Instance(loop, watch=watch, ended=ended) for loop in loops]
         self._router = router
         self._before_s = self._now_s = 0.0
-        # A heap of what is to happen; the number keeps the order of equal moments.
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._serial = 0
+        self._agenda = Agenda()
         self._held: list[Request] = []
+        self.between: dict[str, Passage] = {}
+        """Requests that have left one of the engines and have not come to another."""
+        self.roused: Callable[[float], None] | None = None
+        """Told, where somebody wants to know, before an engine is given a request."""
 
     def at(self, moment_s: float, action: Callable[[], None]) -> None:
         """Have something happen when every engine has come to `moment_s`, before what arrives then.
@@ -46,8 +87,11 @@ class Front:
         """
         if not self._now_s <= moment_s < float("inf"):
             raise ValueError(f"an event at {moment_s} s, when it is {self._now_s} s")
-        self._serial += 1
-        heappush(self._events, (moment_s, self._serial, action))
+        self._agenda.put(moment_s, action)
+
+    def next_s(self) -> float | None:
+        """When something happens next besides steps; None where nothing does."""
+        return self._agenda.next_s
 
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival, to the engine that the router names when it arrives.
@@ -83,9 +127,22 @@ class Front:
             self._router.forget(index)
         return self.instances[index].fail()
 
+    def lose(self, pool: Front, index: int) -> list[Torn]:
+        """As `tear`; `pool` is this one."""
+        assert pool is self
+        return self.tear(index)
+
     def again(self, request: Request) -> None:
         """Give a request that an engine lost to one that is up, at this moment."""
         self._place(request)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; false if it is not in flight."""
+        if any(one.abort(request_id) for one in self.instances):
+            return True
+        if self.between.pop(request_id, None) is not None:
+            return True
+        return bool(self.unhold(lambda request: request.id == request_id))
 
     def unhold(self, wanted: Callable[[Request], bool] = lambda _: True) -> list[Request]:
         """Take back requests that are held."""
@@ -98,9 +155,14 @@ class Front:
         return [handed(request) for request in self.unhold()]
 
     @property
+    def now_s(self) -> float:
+        """Up to which moment all has happened."""
+        return self._now_s
+
+    @property
     def in_flight(self) -> int:
-        """Requests that engines have, and those held."""
-        return len(self._held) + sum(len(one.in_flight) for one in self.instances)
+        """Requests that engines have, those between them, and those held."""
+        return len(self._held) + len(self.between) + sum(len(one.in_flight) for one in self.instances)
 
     @property
     def fronts(self) -> tuple[Front, ...]:
@@ -121,11 +183,7 @@ class Front:
 
     def advance(self, until_s: float) -> None:
         """Every engine to `until_s`, by way of all that happens until then."""
-        while self._events and self._events[0][0] <= until_s:
-            moment_s, _, action = heappop(self._events)
-            self._all_to(moment_s)
-            action()
-        self._all_to(until_s)
+        self._agenda.advance(until_s, self._all_to)
 
     def _all_to(self, until_s: float) -> None:
         for one in self.instances:
@@ -133,6 +191,8 @@ class Front:
         self._now_s = max(self._now_s, until_s)
 
     def _place(self, request: Request) -> None:
+        if self.roused is not None:
+            self.roused(self._now_s)
         everyone = self.instances
         up = [index for index, one in enumerate(everyone) if one.up]
         if len(up) == len(everyone):

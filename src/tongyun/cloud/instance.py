@@ -7,7 +7,7 @@ and no other engine.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -74,6 +74,10 @@ class Instance:
         self.loop = loop
         self.up = True
         """Whether it is given requests; one that is not still works on those it has."""
+        self.failed = False
+        """Whether what it has is lost when the step it is in ends."""
+        self.moves = 0
+        """Requests on their way to or from it, those included that work there meanwhile."""
         self._watch, self._ended = watch, ended
         self.records: dict[str, RequestRecord | None] = {}
         self.in_flight: dict[str, _Progress] = {}
@@ -81,7 +85,7 @@ class Instance:
         self.prompt_tokens_due = 0
         """Of requests in flight that have no first token yet."""
         self.ended_s = 0.0
-        """When a request last ended."""
+        """When a request last ended, or a move to or from it."""
 
     def send(self, request: Request) -> None:
         """Give a request to the engine; one it refuses is recorded with the reason."""
@@ -139,24 +143,19 @@ class Instance:
         """Lose every request in flight, in the order of sending, and all that is cached."""
         torn = []
         for request_id, progress in self.in_flight.items():
-            request, known = progress.request, self.single.evict(request_id)
-            tokens = len(known) - len(request.prompt)
-            if tokens or request.handed_tokens:
-                left = request.output_tokens - tokens
-                request = replace(request, prompt=known, output_tokens=left, handed_tokens=0)
-            torn.append(
-                Torn(request, tokens, progress.first_s, progress.cached, len(progress.request.prompt))
-            )
+            torn.append(_torn(progress, self.loop.evict(request_id)))
             del self.records[request_id]
         self.in_flight.clear()
         self._classes.clear()
         self.prompt_tokens_due = 0
-        self.single.clear()
+        self.loop.clear()
         return torn
 
-    def forget(self) -> None:
-        """Drop the records of requests that have ended."""
-        self.records = dict.fromkeys(self.in_flight)
+    def forget(self, but: Collection[str]) -> None:
+        """Drop the records of requests that have ended, but for these."""
+        self.records = {
+            name: record for name, record in self.records.items() if record is None or name in but
+        }
 
     def oldest_s(self) -> float | None:
         """When the longest-waiting request without a first token arrived; None where none waits."""
@@ -232,6 +231,21 @@ class Instance:
         self.records[request_id] = record = _record(progress, moment_s, finish, None)
         if self._ended is not None:
             self._ended(record)
+
+
+def lost(passage: Passage) -> Torn:
+    """A request that was between two engines and comes to neither."""
+    return _torn(passage.progress, passage.traveller.history)
+
+
+def _torn(progress: _Progress, known: Sequence[int]) -> Torn:
+    """What is left of a request of which so many tokens are known."""
+    request, prompt_tokens = progress.request, len(progress.request.prompt)
+    tokens = len(known) - prompt_tokens
+    if tokens or request.handed_tokens:
+        left = request.output_tokens - tokens
+        request = replace(request, prompt=known, output_tokens=left, handed_tokens=0)
+    return Torn(request, tokens, progress.first_s, progress.cached, prompt_tokens)
 
 
 def _record(progress: _Progress, ended_s: float, finish: Finish | None, error: str | None) -> RequestRecord:

@@ -3,23 +3,27 @@
 A request decodes on while its keys and values are copied, in stages: all there are, then what came
 about meanwhile, until little is left. Only for the last copy it pauses. Blocks are reserved at the
 target first; where they run out, or the request ends or is preempted, the move is called off and
-nothing has changed. Copying takes no time of a step. Whether to move is the policy's to say; knows
-no price but the two functions it is given.
+nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
+all it has, one after the other. One that fails takes along what it was sending; what was on its way to
+it goes back, to be computed again. Whether to move is the policy's to say; knows no price but the
+function it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.front import Front
-from tongyun.cloud.instance import Instance, Passage, Simulated
+from tongyun.cloud.instance import Instance, Simulated, Torn, lost
 from tongyun.cloud.latency import Percentiles
 from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Router
+
+OUTCOMES = ("migrated", "rescheduled", "recomputed", "called off", "torn")
 
 
 class Move(NamedTuple):
@@ -31,7 +35,8 @@ class Move(NamedTuple):
     target: int
     outcome: str
     """`migrated` with its keys and values; `rescheduled` while it waited, without any; `called off`,
-    and it stayed; `recomputed`: its blocks at the target were given to others during the last copy."""
+    and it stayed; `recomputed`: its blocks at the target were given to others during the last copy, or
+    the target failed and it went back; `torn`: the source failed during the last copy."""
     tokens: int
     """Keys and values copied, in tokens, those of moves called off included."""
     stages: int
@@ -47,6 +52,8 @@ class Moves:
     rescheduled: int
     recomputed: int
     called_off: int
+    torn: int
+    """Of those that then were sent again or lost."""
     moved_bytes: float
     """Keys and values of all ranks."""
     downtime_s: Percentiles | None
@@ -55,7 +62,7 @@ class Moves:
     @classmethod
     def of(cls, log: Iterable[Move], token_bytes: float) -> Moves:
         moves = list(log)
-        counts = dict.fromkeys(("migrated", "rescheduled", "recomputed", "called off"), 0)
+        counts = dict.fromkeys(OUTCOMES, 0)
         for move in moves:
             counts[move.outcome] += 1
         return cls(
@@ -63,6 +70,7 @@ class Moves:
             rescheduled=counts["rescheduled"],
             recomputed=counts["recomputed"],
             called_off=counts["called off"],
+            torn=counts["torn"],
             moved_bytes=token_bytes * sum(move.tokens for move in moves),
             downtime_s=Percentiles.of(move.downtime_s for move in moves if move.outcome == "migrated"),
         )
@@ -78,9 +86,8 @@ class _Flight:
     copied: int = 0
     """Tokens whose keys and values are at the target by the end of the stage under way."""
     stages: int = 0
-    gone: bool = False
-    """It has left the source."""
     left_s: float = 0.0
+    """When it left the source, once it has."""
 
 
 class Mover:
@@ -92,14 +99,29 @@ class Mover:
         self._front, self._policy, self._copy_s = front, policy, copy_s
         self._flights: dict[str, _Flight] = {}
         self._ticking = False
+        front.roused = self._wake
 
-    @property
-    def on_the_way(self) -> int:
-        """Requests that are at no engine at this moment."""
-        return sum(flight.gone for flight in self._flights.values())
+    def strike(self, engines: Collection[int], now_s: float) -> list[tuple[int, Torn]]:
+        """These have failed: moves to and from them end. Returns who left one of them and comes nowhere."""
+        found = []
+        for flight in list(self._flights.values()):
+            if flight.source not in engines and flight.target not in engines:
+                continue
+            self._engines[flight.target].single.scheduler.give_up(flight.request_id)
+            passage = self._front.between.pop(flight.request_id, None)
+            if passage is None:
+                self._end(flight, "called off", now_s, 0.0)
+            elif flight.source in engines:
+                found.append((flight.source, lost(passage)))
+                self._end(flight, "torn", now_s, 0.0)
+            else:
+                self._engines[flight.source].arrive(passage)
+                outcome = "recomputed" if passage.traveller.computed else "called off"
+                self._end(flight, outcome, now_s, now_s - flight.left_s)
+        return found
 
-    def wake(self, now_s: float) -> None:
-        """Look at the engines from now on until none has a request; call it before each that is sent."""
+    def _wake(self, now_s: float) -> None:
+        """Look at the engines from now on until none has a request."""
         if not self._ticking:
             self._ticking = True
             self._next_tick(now_s)
@@ -113,9 +135,8 @@ class Mover:
     def _tick(self, tick: int, now_s: float) -> None:
         while self._reschedule(now_s):
             pass
-        busy = {index for flight in self._flights.values() for index in (flight.source, flight.target)}
         for source, target in self._pairs():
-            if source not in busy and target not in busy:
+            if self._idle(source, target):
                 self._migrate(source, target, now_s)
         if any(one.in_flight for one in self._engines) or self._flights:
             later = tick + 1
@@ -129,7 +150,10 @@ class Mover:
         return self._front.instances
 
     def _pairs(self) -> list[tuple[int, int]]:
-        return self._policy.pairs([one.load for one in self._engines])
+        """Who gives and who takes; from one that has failed nothing can be had."""
+        alive = [index for index, one in enumerate(self._engines) if not one.failed]
+        pairs = self._policy.pairs([self._engines[index].load for index in alive])
+        return [(alive[source], alive[target]) for source, target in pairs]
 
     # ── those who wait ───────────────────────────────────────────────────────────────
 
@@ -148,7 +172,7 @@ class Mover:
     def _send_on(self, head: Movable, source: int, target: int, now_s: float) -> bool:
         if head.id in self._flights or not self._reserve(target, head.id, head.tokens):
             return False
-        flight = self._flights[head.id] = _Flight(head.id, source, target)
+        flight = self._begin(head.id, source, target)
         self._depart(flight, 0, max(now_s, self._clock_s(source)))
         return True
 
@@ -160,7 +184,7 @@ class Mover:
         chosen = self._policy.choose(decoding, engines[source].load, engines[target].load)
         if chosen is None or not self._reserve(target, chosen.id, chosen.tokens):
             return
-        flight = self._flights[chosen.id] = _Flight(chosen.id, source, target)
+        flight = self._begin(chosen.id, source, target)
         self._copy(flight, chosen.tokens - 1, max(now_s, self._clock_s(source)))
 
     def _copy(self, flight: _Flight, computed: int, from_s: float) -> None:
@@ -172,6 +196,8 @@ class Mover:
         self._front.at(moment_s, lambda: self._copied(flight, moment_s))
 
     def _copied(self, flight: _Flight, now_s: float) -> None:
+        if not self._under_way(flight):
+            return
         one = self._engines[flight.source].single.scheduler.movable(flight.request_id)
         if (
             one is None
@@ -194,18 +220,33 @@ class Mover:
 
     def _depart(self, flight: _Flight, missing: int, now_s: float) -> None:
         """Take the request from its engine, and let it arrive when the last tokens are copied."""
-        flight.gone, flight.left_s = True, now_s
-        passage = self._engines[flight.source].depart(flight.request_id)
-        self._front.at(now_s + self._copy_s(missing), lambda: self._land(flight, passage))
+        flight.left_s = now_s
+        self._front.between[flight.request_id] = self._engines[flight.source].depart(flight.request_id)
+        moment_s = now_s + self._copy_s(missing)
+        self._front.at(moment_s, lambda: self._land(flight, moment_s))
 
-    def _land(self, flight: _Flight, passage: Passage) -> None:
-        if not self._engines[flight.target].up and self._engines[flight.source].up:
+    def _land(self, flight: _Flight, now_s: float) -> None:
+        if not self._under_way(flight):
+            return
+        passage = self._front.between.pop(flight.request_id, None)
+        if passage is None:
+            # Its reader has gone.
             self._engines[flight.target].single.scheduler.give_up(flight.request_id)
-            flight.target = flight.source
+            self._end(flight, "called off", now_s, 0.0)
+            return
         decodes = self._engines[flight.target].arrive(passage)
         arrived_s = self._clock_s(flight.target)
         outcome = "migrated" if decodes else "recomputed" if passage.traveller.computed else "rescheduled"
         self._end(flight, outcome, arrived_s, arrived_s - flight.left_s)
+
+    def _drain(self, source: int, now_s: float) -> None:
+        """The next one at once, where an engine is given no more requests and gives all it has."""
+        one = self._engines[source]
+        if one.up or one.failed or not one.in_flight:
+            return
+        for giver, target in self._pairs():
+            if giver == source and self._idle(source, target):
+                self._migrate(source, target, now_s)
 
     # ── both ─────────────────────────────────────────────────────────────────────────
 
@@ -217,8 +258,26 @@ class Mover:
     def _clock_s(self, index: int) -> float:
         return self._engines[index].loop.clock.now()
 
+    def _idle(self, *engines: int) -> bool:
+        """Whether no keys and values are on their way to or from any of these."""
+        return not any(self._engines[index].moves for index in engines)
+
+    def _begin(self, request_id: str, source: int, target: int) -> _Flight:
+        for index in (source, target):
+            self._engines[index].moves += 1
+        flight = self._flights[request_id] = _Flight(request_id, source, target)
+        return flight
+
+    def _under_way(self, flight: _Flight) -> bool:
+        """False once it has ended; another move of the request may have begun since."""
+        return self._flights.get(flight.request_id) is flight
+
     def _end(self, flight: _Flight, outcome: str, moment_s: float, downtime_s: float) -> None:
         del self._flights[flight.request_id]
+        for index in (flight.source, flight.target):
+            one = self._engines[index]
+            one.moves -= 1
+            one.ended_s = max(one.ended_s, self._front.now_s)
         self.log.append(
             Move(
                 moment_s,
@@ -231,6 +290,8 @@ class Mover:
                 downtime_s,
             )
         )
+        if outcome != "called off":
+            self._drain(flight.source, self._front.now_s)
 
 
 def play_migrating(
@@ -244,7 +305,6 @@ def play_migrating(
     front = Front(loops, router)
     mover = Mover(front, policy, copy_s)
     for request in requests:
-        mover.wake(request.arrival_s)
         front.send(request)
     front.advance(float("inf"))
     return [one.result() for one in front.instances], mover.log

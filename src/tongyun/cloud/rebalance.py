@@ -15,9 +15,8 @@ from typing import Protocol
 
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import DecodeCosts, SimulatedExecutor
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 
 
@@ -100,12 +99,12 @@ class Rebalancing:
     """Pools whose experts change during a run; `log` says when and how."""
 
     def __init__(
-        self, fleet: Front | Relay, pools: Sequence[Placed], *, drift_s: float | None, window_s: float | None
+        self, fleet: Fronts, pools: Sequence[Placed], *, drift_s: float | None, window_s: float | None
     ) -> None:
         self.log: list[Rebalanced] = []
         self._fleet, self._pools = fleet, tuple(pools)
         self._counted = [0] * len(self._pools)
-        self._closing = False
+        self._closing, self._places = False, window_s is not None
         for every_s, action in ((drift_s, self._drift), (window_s, self._place)):
             if every_s is not None:
                 self._again(every_s, 1, action)
@@ -119,6 +118,11 @@ class Rebalancing:
         self._closing = True
         self._fleet.advance(float("inf"))
         return tuple(self._fleet.records(names))
+
+    @property
+    def placements(self) -> tuple[Rebalanced, ...] | None:
+        """Times that experts went elsewhere; None where they are never placed anew."""
+        return tuple(self.log) if self._places else None
 
     def _again(self, every_s: float, number: int, action: Callable[[float], None]) -> None:
         self._fleet.at(number * every_s, partial(self._act, every_s, number, action))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from heapq import heappop, heappush
 
+from tongyun.cloud.agenda import Agenda
 from tongyun.cloud.engine.loop import Engine, Turn
 from tongyun.cloud.front import Front, handed
 from tongyun.cloud.instance import Simulated, Torn
@@ -37,14 +38,13 @@ class Relay:
         self._whole: dict[str, Request] = {}
         # A heap of what is under way between the pools; the number keeps the order of equal moments.
         self._under_way: list[tuple[float, int, Request]] = []
-        # What is to happen to both pools, in order; likewise.
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
+        # What is to happen to both pools.
+        self._agenda = Agenda()
 
     def at(self, moment_s: float, action: Callable[[], None]) -> None:
         """Have something happen when both pools have come to `moment_s` (see `Front.at`)."""
-        self._serial += 1
-        heappush(self._events, (moment_s, self._serial, action))
+        self._agenda.put(moment_s, action)
 
     @property
     def fronts(self) -> tuple[Front, ...]:
@@ -57,7 +57,7 @@ class Relay:
 
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival."""
-        if self._events:
+        if self._agenda:
             self.advance(request.arrival_s)
         self._whole[request.id] = request = replace(request, keys={})
         self.first.send(prefill_part(request))
@@ -65,11 +65,7 @@ class Relay:
 
     def advance(self, until_s: float) -> None:
         """Both pools to `until_s`, by way of all that happens until then."""
-        while self._events and self._events[0][0] <= until_s:
-            moment_s, _, action = heappop(self._events)
-            self._all_to(moment_s)
-            action()
-        self._all_to(until_s)
+        self._agenda.advance(until_s, self._all_to)
 
     def _all_to(self, until_s: float) -> None:
         self.first.advance(until_s)
@@ -81,7 +77,7 @@ class Relay:
         self._whole[request.id] = request = replace(request, keys={})
         self.first.again(prefill_part(request))
 
-    def tear(self, pool: Front, index: int) -> list[Torn]:
+    def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed, with what it was handing over."""
         torn = pool.tear(index)
         if pool is self.second:
@@ -119,21 +115,32 @@ class Relay:
         """Of these requests in their order, those that ended: one record for both pools."""
         return list(joined(names, *self.results()))
 
-    def abort(self, request_id: str) -> None:
-        """End a request wherever it is."""
+    def abort(self, request_id: str) -> bool:
+        """End a request wherever it is; false if it is not in flight."""
         self._whole.pop(request_id, None)
-        fronts = (self.first, self.second)
-        if not any(one.abort(request_id) for front in fronts for one in front.instances):
-            self._under_way = sorted(entry for entry in self._under_way if entry[2].id != request_id)
+        if self.first.abort(request_id) or self.second.abort(request_id):
+            return True
+        left = sorted(entry for entry in self._under_way if entry[2].id != request_id)
+        gone, self._under_way = len(left) < len(self._under_way), left
+        return gone
 
     def results(self) -> tuple[list[Simulated], list[Simulated]]:
         """What happened in each pool."""
         first, second = ([one.result() for one in front.instances] for front in (self.first, self.second))
         return first, second
 
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that the first pool has needs the second."""
+        request = self._whole.get(request_id)
+        return request is not None and request.output_tokens > 1
+
     def next_s(self) -> float | None:
-        """When the next request reaches the second pool; None where none is under way."""
-        return self._under_way[0][0] if self._under_way else None
+        """When the next request reaches the second pool or something else happens; None if neither is due."""
+        moments = [entry[0] for entry in self._under_way[:1]]
+        moments += [
+            one for one in (self._agenda.next_s, self.first.next_s(), self.second.next_s()) if one is not None
+        ]
+        return min(moments, default=None)
 
     def _hand_over(self, record: RequestRecord) -> None:
         request = self._whole.pop(record.id, None)

@@ -62,6 +62,11 @@ class Replica:
         return sum(len(one.in_flight) for one in self.instances)
 
     @property
+    def moves(self) -> int:
+        """Requests on their way to or from one of its engines."""
+        return sum(one.moves for one in self.instances)
+
+    @property
     def free_s(self) -> float:
         """When its engines have ended the step they are in."""
         return max(one.loop.clock.now() for one in self.instances)
@@ -70,6 +75,8 @@ class Replica:
         """Become something else; only one that is up is given requests."""
         self.state = state
         self.log.append((moment_s, state))
+        for one in self.instances:
+            one.failed = state is State.DOWN
         if state is not State.UP:
             self._close()
             return

@@ -7,13 +7,12 @@ Its waiting counts from its first arrival. Knows no reason for a failure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.instance import Torn
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay
 from tongyun.cloud.replica import Replica
 from tongyun.cloud.sched.request import Finish, Request
 
@@ -36,7 +35,7 @@ class Retries:
     """Requests torn from engines of one fleet, each sent again at most `most` times."""
 
     def __init__(
-        self, fleet: Front | Relay, most: int, *, told: Callable[[RequestRecord], None] | None = None
+        self, fleet: Fronts, most: int, *, told: Callable[[RequestRecord], None] | None = None
     ) -> None:
         """`told` hears of every request that is lost, when it is."""
         self._fleet, self._most, self._told = fleet, most, told
@@ -52,22 +51,30 @@ class Retries:
 
     def tear(self, replica: Replica, engine: int, moment_s: float) -> None:
         """One of its engines has lost what it had: each request is sent again, or lost."""
-        fleet = self._fleet
-        for one in fleet.tear(replica.pool, engine) if isinstance(fleet, Relay) else fleet.tear(engine):
+        self.judge(self._fleet.lose(replica.pool, engine), replica.name, moment_s)
+
+    def judge(self, torn: Iterable[Torn], name: str, moment_s: float) -> None:
+        """Send each of these again, which a replica of that name has lost, or lose it."""
+        for one in torn:
             story = self._note(one)
             if story.tries < self._most:
                 story.tries += 1
                 self.retries += 1
-                fleet.again(one.request)
+                self._fleet.again(one.request)
             else:
                 why = f" after {story.tries} retries" if story.tries else ""
-                self._lose(one.request, story, moment_s, f"{replica.name} failed{why}")
+                self._lose(one.request, story, moment_s, f"{name} failed{why}")
 
     def give_up(self, moment_s: float) -> None:
         """What is held now is lost: no engine will be up any more."""
         for one in self._fleet.give_up():
             ended_s = max(moment_s, one.request.arrival_s)
             self._lose(one.request, self._note(one), ended_s, "no instance came up again")
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what requests felt that are not among these."""
+        self._stories = {name: story for name, story in self._stories.items() if name in but}
+        self.lost = {name: record for name, record in self.lost.items() if name in but}
 
     def whole(self, records: Iterable[RequestRecord]) -> list[RequestRecord]:
         """Records of how requests ended, with what they felt before they were torn."""

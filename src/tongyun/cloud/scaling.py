@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from tongyun.cloud.cold_start import ColdStarts
-from tongyun.cloud.front import Front
-from tongyun.cloud.relay import Relay
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.sched.autoscale import Autoscaler, Seen
 
@@ -21,7 +20,7 @@ class Scaling:
 
     def __init__(
         self,
-        fleet: Front | Relay,
+        fleet: Fronts,
         replicas: Sequence[Replica],
         policy: Autoscaler,
         starts: ColdStarts,
@@ -82,8 +81,8 @@ class Scaling:
                 self._off(replica, now_s)
 
     def _off(self, replica: Replica, now_s: float) -> None:
-        """Off since its last request ended, if all have; what was cached is gone."""
-        if replica.in_flight or replica.free_s > now_s:
+        """Off since its last request ended or had moved away, if all have; what was cached is gone."""
+        if replica.in_flight or replica.moves or replica.free_s > now_s:
             return
         closed_s = max(replica.log[-1][0], *(one.ended_s for one in replica.instances))
         for index in replica.engines:

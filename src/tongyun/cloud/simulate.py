@@ -12,10 +12,10 @@ from dataclasses import replace
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import Engine, EngineLoop
 from tongyun.cloud.engine.protocol import Executor, Tape
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Instance, Simulated
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay, joined
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
@@ -45,12 +45,20 @@ def simulate(
     return run.result()
 
 
+def play(requests: Iterable[Request], fleet: Fronts) -> list[RequestRecord]:
+    """Every request of a load to its end; the records of all."""
+    names = []
+    for request in requests:
+        names.append(request.id)
+        fleet.send(request)
+    fleet.advance(float("inf"))
+    return fleet.records(names)
+
+
 def play_fleet(requests: Iterable[Request], loops: Iterable[Engine], router: Router) -> list[Simulated]:
     """Every request through the engine that `router` gives it to; one result per engine."""
     front = Front(loops, router)
-    for request in requests:
-        front.send(request)
-    front.advance(float("inf"))
+    play(requests, front)
     return [one.result() for one in front.instances]
 
 
@@ -64,13 +72,9 @@ def play_pools(
 
     Returns a record for each request in order of arrival, and what happened in each pool.
     """
-    relay, names = Relay(pools, routers, hand_over_s), []
-    for request in requests:
-        names.append(request.id)
-        relay.send(request)
-    relay.advance(float("inf"))
-    first, second = relay.results()
-    return joined(names, first, second), (first, second)
+    relay = Relay(pools, routers, hand_over_s)
+    records = play(requests, relay)
+    return tuple(records), relay.results()
 
 
 def _play_open(run: Instance, requests: Iterator[Request]) -> None:

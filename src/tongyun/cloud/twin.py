@@ -1,7 +1,7 @@
 """Answer requests at the pace of a simulated fleet: virtual time that keeps step with the wall's.
 
-The engines, their router and their prices are those of a simulation; only arrivals are
-real. A step is simulated a little after it begins and what it yields is told when it ends,
+The engines, their routers, their prices and all that changes them are those of a simulation; only
+arrivals are real. A step is simulated a little after it begins and what it yields is told when it ends,
 so that neither this process's own work nor a late wake-up adds to the fleet's time: given
 the moments of arrival, the twin does what the simulation of them does. Knows no HTTP,
 text or price.
@@ -11,41 +11,58 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from heapq import heappop, heappush
 from threading import Condition, Lock, Thread
+from typing import Protocol
 
 from tongyun.cloud.engine.live import Sink
-from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.loop import Turn
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
+from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.relay import Relay, decode_part, prefill_part
 from tongyun.cloud.sched.request import Finish, Request
-from tongyun.cloud.sched.router import Router
 from tongyun.errors import ServiceError
 
 LATE_S, SAID_EACH_S = 0.02, 10.0
 """Behind its fleet by more than this, the twin says so in its log, this often at most."""
 KEPT = 64
 """Records of ended requests that an engine may have: nobody asks for them here."""
+LOOKS_S = 3600.0
+"""The longest that the twin sleeps: a failure may be due in more years than a lock can wait."""
 
 _log = logging.getLogger(__name__)
 
 
+Watch = Callable[[Turn], None]
+Lost = Callable[[RequestRecord], None]
+
+
+class Paced(Protocol):
+    """What a twin keeps pace with: engines behind their routers, and who changes them."""
+
+    @property
+    def front(self) -> Fronts: ...
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
+
+
 class Twin:
-    """A gateway's `Engine`: one pool, or one that prefills and one that decodes, behind routers."""
+    """A gateway's `Engine`: a simulated fleet in wall time."""
 
     def __init__(
         self,
-        pools: Sequence[tuple[Iterable[EngineLoop], Router]],
-        hand_over_s: Callable[[int], float],
+        start: Callable[[tuple[Watch, Watch], Lost], Paced],
         sink: Sink,
         *,
         grace_s: float = 0.0,
         client_s: float = 0.0,
     ) -> None:
-        """`hand_over_s`: seconds from a prompt's end to its keys' and values' arrival, by its tokens.
+        """`start` puts the fleet together, whose engines tell every step to the watch of the first pool or of
+        the second, and who is lost to the third.
 
         A step waits `grace_s` before it is simulated, for requests that had arrived when it
         began and are still being read. `client_s` is what a client and HTTP take for a first
@@ -59,9 +76,8 @@ class Twin:
         self._grace_s = grace_s + self._way_s
         # Held by whoever moves the engines or looks at them.
         self._moving = Lock()
-        self._fleet = self._put_together(pools, hand_over_s)
-        # Of requests whose first token is not their last, and comes from another pool than the rest.
-        self._going_on: set[str] = set()
+        self._paced = start((self._first, self._decoded), self._lost)
+        self._fleet = self._paced.front
         self._coming: list[tuple[float, int, Request]] = []
         self._done_s = 0.0
         """Every step that begins before is simulated."""
@@ -76,25 +92,6 @@ class Twin:
         self._failure: BaseException | None = None
         self._thread = Thread(target=self._run, name="tongyun-twin", daemon=True)
         self._thread.start()
-
-    def _put_together(
-        self, pools: Sequence[tuple[Iterable[EngineLoop], Router]], hand_over_s: Callable[[int], float]
-    ) -> Front | Relay:
-        if len(pools) == 1:
-            ((loops, router),) = pools
-            return Front(loops, router, watch=self._decoded)
-        (first, last), (router, rest) = zip(*pools, strict=True)
-        return Relay(
-            (first, last),
-            (router, rest),
-            lambda request: hand_over_s(len(request.prompt)),
-            watches=(self._prefilled, self._decoded),
-        )
-
-    @property
-    def _fronts(self) -> tuple[Front, ...]:
-        fleet = self._fleet
-        return (fleet,) if isinstance(fleet, Front) else (fleet.first, fleet.second)
 
     def now(self) -> float:
         """Seconds since the start, the engines' and the wall's."""
@@ -127,7 +124,7 @@ class Twin:
     def stats(self) -> EngineStats:
         """Of all engines together; what the step in progress will have done counts as done."""
         with self._moving:
-            return summed([one.loop.stats() for front in self._fronts for one in front.instances])
+            return summed([one.loop.stats() for front in self._fleet.fronts for one in front.instances])
 
     @property
     def failure(self) -> BaseException | None:
@@ -181,12 +178,14 @@ class Twin:
         """Until something is to be told or simulated; None where nothing is under way."""
         moments = [self._due[0][0]] if self._due else []
         begins = [self._coming[0][0]] if self._coming else []
-        if isinstance(self._fleet, Relay) and (next_s := self._fleet.next_s()) is not None:
+        if (next_s := self._fleet.next_s()) is not None:
             begins.append(next_s)
-        begins += [one.loop.clock.now() for front in self._fronts for one in front.instances if one.in_flight]
+        begins += [
+            one.loop.clock.now() for front in self._fleet.fronts for one in front.instances if one.in_flight
+        ]
         if begins:
             moments.append(min(begins) + self._grace_s)
-        return max(0.0, min(moments) - self.now()) if moments else None
+        return min(max(0.0, min(moments) - self.now()), LOOKS_S) if moments else None
 
     def _tell(self, now_s: float) -> None:
         """Hand the sink what has come to pass."""
@@ -209,27 +208,35 @@ class Twin:
     def _simulate(self, until_s: float) -> None:
         """Every arrival up to that moment, and every step that begins before it."""
         while self._coming and self._coming[0][0] <= until_s:
-            request = heappop(self._coming)[2]
-            if request.output_tokens > 1:
-                self._going_on.add(request.id)
-            self._fleet.send(request)
+            self._fleet.send(heappop(self._coming)[2])
         self._fleet.advance(until_s)
         self._done_s = until_s
-        for front in self._fronts:
-            for one in front.instances:
-                if len(one.records) > 2 * len(one.in_flight) + KEPT:
-                    one.forget()
+        most = 2 * len(self._in_flight) + KEPT
+        if any(len(one.records) > most for front in self._fleet.fronts for one in front.instances):
+            with self._changed:
+                left = frozenset(self._in_flight)
+            self._paced.forget(left)
+
+    def _first(self, done: Turn) -> None:
+        if isinstance(self._fleet, Relay):
+            self._prefilled(done, self._fleet)
+        else:
+            self._decoded(done)
 
     def _decoded(self, done: Turn) -> None:
         self._push(done.moment_s, done.events())
 
-    def _prefilled(self, done: Turn) -> None:
+    def _prefilled(self, done: Turn, relay: Relay) -> None:
         """A step of the first pool: what ends there goes on in the second, unless one token was all."""
-        going_on = self._going_on
         self._push(
             done.moment_s,
-            [e._replace(finish=None) if e.request_id in going_on else e for e in done.events()],
+            [e._replace(finish=None) if relay.goes_on(e.request_id) else e for e in done.events()],
         )
+
+    def _lost(self, record: RequestRecord) -> None:
+        """A request has no engine any more, and gets none."""
+        end = TokenEvent(record.id, None, record.ended_s, Finish.ERROR, error=record.error)
+        self._push(record.ended_s, [end])
 
     def _push(self, moment_s: float, events: list[TokenEvent]) -> None:
         self._serial += 1
@@ -238,10 +245,7 @@ class Twin:
     def _abort(self, request_id: str) -> None:
         """A step that has begun still takes its time; what it yields for the request is nobody's."""
         self._coming = sorted(entry for entry in self._coming if entry[2].id != request_id)
-        if isinstance(self._fleet, Relay):
-            self._fleet.abort(request_id)
-        else:
-            any(one.abort(request_id) for one in self._fleet.instances)
+        self._fleet.abort(request_id)
         self._report([TokenEvent(request_id, None, self.now(), Finish.ABORT)])
 
     def _end_all(self, finish: Finish, error: str | None) -> None:
@@ -254,7 +258,6 @@ class Twin:
             events = [event for event in events if event.request_id in self._in_flight]
             ended = {event.request_id for event in events if event.finish is not None}
             self._in_flight -= ended
-        self._going_on -= ended
         if not events:
             return
         try:
@@ -265,9 +268,7 @@ class Twin:
 
     def _check(self, request: Request) -> None:
         """RequestError where a pool could never run its part; reads limits only, so any thread may ask."""
-        if len(self._fronts) == 1:
-            self._fronts[0].instances[0].loop.check(request)
-            return
-        self._fronts[0].instances[0].loop.check(prefill_part(request))
-        if request.output_tokens > 1:
-            self._fronts[1].instances[0].loop.check(decode_part(request, 0.0))
+        first, *rest = (front.instances[0].loop for front in self._fleet.fronts)
+        first.check(prefill_part(request) if rest else request)
+        if rest and request.output_tokens > 1:
+            rest[0].check(decode_part(request, 0.0))

@@ -7,33 +7,28 @@ flags. All that comes out is simulated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
-from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
-from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
-from tongyun.cloud.migration import Moves, play_migrating
+from tongyun.cloud.latency import Group, LatencyReport, Slo, grouped, summarise
+from tongyun.cloud.migration import Moves
 from tongyun.cloud.rebalance import Rebalanced
 from tongyun.cloud.record import Recorder, Recording
-from tongyun.cloud.relay import Relay
-from tongyun.cloud.sched.request import Request
-from tongyun.cloud.sched.router import LeastLoad, Router
+from tongyun.cloud.sched.router import Router
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
-from tongyun.cloud.simulate import play_fleet, play_pools
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.answer import Plan
-from tongyun.codesign.classes import migration_policy, own_limits, priorities
+from tongyun.codesign.at_work import put_to_work
+from tongyun.codesign.classes import own_limits, priorities
 from tongyun.codesign.experts import ExpertLoads
 from tongyun.codesign.fit import check_fit
 from tongyun.codesign.pools import hand_over_link
-from tongyun.codesign.rebalance import rebalancing
 from tongyun.codesign.replicas import Engines, Pool
 from tongyun.codesign.space import Question
 from tongyun.codesign.speculate import draft_bytes
@@ -107,16 +102,6 @@ class Played:
         """Share of the prompt tokens that came back from each memory behind the cache."""
         tokens = zip(*(one.tier_hit_tokens for one in self.engines), strict=True)
         return tuple(sum(each) / max(self.report.prompt_tokens, 1) for each in tokens)
-
-
-class _Served(NamedTuple):
-    """A record of every request, what each engine of each pool did, and who came, went and moved."""
-
-    records: tuple[RequestRecord, ...]
-    results: Sequence[Sequence[Simulated]]
-    kept: Kept | None = None
-    moves: Moves | None = None
-    rebalanced: tuple[Rebalanced, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,8 +274,10 @@ class Fleet:
             seed=seed,
             priorities=priorities(self.classes, arrivals),
         )
-        served = self._served(load, pools, router, chip, seed)
-        records, results, kept = served.records, served.results, served.kept
+        work = put_to_work(self, pools, router, chip, seed=seed)
+        records = work.play(load)
+        results = work.results()
+        kept = None if work.running is None else work.running.kept(records)
         report = summarise(records, limits)
         chips, joules = self._spent(pools, results, kept, chip, report.duration_s)
         price = question.price
@@ -311,53 +298,10 @@ class Fleet:
             ),
             classes=grouped(records, lambda record: record.priority_class, limits),
             models=grouped(records, lambda record: record.model, limits),
-            moves=served.moves,
-            rebalanced=served.rebalanced,
+            moves=work.moves(self._token_bytes(self.pools[0]) * self.pools[0].plan.shard.tp),
+            rebalanced=None if work.changing is None else work.changing.placements,
             recording=None if recorder is None else recorder.recording(records),
         )
-
-    def _served(
-        self, load: Iterable[Request], pools: Sequence[Engines], router: Router, chip: Chip, seed: int
-    ) -> _Served:
-        if self.upkeep is not None:
-            fleet = self._put_together(pools, router, chip)
-            running = self.upkeep.attach(fleet, self.sites(), chip, seed=seed)
-            records = tuple(running.play(load))
-            each = [[one.result() for one in front.instances] for front in fleet.fronts]
-            return _Served(records, each, kept=running.kept(records))
-        if self.experts is not None and self.experts.spec.during:
-            fleet = self._put_together(pools, router, chip)
-            changing = rebalancing(self.experts, fleet, pools, chip, self.question, seed)
-            records = changing.play(load)
-            each = [[one.result() for one in front.instances] for front in fleet.fronts]
-            log = None if self.experts.spec.window_s is None else tuple(changing.log)
-            return _Served(records, each, rebalanced=log)
-        if len(pools) == 2:
-            prefill, decode = pools
-            hand_over_s = self.hand_over(chip)
-            return _Served(
-                *play_pools(
-                    load,
-                    (prefill.loops, decode.loops),
-                    (router, LeastLoad()),
-                    lambda request: hand_over_s(len(request.prompt)),
-                )
-            )
-        moves = None
-        if self.migration is None:
-            played = play_fleet(load, pools[0].loops, router)
-        else:
-            played, moves = self._migrating(load, pools[0], router, chip)
-        return _Served(tuple(record for one in played for record in one.records), [played], moves=moves)
-
-    def _migrating(
-        self, load: Iterable[Request], pool: Engines, router: Router, chip: Chip
-    ) -> tuple[list[Simulated], Moves]:
-        """One pool, and the requests that moved in it."""
-        assert self.migration is not None
-        policy = migration_policy(self.migration, self.classes)
-        results, log = play_migrating(load, pool.loops, router, policy, self.hand_over(chip))
-        return results, Moves.of(log, self._token_bytes(pool.pool) * pool.pool.plan.shard.tp)
 
     def _spent(
         self,
@@ -377,14 +321,3 @@ class Fleet:
         chips = self.idle_chips + kept.held_chip_s / duration_s
         resting_s = chips * duration_s - sum(busy_s for _, busy_s in busy)
         return chips, sum(joules for joules, _ in busy) + chip.idle_w * max(resting_s, 0.0)
-
-    def _put_together(self, pools: Sequence[Engines], router: Router, chip: Chip) -> Front | Relay:
-        if len(pools) == 1:
-            return Front(pools[0].loops, router)
-        prefill, decode = pools
-        hand_over_s = self.hand_over(chip)
-        return Relay(
-            (prefill.loops, decode.loops),
-            (router, LeastLoad()),
-            lambda request: hand_over_s(len(request.prompt)),
-        )

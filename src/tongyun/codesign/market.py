@@ -16,12 +16,15 @@ from tongyun.cloud.engine.protocol import Switched, total
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.schedule import Schedule
+from tongyun.cloud.several import Several
+from tongyun.cloud.simulate import play
 from tongyun.cloud.workload import Arrival, requests
 from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.replicas import Pool
 from tongyun.codesign.runs import Ended, Run, dedicated, shared
 from tongyun.codesign.sharing import Sharing
 from tongyun.codesign.space import Question
+from tongyun.codesign.upkeep import Kept, Upkeep
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import InputError, unknown
 from tongyun.specs import Chip, SharingSpec
@@ -84,6 +87,8 @@ class MarketPlayed:
     whole: Played
     models: Mapping[str, OfModel]
     chips: int
+    kept: Kept | None = None
+    """Where replicas come and go: what that did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +99,8 @@ class Market:
     parts: tuple[Part, ...]
     sharing: SharingSpec = field(default_factory=SharingSpec)
     prefix_caching: bool = True
+    upkeep: Upkeep | None = None
+    """Failures and autoscaling."""
 
     def __post_init__(self) -> None:
         named = [name for part in self.parts for name in part.models]
@@ -150,38 +157,57 @@ class Market:
         """
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
-        runs = [run for part in self.parts for run in self._runs(part, router, chip)]
+        runs = self._runs(router, chip)
         if schedule is not None:
             for run in runs:
                 run.tell(schedule)
-        of = {name: run for run in runs for name in run.models}
+        several = Several({name: run.front for run in runs for name in run.models})
         # One range of tokens for all, so that a request does not depend on the others' models.
         vocabulary = min(one.question.model.vocab for one in self.models.values())
-        for request in requests(self.named(arrivals, seed=seed), vocabulary=vocabulary, seed=seed):
-            of[request.model or ""].send(request)
-        for run in runs:
-            run.finish()
-        return self._summed(runs)
+        load = requests(self.named(arrivals, seed=seed), vocabulary=vocabulary, seed=seed)
+        if self.upkeep is None:
+            return self._summed(runs, play(load, several), None, chip)
+        sites = [site for run in runs for site in run.sites]
+        running = self.upkeep.attach(several, sites, chip, seed=seed)
+        records = running.play(load)
+        return self._summed(runs, records, running.kept(records), chip)
 
     def fleet(self, name: str, pools: tuple[Pool, ...]) -> Fleet:
         """The pools as if they were one model's."""
         question = replace(self.models[name].question, chips=sum(pool.chips for pool in pools))
         return Fleet(question=question, pools=pools, prefix_caching=self.prefix_caching)
 
-    def _runs(self, part: Part, router: Callable[[], Router], chip: Chip) -> list[Run]:
+    def _runs(self, router: Callable[[], Router], chip: Chip) -> list[Run]:
+        """Of all parts in their order; shared pools are called that, with a number if there are several."""
+        sharing = [part for part in self.parts if part.shared]
+        runs: list[Run] = []
+        for part in self.parts:
+            number = f"-{sharing.index(part) + 1}" if part.shared and len(sharing) > 1 else ""
+            runs += self._runs_of(part, f"shared{number}", router, chip)
+        return runs
+
+    def _runs_of(self, part: Part, label: str, router: Callable[[], Router], chip: Chip) -> list[Run]:
         fleets = {name: self.fleet(name, part.pools) for name in part.models}
         if not part.shared:
             return [dedicated(name, fleet, router, chip) for name, fleet in fleets.items()]
         slos = {name: self.models[name].slo for name in part.models}
-        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip))]
+        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip), label)]
 
-    def _summed(self, runs: Sequence[Run]) -> MarketPlayed:
-        ended = [run.ended() for run in runs]
-        records, slo = [record for one in ended for record in one.records], self.slo
+    def _summed(
+        self, runs: Sequence[Run], records: Sequence[RequestRecord], kept: Kept | None, chip: Chip
+    ) -> MarketPlayed:
+        of = {name: run for run in runs for name in run.models}
+        by_run: dict[Run, list[RequestRecord]] = {run: [] for run in runs}
+        for record in records:
+            by_run[of[record.model or ""]].append(record)
+        ended = [run.ended(each, kept, chip) for run, each in by_run.items()]
+        slo = self.slo
         report = summarise(records, slo)
         groups = grouped(records, lambda record: record.model, slo)
         price = next(iter(self.models.values())).question.price
         chip_usd = None if price is None else price.chip_hour.value * report.duration_s / HOUR_S
+        chips = sum(one.chips(report.duration_s) for one in ended)
+        upkeep = frozenset() if self.upkeep is None else self.upkeep.sources(chip)
         models: dict[str, OfModel] = {}
         for one in ended:
             models |= of_models(one, groups, report.duration_s, chip_usd)
@@ -192,12 +218,13 @@ class Market:
                 joules=sum(one.joules for one in models.values()),
                 usd_per_mtoken=None
                 if price is None or not report.output_tokens
-                else float(usd_per_mtoken(report.output_tokens_per_s, self.chips, price.chip_hour.value)),
-                sources=frozenset().union(*(run.sources for run in runs)),
+                else float(usd_per_mtoken(report.output_tokens_per_s, chips, price.chip_hour.value)),
+                sources=frozenset().union(upkeep, *(run.sources for run in runs)),
                 classes=grouped(records, lambda record: record.priority_class, slo),
             ),
             models={name: models[name] for name in self.models},
             chips=self.chips,
+            kept=kept,
         )
 
 
@@ -205,7 +232,7 @@ def of_models(
     ended: Ended, groups: Mapping[str, Group], duration_s: float, chip_usd: float | None
 ) -> dict[str, OfModel]:
     """What the models of one run felt and cost; shared chips are told by tokens computed."""
-    run, joules = ended.run, ended.joules(duration_s)
+    run, joules, chips = ended.run, ended.joules(duration_s), ended.chips(duration_s)
     whole = sum(groups[name].share for name in run.models if name in groups)
     found = {}
     for name in run.models:
@@ -216,11 +243,11 @@ def of_models(
         found[name] = OfModel(
             report=None if group is None else group.report,
             shared=run.shared,
-            chips=share * run.chips,
+            chips=share * chips,
             joules=share * joules,
             usd_per_mtoken=None
             if chip_usd is None or not tokens
-            else chip_usd * share * run.chips / tokens * 1e6,
+            else chip_usd * share * chips / tokens * 1e6,
             switched=total(one.switched[name] for one in ended.stats if name in one.switched),
         )
     return found

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.loop import Engine
 from tongyun.cloud.engine.protocol import EngineStats
@@ -12,36 +12,39 @@ from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay, joined
+from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.affinity import ByModel
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.schedule import Schedule
 from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.sharing import Sharing
+from tongyun.codesign.upkeep import Kept, Site
 from tongyun.specs import Chip
 from tongyun.units import Source
 
-Joules = Callable[[Sequence[Sequence[Simulated]], float], float]
+Results = Sequence[Sequence[Simulated]]
+Joules = Callable[[Results, float], float]
 """Of chips, given what happened in each of their pools and the time of the whole run."""
+Busy = Callable[[Results], tuple[float, float]]
+"""Joules and chip-seconds of steps alone."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Run:
-    """Requests in, as they arrive; what came of them, when it is finished."""
+    """Pools at work, and what to know of them beside their requests."""
 
-    def __init__(
-        self,
-        models: tuple[str, ...],
-        chips: int,
-        front: Front | Relay,
-        joules: Joules,
-        sources: frozenset[Source],
-        *,
-        shared: bool = False,
-    ) -> None:
-        self.models, self.chips, self.front, self.sources, self.shared = models, chips, front, sources, shared
-        self.joules = joules
-        self._sent: list[str] = []
+    models: tuple[str, ...]
+    front: Front | Relay
+    sites: tuple[Site, ...]
+    joules: Joules
+    busy: Busy
+    sources: frozenset[Source]
+    shared: bool = False
+
+    @property
+    def chips(self) -> int:
+        return sum(site.replicas * site.ranks for site in self.sites)
 
     def tell(self, schedule: Schedule) -> None:
         """Let a schedule know what the engines do."""
@@ -56,20 +59,11 @@ class Run:
                 if isinstance(loop, SharedLoop):
                     loop.told = tape.changed
 
-    def send(self, request: Request) -> None:
-        """Give a request, in order of arrival."""
-        self._sent.append(request.id)
-        self.front.send(request)
-
-    def finish(self) -> None:
-        self.front.advance(float("inf"))
-
-    def ended(self) -> Ended:
-        if isinstance(self.front, Relay):
-            first, second = self.front.results()
-            return Ended(self, joined(self._sent, first, second), (first, second))
-        results = [one.result() for one in self.front.instances]
-        return Ended(self, tuple(record for one in results for record in one.records), (results,))
+    def ended(self, records: Sequence[RequestRecord], kept: Kept | None, chip: Chip) -> Ended:
+        """What came of it, with a record for each request; where replicas come and go, `kept` says how."""
+        results = tuple([one.result() for one in front.instances] for front in self.front.fronts)
+        held = None if kept is None else sum(kept.held[site.role] for site in self.sites)
+        return Ended(self, tuple(records), results, held, chip.idle_w)
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,23 @@ class Ended:
     run: Run
     records: tuple[RequestRecord, ...]
     results: tuple[Sequence[Simulated], ...]
+    held_chip_s: float | None
+    """Chips paid for, over the time; None where all are, always."""
+    idle_w: float
 
     @property
     def stats(self) -> tuple[EngineStats, ...]:
         return tuple(one.stats for result in self.results for one in result)
 
+    def chips(self, duration_s: float) -> float:
+        """Paid for, the mean."""
+        return self.run.chips if self.held_chip_s is None else self.held_chip_s / duration_s
+
     def joules(self, duration_s: float) -> float:
-        return self.run.joules(self.results, duration_s)
+        if self.held_chip_s is None:
+            return self.run.joules(self.results, duration_s)
+        joules, busy_s = self.run.busy(self.results)
+        return joules + self.idle_w * max(self.held_chip_s - busy_s, 0.0)
 
 
 def dedicated(name: str, fleet: Fleet, router: Callable[[], Router], chip: Chip) -> Run:
@@ -96,47 +100,46 @@ def dedicated(name: str, fleet: Fleet, router: Callable[[], Router], chip: Chip)
     def handed_s(request: Request) -> float:
         return 0.0 if hand_over_s is None else hand_over_s(len(request.prompt))
 
-    def joules(results: Sequence[Sequence[Simulated]], duration_s: float) -> float:
+    def joules(results: Results, duration_s: float) -> float:
         return sum(
             one.joules(chip, [each.stats.busy_s for each in result], duration_s)
             for one, result in zip(engines, results, strict=True)
         )
 
     return Run(
-        (name,),
-        fleet.question.chips,
-        _front(
-            [one.loops for one in engines],
-            (router(), LeastLoad()),
-            handed_s,
-        ),
-        joules,
-        frozenset().union(*(one.table.sources for one in engines)),
+        models=(name,),
+        front=_front([one.loops for one in engines], (router(), LeastLoad()), handed_s),
+        sites=tuple(replace(site, role=f"{name}/{site.role}") for site in fleet.sites()),
+        joules=joules,
+        busy=lambda results: _both(one.busy(each) for one, each in zip(engines, results, strict=True)),
+        sources=frozenset().union(*(one.table.sources for one in engines)),
     )
 
 
-def shared(sharing: Sharing) -> Run:
-    """Models that take turns on the same pools."""
+def shared(sharing: Sharing, label: str) -> Run:
+    """Models that take turns on the same pools, which go by `label`."""
     tables: dict[object, StepTable] = {}
     engines = [sharing.engines(pool, tables) for pool in sharing.pools]
 
-    def joules(results: Sequence[Sequence[Simulated]], duration_s: float) -> float:
+    def joules(results: Results, duration_s: float) -> float:
         return sum(
             one.joules(sharing.chip, result, duration_s) for one, result in zip(engines, results, strict=True)
         )
 
     return Run(
-        tuple(sharing.fleets),
-        sum(pool.chips for pool in sharing.pools),
-        _front(
-            [one.loops for one in engines],
-            (ByModel(), ByModel()),
-            sharing.hand_over(),
-        ),
-        joules,
-        frozenset().union(sharing.sources(), *(table.sources for table in tables.values())),
+        models=tuple(sharing.fleets),
+        front=_front([one.loops for one in engines], (ByModel(), ByModel()), sharing.hand_over()),
+        sites=tuple(sharing.site(one, label) for one in engines),
+        joules=joules,
+        busy=lambda results: _both(one.busy(each) for one, each in zip(engines, results, strict=True)),
+        sources=frozenset().union(sharing.sources(), *(table.sources for table in tables.values())),
         shared=True,
     )
+
+
+def _both(parts: Iterable[tuple[float, float]]) -> tuple[float, float]:
+    joules, seconds = zip(*parts, strict=True)
+    return sum(joules), sum(seconds)
 
 
 def _front(

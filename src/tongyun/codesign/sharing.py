@@ -23,6 +23,7 @@ from tongyun.cloud.sched.turns import Groups, Rounds
 from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.replicas import Pool
 from tongyun.codesign.steady import USABLE_MEMORY, activation_bytes
+from tongyun.codesign.upkeep import Site
 from tongyun.errors import Infeasible, InputError
 from tongyun.model.shard import slice_of
 from tongyun.model.steps import kv_bytes, weight_bytes
@@ -41,6 +42,11 @@ class SharedPool:
     loops: tuple[SharedLoop, ...]
     executors: tuple[LeapingExecutor, ...]
     """Of every model on every replica."""
+
+    def busy(self, results: Sequence[Simulated]) -> tuple[float, float]:
+        """Joules and chip-seconds of the pool's steps."""
+        busy_s = sum(one.stats.busy_s for one in results)
+        return sum(one.joules for one in self.executors), busy_s * self.pool.plan.shard.ranks
 
     def joules(self, chip: Chip, results: Sequence[Simulated], duration_s: float) -> float:
         """Of the pool's chips; those that wait for bytes draw what idle ones do."""
@@ -133,6 +139,20 @@ class Sharing:
             weights=weight_bytes(question.model, plan.shard, question.precision),
             block=fleet.block_tokens * self._token_bytes(fleet, pool),
             working=float(working),
+        )
+
+    def site(self, shared: SharedPool, label: str) -> Site:
+        """A pool as failures and autoscaling see it: a replica starts with weights as it did at first, from a
+        host that has those of every model."""
+        plan = shared.pool.plan
+        models = [(one.question.model, one.question.precision) for one in self.fleets.values()]
+        return Site(
+            role=f"{label}/{shared.pool.role}",
+            replicas=plan.replicas,
+            ranks=plan.shard.ranks,
+            groups=1,
+            rank_bytes=max(loop.begins_bytes for loop in shared.loops),
+            host_bytes=sum(weight_bytes(model, plan.shard, precision) for model, precision in models),
         )
 
     def engines(self, pool: Pool, tables: dict[object, StepTable]) -> SharedPool:

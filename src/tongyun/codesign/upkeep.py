@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from tongyun.cloud.cold_start import ColdStarts, FromHost, FromNeighbour, FromStorage, Way
 from tongyun.cloud.failures import Failures, Outage, Part
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay
+from tongyun.cloud.migration import Mover
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 from tongyun.cloud.scaling import Scaling
@@ -52,6 +52,8 @@ class Kept:
     """Chips there are, over the time."""
     held_chip_s: float
     """Of these, paid for."""
+    held: Mapping[str, float]
+    """The same by pool."""
     down_chip_s: float
     """Of replicas that were down."""
     cold_starts_s: tuple[float, ...]
@@ -70,12 +72,21 @@ class Site:
     """One pool as the layout needs it."""
 
     role: str
+    """Its name: of several models, behind whose it is."""
     replicas: int
     ranks: int
     groups: int
     """Engines of a replica."""
     rank_bytes: float
-    """Weights of a rank."""
+    """Weights that a rank starts with."""
+    host_bytes: float | None = None
+    """And those that its host has to have besides, a rank's share; where models share a pool, all of them."""
+
+    def coming_bytes(self, rule: AutoscaleSpec) -> float:
+        """Of a rank, when a replica starts: on a host that has them, or has none."""
+        if rule.weights == "host" or self.host_bytes is None:
+            return self.rank_bytes
+        return self.host_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +127,18 @@ class Upkeep:
 
     def attach(
         self,
-        fleet: Front | Relay,
+        fleet: Fronts,
         sites: Sequence[Site],
         chip: Chip,
         *,
         seed: int = 0,
+        mover: Mover | None = None,
         told: Callable[[RequestRecord], None] | None = None,
     ) -> Running:
-        """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost."""
+        """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost.
+
+        `mover` moves requests between its engines, if anybody does.
+        """
         self.check(sites, chip)
         spec = self.failures
         rules = {site.role: (key, rule) for key, rule, site in self._rules(sites)}
@@ -131,7 +146,7 @@ class Upkeep:
             fleet, sites, chip.chips_per_node, {role: rule for role, (_, rule) in rules.items()}
         )
         retries = Retries(fleet, 0 if spec is None or spec.on_failure == "lose" else spec.retries, told=told)
-        running = Running(fleet, replicas, retries)
+        running = Running(fleet, replicas, retries, mover)
         for site in sites:
             if site.role in rules:
                 key, rule = rules[site.role]
@@ -206,9 +221,11 @@ class Upkeep:
 class Running:
     """Replicas of one fleet that come and go while it is played."""
 
-    def __init__(self, fleet: Front | Relay, replicas: Sequence[Replica], retries: Retries) -> None:
-        self.fleet, self.replicas, self.retries = fleet, tuple(replicas), retries
-        self.failures = Failures(fleet, retries, over=self.over, changed=self._cancel)
+    def __init__(
+        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, mover: Mover | None = None
+    ) -> None:
+        self.fleet, self.replicas, self.retries, self._mover = fleet, tuple(replicas), retries, mover
+        self.failures = Failures(fleet, retries, over=self.over, changed=self._cancel, struck=self._call_off)
         self._starts: dict[tuple[Way, float], ColdStarts] = {}
         self._closing, self._waited = False, 0
 
@@ -230,10 +247,10 @@ class Running:
         )
         Scaling(
             self.fleet,
-            [replica for replica in self.replicas if replica.name.startswith(f"{site.role}-")],
+            [replica for replica in self.replicas if replica.name.rpartition("-")[0] == site.role],
             Autoscaler(policy),
             starts,
-            rank_bytes=site.rank_bytes,
+            rank_bytes=site.coming_bytes(rule),
             interval_s=rule.interval_s,
             over=self.over,
         )
@@ -263,12 +280,13 @@ class Running:
         begin_s = min(record.arrival_s for record in records)
         end_s = max(record.ended_s for record in records)
 
-        def chip_s(states: frozenset[State] | None) -> float:
-            return sum(
-                one.chips * one.spent_s(states or (HELD if one.scaled else frozenset(State)), begin_s, end_s)
-                for one in self.replicas
-            )
+        def held_chip_s(one: Replica) -> float:
+            return one.chips * one.spent_s(HELD if one.scaled else frozenset(State), begin_s, end_s)
 
+        held = dict.fromkeys((one.name.rpartition("-")[0] for one in self.replicas), 0.0)
+        for one in self.replicas:
+            held[one.name.rpartition("-")[0]] += held_chip_s(one)
+        down = frozenset({State.DOWN})
         log = [
             Change(moment_s=at_s, replica=one.name, state=state)
             for one in self.replicas
@@ -280,14 +298,22 @@ class Running:
             lost=len(self.retries.lost),
             failures=self.failures.count,
             there_chip_s=sum(one.chips for one in self.replicas) * (end_s - begin_s),
-            held_chip_s=chip_s(None),
-            down_chip_s=chip_s(frozenset({State.DOWN})),
+            held_chip_s=sum(map(held_chip_s, self.replicas)),
+            held=held,
+            down_chip_s=sum(one.chips * one.spent_s(down, begin_s, end_s) for one in self.replicas),
             cold_starts_s=tuple(took_s for starts in self._starts.values() for took_s in starts.took_s),
             log=tuple(sorted((one for one in log if one.moment_s <= end_s), key=lambda one: one.moment_s)),
         )
 
     def _serving(self) -> int:
         return sum(one.chips for one in self.replicas if one.state is State.UP)
+
+    def _call_off(self, replicas: Sequence[Replica], now_s: float) -> None:
+        """Moves to and from what has failed; who was under way from there is sent again, or lost."""
+        if self._mover is not None:
+            of = {index: replica.name for replica in replicas for index in replica.engines}
+            for engine, torn in self._mover.strike(of, now_s):
+                self.retries.judge([torn], of[engine], now_s)
 
     def _cancel(self, replica: Replica, now_s: float) -> None:
         for starts in self._starts.values():
@@ -310,7 +336,7 @@ def _layout(sites: Sequence[Site], chips_per_node: int) -> dict[str, tuple[int, 
 
 
 def _replicas(
-    fleet: Front | Relay, sites: Sequence[Site], chips_per_node: int, rules: Mapping[str, AutoscaleSpec]
+    fleet: Fronts, sites: Sequence[Site], chips_per_node: int, rules: Mapping[str, AutoscaleSpec]
 ) -> list[Replica]:
     layout, found = _layout(sites, chips_per_node), []
     for front, site in zip(fleet.fronts, sites, strict=True):

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tongyun.specs.figure import BANDWIDTH, TIME, Figure
 from tongyun.specs.fleet import PoolSpec
-from tongyun.specs.form import Fact, Flag, Section, Sections, Text, Texts, Whole, has
+from tongyun.specs.form import Fact, Flag, OneOrMore, Section, Sections, Text, Texts, Whole, has
+from tongyun.specs.upkeep import AutoscaleSpec, FailureSpec
 
 TURNS = ("tokens", "requests")
 
@@ -80,6 +81,9 @@ class MarketSpec:
     model: tuple[ServedSpec, ...] = has(Sections(ServedSpec))
     pool: tuple[MarketPoolSpec, ...] = has(Sections(MarketPoolSpec))
     sharing: SharingSpec = has(Section(SharingSpec), default=SharingSpec())
+    failures: FailureSpec | None = has(Section(FailureSpec), default=None)
+    """Replicas are called by their pool and number: `shared/mixed-0`, `Qwen/Qwen3-32B/decode-1`."""
+    autoscale: tuple[AutoscaleSpec, ...] = has(OneOrMore(AutoscaleSpec), default=())
 
     def problem(self) -> str | None:
         names = [name for one in self.model for name in one.names]

@@ -9,7 +9,7 @@ take on the host link: both directions at once, behind what a prefetch still bri
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.clock import VirtualClock
@@ -93,8 +93,8 @@ class SharedLoop:
         self._switched = dict.fromkeys(tenants, Switched())
         self._steps_s: dict[tuple[str, int], float] = {}
         names = list(tenants)
-        for name in names[first % len(names) :] + names[: first % len(names)]:
-            self.residence.fetch(name, ())
+        self._begins_with = names[first % len(names) :] + names[: first % len(names)]
+        self._fill()
 
     # ── as any engine ────────────────────────────────────────────────────────────────
 
@@ -148,6 +148,26 @@ class SharedLoop:
         self._left([request_id])
         return events
 
+    def evict(self, request_id: str) -> Sequence[int]:
+        """Take out a request in flight; returns its tokens known here."""
+        known = self._loops[self._whose[request_id]].evict(request_id)
+        self._left([request_id])
+        return known
+
+    def clear(self) -> None:
+        """Be as it was at first, as an instance is that is started anew; nothing may be in flight."""
+        for loop in self._loops.values():
+            loop.clear()
+        self.residence.clear()
+        self._active, self._link_s = None, 0.0
+        self._ready_s.clear()
+        self._fill()
+
+    @property
+    def begins_bytes(self) -> float:
+        """Weights of a rank that are there when it starts."""
+        return sum(self._tenants[name].footprint.weights for name in self._at_first)
+
     def leap(self, until_s: float = float("inf")) -> Leap | None:
         """A change of models where one is due, else as `EngineLoop.leap`, but not beyond the turn."""
         begin_s = self.clock.now()
@@ -188,6 +208,12 @@ class SharedLoop:
         """Sums over the models."""
         whole = summed([loop.stats() for loop in self._loops.values()])
         return replace(whole, switched=dict(self._switched))
+
+    def _fill(self) -> None:
+        """Weights, as many as fit."""
+        for name in self._begins_with:
+            self.residence.fetch(name, ())
+        self._at_first = tuple(self.residence.resident)
 
     # ── what turns are made of ───────────────────────────────────────────────────────
 

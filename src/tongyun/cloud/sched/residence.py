@@ -56,6 +56,13 @@ class Residence:
         self._active: str | None = None
         self._others_bytes = 0.0
 
+    def clear(self) -> None:
+        """Nothing is here any more, nor in host memory but weights; no model may hold a block."""
+        self.resident.clear()
+        self._away = dict.fromkeys(self._footprints, 0)
+        self._active = None
+        self._note()
+
     def pool(self, model: str) -> BlockPool:
         return self._pools[model]
 

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple, Protocol
 
 MOST_TURN_S = 4.0
-"""The longest turn while others wait (assumed; in the manner of Aegaeon, not checked against it)."""
+"""The longest turn while others wait (Aegaeon's `max_batch_quota`; see `quotas_s`)."""
 SLACK = 0.5
-"""A round lasts at most this share of the time for which its tokens last, if that can be had."""
+"""A round lasts at most this share of the time for which its tokens last, if that can be had (Aegaeon's)."""
 GROUP_REQUESTS = 8
-"""Prompts of one model that go before the next model's (assumed; as for `MOST_TURN_S`)."""
+"""Prompts of one model that go before the next model's (Aegaeon's `max_group_size`)."""
 
 
 class Work(NamedTuple):
@@ -142,9 +142,12 @@ class Rounds:
 
 
 def quotas_s(works: Iterable[Work], most_s: float = MOST_TURN_S) -> list[float]:
-    """Seconds of each model's turn in a round, in the manner of Aegaeon's decoding rounds.
+    """Seconds of each model's turn in a round, as Aegaeon gives them in its decoding rounds.
 
-    The formula and `SLACK` have not been checked against the text of the paper.
+    Formula, `SLACK` and `MOST_TURN_S` are those of `_assign_quota` in a public copy of its code
+    (github.com/Zyyeric/Aegaeon at 6409f04, aegaeon/aegaeon/decode_scheduler.py). Two things differ:
+    there c is a whole load of every model's weights, here the bytes that are missing; and there a
+    model may have several batches, each with a quota, and a turn lasts one step at least.
 
     With n = limit / step tokens' time earned a second, load = Σ 1/n, c = Σ switch:
     q = c / (n · (α − load)), so that a round of c + Σ q = c · α / (α − load) earns each model
