@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from silicon_kernels import SPILT, block_tiling, launched_early, library_tiling
+from silicon_kernels import SPILT, block_tiling, launched_early, library_chip, library_tiling, rows_again
 from silicon_tables import CHIPS, VERSIONS, families, installed, read, routed_rows
 from tongyun.chip.ppu.emit import attention, experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.mapper import BLOCK, Matmul, Tiling, splits
 from tongyun.chip.ppu.emit.matmul import Scales, matmul, split_matmul
-from tongyun.chip.ppu.emit.quantise import quantise
+from tongyun.chip.ppu.emit.quantise import quantise, quantise_again
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Program, Tensor
 from tongyun.chip.ppu.timing import simulate
@@ -67,11 +67,12 @@ def product(m: int, n: int, k: int, ppu: Ppu) -> Program:
 def scaled(m: int, n: int, k: int, ppu: Ppu, blocks: bool) -> tuple[Program, Ppu]:
     """As the engine's call: bf16 rows to fp8 and their scales, then the product; scales by row or by blocks.
 
-    Scales by row are CUTLASS's kernel, whose tile follows from m alone; those by blocks DeepGEMM's, whose
+    Scales by row are CUTLASS's kernel, whose tile follows from m alone, behind one that may read its rows
+    twice; those by blocks DeepGEMM's, whose
     tile follows from its rule where that fits a core's SRAM. Tiles of which one lies across two blocks of
     the weight's scales are for timing alone: the kernel reads the first block's.
     """
-    b, chip = Builder(ppu), ppu
+    b, chip = Builder(ppu), ppu if blocks else library_chip(ppu, m)
     x, w, out = place(b, "x", m, k), place(b, "w", n, k, type=Type.FP8), place(b, "out", m, n)
     deep, high = (k // BLOCK, -(-n // BLOCK)) if blocks else (1, n)
     a, scale = place(b, "a", m, k, type=Type.FP8), place(b, "scale", m, deep, type=Type.F32)
@@ -85,8 +86,12 @@ def scaled(m: int, n: int, k: int, ppu: Ppu, blocks: bool) -> tuple[Program, Ppu
         tiling = found.tiling if found.tiling.sram_bytes(shape) <= ppu.sram_bytes else None
         if found.spills:
             chip = replace(ppu, tensor_flops={kind: each / SPILT for kind, each in ppu.tensor_flops.items()})
+    again = 0 if blocks else rows_again(m, k, ppu.cores)
     with b.kernel("quantise", "rows"):
-        quantise(b, rows.Rows.of(x), a, scale)
+        if again:
+            quantise_again(b, rows.Rows.of(x), a, scale, at_once=again)
+        else:
+            quantise(b, rows.Rows.of(x), a, scale)
     with b.kernel("matmul", "product"):
         matmul(b, a, w, out, scales=Scales(rows=scale, columns=columns, blocks=blocks), tiling=tiling)
     program = b.program()

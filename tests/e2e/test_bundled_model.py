@@ -17,9 +17,10 @@ from tongyun.cloud.training.forward import causal
 from tongyun.cloud.training.loop import read_curve
 from tongyun.cloud.training.recipe import Recipe
 from tongyun.model.bundled import DEFAULT, bundled_models
+from tongyun.model.find import find_model
 from tongyun.model.qwen3 import Qwen3
 from tongyun.model.tokenizer import Tokenizer
-from tongyun.model.weights import find_model, load_model, weight_bytes
+from tongyun.model.weights import load_model, weight_bytes
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "stdlib-moe"

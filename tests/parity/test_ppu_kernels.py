@@ -14,7 +14,7 @@ from tongyun.chip.ppu.emit import experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.mapper import Tiling
 from tongyun.chip.ppu.emit.matmul import Scales, matmul, split_matmul
-from tongyun.chip.ppu.emit.quantise import quantise
+from tongyun.chip.ppu.emit.quantise import quantise, quantise_again
 from tongyun.chip.ppu.functional import Chip, Counts
 from tongyun.chip.ppu.isa import Type, Vec
 from tongyun.chip.ppu.program import Tensor
@@ -253,7 +253,7 @@ def test_a_product_of_fp8_is_torchs_bit_for_bit(shape: tuple[int, int, int], spl
     m, n, k = shape
     bench = Bench(H100, a=fp8(m, k), w=fp8(n, k), sa=positive(m, 1), sw=positive(1, n))
     bench.out("out", splits * m, n, type=Type.F32)
-    tiling = Tiling(m=32, n=64, k=64) if m > 1 else None
+    tiling = Tiling(m=32, n=64, k=64, stages=3, piece=(16, 32)) if m > 1 else None
     chip, counts = bench.run(
         lambda b, t: matmul(
             b, t["a"], t["w"], t["out"], scales=Scales(rows=t["sa"], columns=t["sw"]), tiling=tiling,
@@ -354,6 +354,24 @@ def test_rows_become_few_bits_and_scales(kind: torch.dtype, blocks: int, norm: b
     want = want.round() if kind == torch.int8 else want
     assert torch.equal(chip.view("scale"), scale[..., 0])
     assert torch.equal(chip.view("q").float(), want.to(kind).float().reshape(37, -1))
+
+
+@pytest.mark.parametrize("cols", [64, 20_000])
+def test_rows_read_twice_are_those_read_once(cols: int) -> None:
+    bench = Bench(x=bf16(37, cols))
+    for name in ("", "again"):
+        bench.out(f"q{name}", 37, cols, type=Type.FP8)
+        bench.out(f"scale{name}", 37, 1, type=Type.F32)
+
+    def once(b, t):
+        quantise(b, rows.Rows.of(t["x"]), t["q"], t["scale"])
+
+    def again(b, t):
+        quantise_again(b, rows.Rows.of(t["x"]), t["qagain"], t["scaleagain"], at_once=8)
+
+    chip, _ = bench.run(once, again)
+    assert torch.equal(chip.view("scale"), chip.view("scaleagain"))
+    assert torch.equal(chip.view("q").float(), chip.view("qagain").float())
 
 
 @pytest.mark.parametrize("how", ["rows", "gate", "blocks", "int8"])

@@ -51,8 +51,8 @@ def run(
 
 def _stored(model: str) -> tuple[Qwen3, Tokenizer]:
     from tongyun.cloud.engine.ppu_executor import load_for_chip
+    from tongyun.model.find import find_model
     from tongyun.model.tokenizer import Tokenizer
-    from tongyun.model.weights import find_model
 
     directory = find_model(model)
     return load_for_chip(directory), Tokenizer(directory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,11 +16,10 @@ from tongyun.cli.twin import twin_gateway
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
-    from tongyun.cloud.engine.live import LiveEngine
+    from tongyun.cloud.engine.loop import EngineLoop
     from tongyun.cloud.engine.ppu_executor import PpuExecutor
     from tongyun.cloud.engine.torch_executor import TorchExecutor
     from tongyun.cloud.gateway.app import Gateway
-    from tongyun.cloud.gateway.ports import Sink
     from tongyun.cloud.sched.scheduler import SchedulerConfig
 
 
@@ -55,45 +55,54 @@ class ServeOptions:
 
 
 def build_gateway(options: ServeOptions) -> Gateway:
-    """Load the model and put engine and gateway together; nothing runs yet."""
+    """Begin to load the model in a process of its own, and put the gateway together; nothing runs yet."""
+    from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.gateway.classes import Classes
+    from tongyun.model.config import ModelConfig
+    from tongyun.model.find import find_model
     from tongyun.model.tokenizer import Tokenizer
     from tongyun.model.vocabulary import Vocabulary
-    from tongyun.model.weights import find_model
 
     directory = find_model(options.model)
-    tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
-    executor, blocks = _executor(options, directory)
-    cache, config = executor.cache, executor.model.config
-    context_tokens = _context(options, config.max_positions, blocks * cache.block_tokens)
-    limits = _limits(options, blocks, cache.block_tokens, context_tokens)
-
-    def start(sink: Sink) -> LiveEngine:
-        from tongyun.cloud.engine.clock import WallClock
-        from tongyun.cloud.engine.live import LiveEngine
-        from tongyun.cloud.engine.loop import EngineLoop
-        from tongyun.cloud.sched.scheduler import Scheduler
-
-        eos = frozenset(tokenizer.eos_ids)
-        return LiveEngine(EngineLoop(Scheduler(limits), executor, WallClock(), eos_token_ids=eos), sink)
-
+    engine = EngineProcess(partial(build_engine, options, directory))
+    try:
+        tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
+        limits = engine.ready()
+    except BaseException:
+        engine.close()
+        raise
     served = Served(
         names=options.names or (_name(options.model, directory),),
-        context_tokens=context_tokens,
-        vocab=config.vocab,
+        context_tokens=limits.max_context_tokens,
+        vocab=ModelConfig.load(directory).vocab,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
         created=int(time.time()),
     )
     return Gateway(
         served=served,
-        start_engine=start,
+        start_engine=engine.connect,
         api_key=options.api_key,
         body_bytes=options.body_bytes,
         classes=Classes(priorities=options.priorities),
     )
+
+
+def build_engine(options: ServeOptions, directory: Path) -> EngineLoop:
+    """Load the model and give it a scheduler: what runs in the engine's process."""
+    from tongyun.cloud.engine.clock import WallClock
+    from tongyun.cloud.engine.loop import EngineLoop
+    from tongyun.cloud.sched.scheduler import Scheduler
+    from tongyun.model.tokenizer import Tokenizer, eos_ids
+
+    executor, blocks = _executor(options, directory)
+    cache, config = executor.cache, executor.model.config
+    context_tokens = _context(options, config.max_positions, blocks * cache.block_tokens)
+    limits = _limits(options, blocks, cache.block_tokens, context_tokens)
+    eos = frozenset(eos_ids(directory) or Tokenizer(directory).eos_ids)
+    return EngineLoop(Scheduler(limits), executor, WallClock(), eos_token_ids=eos)
 
 
 def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | PpuExecutor, int]:

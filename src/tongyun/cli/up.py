@@ -166,7 +166,7 @@ def find(model: str | None, *, random: bool) -> tuple[Path, ModelConfig]:
             raise InputError(f"the model {DEFAULT} is not part of this copy; give --model")
         path = bundled_models()[DEFAULT]
         return path, ModelConfig.load(path)
-    from tongyun.model.weights import find_model
+    from tongyun.model.find import find_model
 
     path = find_model(model)
     return path, ModelConfig.load(path)

@@ -1,6 +1,6 @@
 """Hugging Face checkpoints to Qwen3 modules and back.
 
-Decides where a model is found, which hub tensors make up each of our parameters
+Decides which hub tensors make up each of our parameters
 (query, key and value are one matrix here, gate and up another, experts are stacked)
 and which tensors are refused. Weights stay in the type they are stored in, and a
 tensor that needs no joining stays mapped from its file. Knows no cache, request or
@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tongyun.errors import InputError, SpecError
-from tongyun.model.bundled import bundled_models
+from tongyun.errors import SpecError
 from tongyun.model.config import ModelConfig
 from tongyun.model.kernels import TorchOps
 from tongyun.model.memory import empty_for_streaming
@@ -205,27 +204,6 @@ def _join(tensors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
     joined = empty_for_streaming((rows, *tensors[0].shape[1:]), tensors[0].dtype)
     torch.cat(tensors, out=joined)
     return joined.view(shape)
-
-
-def find_model(model: str) -> Path:
-    """The directory of a model: as given, one that comes with Tongyun, or downloaded from the hub."""
-    directory, bundled = Path(model).expanduser(), bundled_models()
-    if directory.is_dir():
-        return directory
-    if model in bundled:
-        return bundled[model]
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        inside = f"comes with Tongyun: {', '.join(bundled) or 'none'}"
-        raise InputError(f"{model}: no such directory (and not a hub id of the form owner/name; {inside})")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        found = snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{model}: no such directory, and the hub did not give it: {first}") from None
-    return Path(found)
 
 
 def check_runnable(directory: Path) -> None:

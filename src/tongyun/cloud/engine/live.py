@@ -19,6 +19,7 @@ from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError, ServiceError
 
 Sink = Callable[[Sequence[TokenEvent]], None]
+"""Called once a step with what happened; with nothing where the engine has failed."""
 
 _log = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ class LiveEngine:
     def _report(self, events: list[TokenEvent]) -> None:
         with self._changed:
             self._stats = self._loop.stats()
-        if not events:
+        if not events and self._failure is None:
             return
         try:
             self._sink(events)

@@ -32,7 +32,7 @@ class Engine(Protocol):
 
 
 Sink = Callable[[Sequence[TokenEvent]], None]
-"""Called by the engine once a step, from a thread of its own."""
+"""Called by the engine once a step, from a thread of its own; with no event where it has failed."""
 
 StartEngine = Callable[[Sink], Engine]
 """Begin to run an engine that reports to the given sink."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from math import inf
 
-from tongyun.errors import InputError
+from tongyun.cloud.sched.request import Request
+from tongyun.errors import InputError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,28 @@ class SchedulerConfig:
     def positions(self) -> int:
         """Tokens that a decoding request takes of a step's budget."""
         return 1 + self.draft_tokens
+
+    def check(self, request: Request) -> None:
+        """RequestError if `request` could never run under these limits, however empty the cache."""
+        prompt = len(request.prompt)
+        if prompt < 1:
+            raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
+        if request.output_tokens < 1:
+            raise RequestError(f"max_tokens is {request.output_tokens}; at least 1", param="max_tokens")
+        if not 0 <= request.handed_tokens < prompt:
+            # The last token is computed here, whatever came along: it yields the next.
+            raise RequestError(f"{request.handed_tokens} of {prompt} prompt tokens cannot be handed over")
+        total = prompt + request.output_tokens
+        # The last token produced is never fed back and needs no place in the cache.
+        capacity = min(self.max_context_tokens, self.blocks * self.block_tokens + 1)
+        if total > capacity:
+            limit = "context" if capacity == self.max_context_tokens else "KV cache"
+            raise RequestError(
+                f"{prompt} prompt tokens and {request.output_tokens} output tokens are {total};"
+                f" the {limit} holds at most {capacity}",
+                param="prompt" if prompt >= capacity else "max_tokens",
+                code="context_length_exceeded",
+            )
 
 
 @dataclass(slots=True)

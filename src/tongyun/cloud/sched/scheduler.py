@@ -72,25 +72,7 @@ class Scheduler:
 
     def check(self, request: Request) -> None:
         """RequestError if `request` could never run here, however empty the cache."""
-        prompt, config = len(request.prompt), self.config
-        if prompt < 1:
-            raise RequestError("the prompt is empty; at least one token is needed", param="prompt")
-        if request.output_tokens < 1:
-            raise RequestError(f"max_tokens is {request.output_tokens}; at least 1", param="max_tokens")
-        if not 0 <= request.handed_tokens < prompt:
-            # The last token is computed here, whatever came along: it yields the next.
-            raise RequestError(f"{request.handed_tokens} of {prompt} prompt tokens cannot be handed over")
-        total = prompt + request.output_tokens
-        # The last token produced is never fed back and needs no place in the cache.
-        capacity = min(config.max_context_tokens, config.blocks * config.block_tokens + 1)
-        if total > capacity:
-            limit = "context" if capacity == config.max_context_tokens else "KV cache"
-            raise RequestError(
-                f"{prompt} prompt tokens and {request.output_tokens} output tokens are {total};"
-                f" the {limit} holds at most {capacity}",
-                param="prompt" if prompt >= capacity else "max_tokens",
-                code="context_length_exceeded",
-            )
+        self.config.check(request)
 
     def add(self, request: Request) -> None:
         """Queue a request; RequestError if it could never run or its id is in flight."""

@@ -20,11 +20,12 @@ _FIRST_REGISTER = 4
 
 @dataclass(frozen=True)
 class Buffers:
-    """Two buffers of one size; `turn` is the register that holds 0 or the distance between them."""
+    """Buffers of one size, two where not told; `turn` is the register that holds how far on the next lies."""
 
     at: int
     size: int
     turn: int
+    count: int = 2
 
     @property
     def address(self) -> At:
@@ -93,11 +94,19 @@ class Builder:
 
     def pair(self, size: int) -> Buffers:
         """Two buffers and the register that says whose turn it is."""
+        return self.ring(size, 2)
+
+    def ring(self, size: int, count: int) -> Buffers:
+        """So many buffers, which take turns."""
         each = (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-        return Buffers(self.sram(2 * each), each, self.register())
+        return Buffers(self.sram(count * each), each, self.register(), count)
 
     def swap(self, buffers: Buffers) -> None:
-        self.alu(Alu.XOR, buffers.turn, imm=buffers.size, into=buffers.turn)
+        if buffers.count == 2:
+            self.alu(Alu.XOR, buffers.turn, imm=buffers.size, into=buffers.turn)
+        else:
+            self.alu(Alu.ADD, buffers.turn, imm=buffers.size, into=buffers.turn)
+            self.alu(Alu.MOD, buffers.turn, imm=buffers.count * buffers.size, into=buffers.turn)
 
     def register(self, imm: int | None = 0) -> int:
         """A register of this kernel, set to `imm` unless that is None."""

@@ -58,6 +58,15 @@ class Tiling:
     m: int
     n: int
     k: int
+    stages: int = 2
+    """Steps along k whose operands have room in SRAM at a time."""
+    piece: tuple[int, int] | None = None
+    """Rows and columns of the result that leave at a time, two in SRAM; None is the whole tile."""
+
+    def out_bytes(self, matmul: Matmul) -> int:
+        """What leaves at a time."""
+        high, wide = self.piece or (self.m, self.n)
+        return high * wide * matmul.out_bytes
 
     def operand_bytes(self, matmul: Matmul) -> tuple[int, int]:
         """One step's tile of a and of the weight, or of both weights."""
@@ -76,14 +85,14 @@ class Tiling:
         return tiles * matmul.splits * -(-matmul.inner // self.k)
 
     def sram_bytes(self, matmul: Matmul) -> int:
-        """What the kernel's double buffers take."""
+        """What the kernel's buffers take."""
         products = 2 if matmul.gate else 1
         a, b = self.operand_bytes(matmul)
         c = products * self.m * self.n * 4 + (2 * self.m * 4 if matmul.norm else 0)
-        out = self.m * self.n * (matmul.out_bytes + (2 if matmul.residual else 0)) + 2 * self.n * matmul.bias
-        return (
-            2 * (a + b + c + out + self.scale_bytes(matmul)) + 16 * 64 + (matmul.k * 2 if matmul.norm else 0)
-        )
+        out = self.out_bytes(matmul) + self.m * self.n * 2 * matmul.residual + 2 * self.n * matmul.bias
+        scales = self.scale_bytes(matmul)
+        gain = matmul.k * 2 if matmul.norm else 0
+        return self.stages * (a + b) + 2 * (c + out + scales) + 16 * 64 + gain
 
 
 def tilings(matmul: Matmul, ppu: Ppu) -> Iterator[Tiling]:
@@ -183,8 +192,8 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     """Cycles of a product on a tiling: rounds of tiles, each bound by tensor unit, port, L2 or latency.
 
     Two buffers hide a load's latency behind the step before it: a step takes at least half of the way
-    of a buffer, from its request over its product to its next request. HBM is charged for each
-    operand once, which holds where the L2 keeps the other one.
+    of a buffer, from its request over its product to its next request; of more buffers, their share. HBM is
+    charged for each operand once, which holds where the L2 keeps the other one.
     """
     products = 2 if matmul.gate else 1
     rows, cols = -(-matmul.m // tiling.m), -(-matmul.n // tiling.n)
@@ -203,7 +212,7 @@ def estimate(matmul: Matmul, tiling: Tiling, ppu: Ppu) -> float:
     shared = k * (left * min(busy, rows) * m + products * right * n * -(-busy // rows))
     transfer = max(moved / ppu.port_bytes, moved * busy / ppu.l2_rate, shared / hbm_rate)
     way = latency + transfer + tensor + ppu.tensor_latency_s * ppu.clock_hz
-    step = max(tensor, transfer, way / 2, _ISSUED)
+    step = max(tensor, transfer, way / tiling.stages, _ISSUED)
     drain = products * m * n / ppu.vector_lanes
     once = matmul.k * (left * matmul.m + products * right * matmul.n)
     once += 2 * matmul.m * matmul.n

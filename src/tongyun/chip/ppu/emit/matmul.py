@@ -56,7 +56,7 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
     """Emit one product, inside `b.kernel`. Tensors are two-dimensional, a [m, k], weight [n, k].
 
     With `splits` the product of each part of k goes to m rows of `out` of its own. With `scales` by blocks,
-    k in steps of 128 and no `up`.
+    k in steps of 128 and no `up`. A tiling in pieces takes no residual.
     """
     blocks = scales is not None and scales.blocks
     (m, k), n = a.shape, weight.shape[0]
@@ -192,20 +192,35 @@ def matmul(  # noqa: PLR0912, PLR0915 - a kernel reads from top to bottom
         elif into.scales is not None and not blocks:
             stats, columns = into.scales.address, into.scales + t.m * 4
         second = into.bias.address if into.bias is not None else into.c + t.m * t.n * 4
-        b.emit(
-            "DRAIN", out.type, Type.BF16, Type.I32 if whole else Type.NONE, fn=fn, c=into.c.address,
-            gate=second if up is not None or bias is not None else 0, out=into.out.address, m=m_left,
-            n=n_left, ldc=t.n * 4, ldo=t.n * out.type.bytes,
-            stats=stats, columns=columns,
-            residual=into.residual.address if into.residual is not None else 0,
-            ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k, wait=waits, signal=frees,
-        )  # fmt: skip
-        b.store(
-            out.type, place, into.out.address, rows=m_left, cols=n_left, stride=n * out.type.bytes,
-            sram_stride=t.n * out.type.bytes, wait=["out_full"], signal=["out_free"],
-        )  # fmt: skip
+        high, wide = t.piece or (t.m, t.n)
+        tall = [(at, _left(b, m_left, at, high)) for at in range(0, min(t.m, m), high)]
+        broad = [(at, _left(b, n_left, at, wide)) for at in range(0, min(t.n, n), wide)]
+        places = [(down, across) for down in tall for across in broad]
+        for (down, m_count), (across, n_count) in places:
+            inside = (down * t.n + across) * 4
+            first, last = not down and not across, (down, across) == (tall[-1][0], broad[-1][0])
+            b.emit(
+                "DRAIN", out.type, Type.BF16, Type.I32 if whole else Type.NONE, fn=fn, c=into.c + inside,
+                gate=second + inside if up is not None or bias is not None else 0, out=into.out.address,
+                m=m_count, n=n_count, ldc=t.n * 4, ldo=wide * out.type.bytes, stats=stats + 4 * down,
+                columns=columns + 4 * across,
+                residual=into.residual.address if into.residual is not None else 0,
+                ldr=t.n * 2 if residual is not None else 0, eps=eps, width=k,
+                wait=waits if first else ["out_free"], signal=frees if last else ["out_full"],
+            )  # fmt: skip
+            b.store(
+                out.type, place + (down * n + across) * out.type.bytes, into.out.address, rows=m_count,
+                cols=n_count, stride=n * out.type.bytes, sram_stride=wide * out.type.bytes,
+                wait=["out_full"], signal=["out_free"],
+            )  # fmt: skip
+            b.swap(into.out)
         for pair in into.behind:
             b.swap(pair)
+
+
+def _left(b: Builder, count: At, gone: int, most: int) -> At:
+    """Of a count what is left behind its first, and no more than so many."""
+    return At(most, b.alu(Alu.ADD, count.reg, imm=-gone) if gone else count.reg)
 
 
 def _load_scales(
@@ -261,7 +276,7 @@ class BlockScales:
 
 @dataclass(frozen=True)
 class Operands:
-    """The double buffers of a product, their free tokens lent."""
+    """The buffers of a product, their free tokens lent."""
 
     a: Buffers
     b: Buffers
@@ -274,7 +289,7 @@ class Operands:
     @classmethod
     def of(cls, b: Builder, t: Tiling, shape: Matmul, out: Type) -> Operands:
         products = 2 if shape.gate else 1
-        b.lend("free", "tensor", "load")
+        b.lend("free", "tensor", "load", t.stages)
         b.lend("acc_free", "vector", "tensor")
         b.lend("out_free", "store", "vector")
         if shape.residual:
@@ -286,10 +301,10 @@ class Operands:
             b.lend("scale_free", "vector", "load")
         left, right = t.operand_bytes(shape)
         return cls(
-            a=b.pair(left),
-            b=b.pair(right),
+            a=b.ring(left, t.stages),
+            b=b.ring(right, t.stages),
             c=b.pair(products * t.m * t.n * 4 + (2 * t.m * 4 if shape.norm else 0)),
-            out=b.pair(t.m * t.n * out.bytes),
+            out=b.pair(t.out_bytes(shape)),
             residual=b.pair(t.m * t.n * 2) if shape.residual else None,
             bias=b.pair(t.n * 2) if shape.bias else None,
             scales=b.pair(scales) if scales else None,
@@ -298,6 +313,4 @@ class Operands:
     @property
     def behind(self) -> list[Buffers]:
         """Buffers that change once a tile."""
-        return [
-            pair for pair in (self.c, self.out, self.residual, self.bias, self.scales) if pair is not None
-        ]
+        return [pair for pair in (self.c, self.residual, self.bias, self.scales) if pair is not None]

@@ -1,9 +1,9 @@
 """Measure what serving adds around the engine: the way in, the way out, and who waits for whom.
 
-The real gateway runs in this process over a synthetic tiny model and the real load
-generator in another, as they do when a model is served. What comes of it: what a request
-takes beyond the engine, how that grows with its prompt, and how much longer a step takes
-when it is served.
+The engine runs in this process on a synthetic tiny model, the real gateway in another and
+the real load generator in a third, as they do when a model is served. What comes of it:
+what a request takes beyond the engine, how that grows with its prompt, and how much longer
+a step takes when it is served.
 """
 
 from __future__ import annotations
@@ -12,28 +12,33 @@ import multiprocessing
 import statistics
 import time
 from bisect import bisect, bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
+from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.chip.curves import TINY, nonnegative
+from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
 from tongyun.cloud.engine.live import LiveEngine
-from tongyun.cloud.engine.protocol import TokenEvent
+from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.gateway.app import Gateway, build_app
 from tongyun.cloud.gateway.ask import Served
 from tongyun.cloud.gateway.ports import Sink
-from tongyun.cloud.gateway.server import bind
-from tongyun.cloud.gateway.server import serving as running
+from tongyun.cloud.gateway.server import bind, run, url_of
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.load import LoadOptions, measure
 from tongyun.cloud.probe import Target
+from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.workload import Arrival, Arrivals, Lengths, Process, Workload, sample
 from tongyun.model.config import ModelConfig
@@ -164,7 +169,7 @@ def serving(bench: Bench) -> tuple[tuple[OverheadSample, ...], tuple[ServedSampl
 def _shapes(bench: Bench) -> list[ModelConfig]:
     """Steps of many small operators, and steps of shared products: as long as those of small models."""
     if bench.quick:
-        return [steps.synthetic(1), steps.synthetic(4)]
+        return [steps.synthetic(4)]
     return [steps.synthetic(6, hidden=256, sparse=True), steps.synthetic(4, hidden=512)]
 
 
@@ -214,7 +219,7 @@ def _ttfts(records: Records) -> list[float]:
 
 def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Round:
     seen, engine = _Seen(), steps.Engine(bench, config)
-    with bind("127.0.0.1", 0) as sock, running(build_app(_gateway(engine, seen)), sock) as url:
+    with _gateway(engine, seen) as url:
 
         def put(load: Sequence[Arrival]) -> Records:
             return pool.submit(_load, url, load).result()
@@ -306,8 +311,17 @@ def _about(counts: Sequence[int]) -> tuple[tuple[int, ...], NDArray[np.float64]]
     return streams, np.array([np.interp(counts, streams, unit) for unit in np.eye(len(streams))]).T
 
 
-def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
-    config, loop = engine.config, engine.loop()
+@contextmanager
+def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
+    """A gateway in a process of its own before an engine in this one; its address while it runs."""
+    loop, context = engine.loop(), multiprocessing.get_context("spawn")
+    line, there = context.Pipe()
+    ready, tell = context.Pipe(duplex=False)
+    facts = there, engine.config, loop.scheduler.config, loop.stats()
+    front = context.Process(target=_front, args=(tell, *facts), daemon=True)
+    front.start()
+    there.close()
+    tell.close()
 
     def start(sink: Sink) -> LiveEngine:
         def noting(events: Sequence[TokenEvent]) -> None:
@@ -323,6 +337,20 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
         live.seen = seen
         return live
 
+    attending = Thread(target=attend, args=(line, start))
+    attending.start()
+    try:
+        yield ready.recv()
+    finally:
+        front.terminate()
+        front.join()
+        attending.join()
+
+
+def _front(
+    tell: Connection, line: Connection, config: ModelConfig, limits: SchedulerConfig, stats: EngineStats
+) -> None:
+    """The gateway's process: serve the engine at the other end of the line."""
     symbols = {character: byte for byte, character in enumerate(byte_characters())}
     served = Served(
         names=("synthetic",),
@@ -332,7 +360,9 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Gateway:
         vocabulary=Vocabulary.of(symbols, []),
         created=0,
     )
-    return Gateway(served=served, start_engine=start)
+    app = build_app(Gateway(served=served, start_engine=partial(Distant, line, limits, stats)))
+    with bind("127.0.0.1", 0) as sock:
+        run(app, sock, drain_s=1.0, on_ready=partial(tell.send, url_of(sock)))
 
 
 def _load(url: str, load: Sequence[Arrival]) -> Records:

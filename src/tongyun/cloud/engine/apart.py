@@ -1,0 +1,233 @@
+"""An engine and those who ask it, in two processes with a line between them.
+
+Threads of one process take turns at the interpreter: a gateway that sends the tokens of a
+step would hold up the next. What goes over the line is a request or an abort one way, and
+a step's events with the engine's state the other, one message a step. Knows no HTTP and no
+text; what the engine is made of, the caller says with a function that a fresh interpreter
+can import.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from threading import Thread
+from typing import NamedTuple
+
+from tongyun.cloud.engine.live import LiveEngine, Sink
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.sched.limits import SchedulerConfig
+from tongyun.cloud.sched.request import Finish, Request
+from tongyun.errors import InputError, RequestError, ServiceError, TongyunError
+
+Start = Callable[[Sink], LiveEngine]
+
+
+class _Report(NamedTuple):
+    """What the engine says after a step."""
+
+    events: Sequence[tuple[object, ...]]
+    """Of `TokenEvent`s, plain: named ones take three times as long to send."""
+    stats: EngineStats
+    failure: str | None
+
+
+# ── at the engine ────────────────────────────────────────────────────────────────────
+
+
+def attend(line: Connection, start: Start) -> None:
+    """Run an engine for the other end of the line, until that closes it or is gone."""
+
+    def report(events: Sequence[TokenEvent]) -> None:
+        failure = None if engine.failure is None else str(engine.failure)
+        line.send(_Report([tuple(event) for event in events], engine.stats(), failure))
+
+    # A report may come before the name below is bound: the first work arrives after it.
+    engine = start(report)
+    try:
+        while (item := line.recv()) is not None:
+            if isinstance(item, str):
+                engine.abort(item)
+            else:
+                _submit(engine, item, report)
+    except (EOFError, OSError):
+        pass
+    engine.close()
+    # Its end tells the other side that nothing more will come.
+    line.close()
+
+
+def _submit(engine: LiveEngine, request: Request, report: Sink) -> None:
+    try:
+        engine.submit(request)
+    # The other end checked it, so it is the engine that takes nothing any more.
+    except TongyunError as error:
+        report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
+
+
+def _run(line: Connection, build: Callable[[], EngineLoop]) -> None:
+    """The life of an engine's process: build it or say why not, then attend."""
+    # Ctrl-C reaches every process of a terminal; the gateway says when to end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        loop = build()
+    except TongyunError as error:
+        _tell(line, (error.exit_code, str(error)))
+        return
+    if _tell(line, (loop.scheduler.config, loop.stats())):
+        attend(line, partial(LiveEngine, loop))
+
+
+def _tell(line: Connection, what: object) -> bool:
+    """Say something to the other end; False where it is gone."""
+    try:
+        line.send(what)
+    except OSError:
+        return False
+    return True
+
+
+# ── at those who ask ─────────────────────────────────────────────────────────────────
+
+
+class Distant:
+    """The near end of a line to an engine: to its users what a `LiveEngine` is.
+
+    Requests are checked here, so that a refusal is told at once. The sink is called on a
+    thread that waits for reports.
+    """
+
+    def __init__(self, line: Connection, limits: SchedulerConfig, stats: EngineStats, sink: Sink) -> None:
+        self._line, self._limits, self._stats, self._sink = line, limits, stats, sink
+        # What follows belongs to whoever holds the lock, as does writing to the line.
+        self._lock = threading.Lock()
+        self._in_flight: set[str] = set()
+        self._closing = False
+        self._failure: ServiceError | None = None
+        self._thread = Thread(target=self._listen, name="tongyun-line", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; RequestError if it can never run or its id is in flight, ServiceError when the
+        engine takes nothing new."""
+        self._limits.check(request)
+        with self._lock:
+            if self._failure is not None:
+                raise ServiceError(f"the engine has stopped: {self._failure}") from self._failure
+            if self._closing:
+                raise ServiceError("the engine is shutting down")
+            if request.id in self._in_flight:
+                raise RequestError(f"request '{request.id}' is already in flight", param="id")
+            self._in_flight.add(request.id)
+            self._say(request)
+
+    def abort(self, request_id: str) -> None:
+        """End a request and free its blocks before the next step; unknown ids are ignored."""
+        with self._lock:
+            if request_id in self._in_flight:
+                self._say(request_id)
+
+    def stats(self) -> EngineStats:
+        """The state after the latest step."""
+        return self._stats
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the engine before its time; None while it lives."""
+        return self._failure
+
+    def close(self) -> None:
+        """Abort what is left and wait for the engine's end; a second call does nothing."""
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                self._say(None)
+        self._thread.join()
+
+    def _say(self, item: Request | str | None) -> None:
+        # Of an engine that is gone the listener learns as well, and it tells everybody.
+        _tell(self._line, item)
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                report: _Report = self._line.recv()
+                self._stats = report.stats
+                self._pass_on([TokenEvent._make(event) for event in report.events], report.failure)
+        except (EOFError, OSError):
+            self._ended()
+
+    def _pass_on(self, events: Sequence[TokenEvent], failure: str | None) -> None:
+        if failure is not None:
+            self._failure = ServiceError(failure)
+        if events:
+            self._sink(events)
+        ended = {event.request_id for event in events if event.finish is not None}
+        if ended:
+            with self._lock:
+                self._in_flight -= ended
+
+    def _ended(self) -> None:
+        """The line is closed: as asked for, or because the engine's process died."""
+        with self._lock:
+            left = sorted(self._in_flight)
+            if not self._closing and self._failure is None:
+                self._failure = ServiceError("the engine's process ended")
+        message = f"the engine has stopped: {self._failure or 'closed'}"
+        self._pass_on([TokenEvent(one, None, 0.0, Finish.ERROR, error=message) for one in left], None)
+
+
+class EngineProcess:
+    """An engine that is being built in a process of its own; `ready` waits for it, `connect` uses it."""
+
+    def __init__(self, build: Callable[[], EngineLoop]) -> None:
+        """`build` runs there: a function of a module, or a `partial` of one with arguments that pickle."""
+        context = multiprocessing.get_context("spawn")
+        self._line, there = context.Pipe()
+        self._process: BaseProcess = context.Process(
+            target=_run, args=(there, build), name="tongyun-engine", daemon=True
+        )
+        self._process.start()
+        # Ours alone keeps the line open: where the engine dies, we read its end.
+        there.close()
+
+    def ready(self) -> SchedulerConfig:
+        """The limits of the engine, once it is built; what was wrong with it is raised here."""
+        try:
+            first, second = self._line.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            raise ServiceError(f"the engine's process ended with {code} before it was ready") from None
+        if isinstance(first, int):
+            raise InputError(second) if first == InputError.exit_code else ServiceError(second)
+        limits: SchedulerConfig = first
+        self._limits, self._first = limits, second
+        return limits
+
+    def connect(self, sink: Sink) -> Distant:
+        """The engine, whose events go to `sink`; once, after `ready`."""
+        return Distant(self._line, self._limits, self._first, sink)
+
+    @property
+    def pid(self) -> int:
+        """Of the operating system."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def ended(self, timeout_s: float) -> bool:
+        """Wait for the process's end; False if time ran out first."""
+        self._process.join(timeout_s)
+        return not self._process.is_alive()
+
+    def close(self) -> None:
+        """End the process of an engine that nobody connected to."""
+        self._line.close()
+        self._process.terminate()
+        self._process.join()

@@ -1,0 +1,179 @@
+"""An engine in another process: the same events, and nobody left waiting whatever ends it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+from tongyun.cloud.engine.apart import Distant, EngineProcess, attend
+from tongyun.cloud.engine.clock import WallClock
+from tongyun.cloud.engine.live import LiveEngine
+from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.protocol import TokenEvent
+from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
+from tongyun.cloud.sched.request import Finish, Request
+from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
+from tongyun.errors import InputError, RequestError, ServiceError
+from tongyun.units import Cost, Source
+
+CONFIG = SchedulerConfig(
+    blocks=64, block_tokens=4, max_context_tokens=200, max_sequences=8, max_step_tokens=64
+)
+
+
+class Reader:
+    def __init__(self) -> None:
+        self.events: dict[str, list[TokenEvent]] = defaultdict(list)
+        self._changed = threading.Condition()
+
+    def __call__(self, events) -> None:
+        with self._changed:
+            for event in events:
+                self.events[event.request_id].append(event)
+            self._changed.notify_all()
+
+    def wait(self, request_id: str, tokens: int | None = None) -> list[TokenEvent]:
+        """Events of a request once it has ended, or has produced so many tokens."""
+
+        def done() -> bool:
+            events = self.events[request_id]
+            return len(events) >= tokens if tokens else any(event.finish for event in events)
+
+        with self._changed:
+            assert self._changed.wait_for(done, 20), f"{request_id}: {self.events[request_id]}"
+            return self.events[request_id]
+
+
+class Stopped(WallClock):
+    def wait_until(self, moment_s: float) -> None:
+        raise OSError("clock is gone")
+
+
+def cost(load: StepLoad, seconds: float) -> Cost:
+    return Cost(seconds=seconds, joules=0.0, sources=frozenset({Source.ASSUMED}))
+
+
+def build(seconds: float = 0.0, clock: type[WallClock] = WallClock) -> EngineLoop:
+    return EngineLoop(Scheduler(CONFIG), SimulatedExecutor(partial(cost, seconds=seconds)), clock())
+
+
+def refuse() -> EngineLoop:
+    raise InputError("--context 7: accepted: 2 … 5")
+
+
+def die() -> EngineLoop:
+    os._exit(3)
+
+
+def request(name: str, prompt: int = 5, output: int = 6, **more) -> Request:
+    return Request(id=name, prompt=tuple(range(prompt)), output_tokens=output, **more)
+
+
+@pytest.fixture
+def near() -> Iterator[tuple[Distant, Reader]]:
+    """A line whose far end is a thread of this process."""
+    yield from connected(build())
+
+
+def connected(loop: EngineLoop) -> Iterator[tuple[Distant, Reader]]:
+    here, there = multiprocessing.Pipe()
+    far = threading.Thread(target=attend, args=(there, partial(LiveEngine, loop)))
+    far.start()
+    reader = Reader()
+    engine = Distant(here, CONFIG, loop.stats(), reader)
+    yield engine, reader
+    engine.close()
+    far.join(10)
+    assert not far.is_alive()
+
+
+def test_tokens_arrive_in_order_and_the_state_with_them(near) -> None:
+    engine, reader = near
+    for n in range(12):
+        engine.submit(request(f"r{n}"))
+    for n in range(12):
+        events = reader.wait(f"r{n}")
+        assert [event.finish for event in events] == [None] * 5 + [Finish.LENGTH]
+        moments = [event.moment_s for event in events]
+        assert moments == sorted(moments)
+    stats = engine.stats()
+    assert stats.output_tokens == 72 and stats.kv_blocks_used == 0 and stats.finished == {Finish.LENGTH: 12}
+
+
+def test_what_can_never_run_is_refused_at_once(near) -> None:
+    engine, reader = near
+    with pytest.raises(RequestError, match="the context holds at most 200"):
+        engine.submit(request("long", prompt=190, output=20))
+    engine.submit(request("once", output=150))
+    with pytest.raises(RequestError, match="already in flight"):
+        engine.submit(request("once"))
+    assert reader.wait("once")[-1].finish is Finish.LENGTH
+    engine.submit(request("once"))
+
+
+def test_an_abort_ends_a_request_and_an_unknown_one_nothing() -> None:
+    for engine, reader in connected(build(0.01)):
+        engine.abort("nobody")
+        engine.submit(request("r", output=150))
+        reader.wait("r", tokens=2)
+        engine.abort("r")
+        assert reader.wait("r")[-1].finish is Finish.ABORT
+        assert engine.stats().kv_blocks_used == 0
+
+
+def test_closing_aborts_what_runs_and_refuses_more() -> None:
+    for engine, reader in connected(build(0.01)):
+        engine.submit(request("r", output=150))
+        reader.wait("r", tokens=1)
+        engine.close()
+        assert reader.events["r"][-1].finish is Finish.ABORT
+        with pytest.raises(ServiceError, match="shutting down"):
+            engine.submit(request("s"))
+        assert engine.failure is None
+
+
+def test_a_broken_loop_is_told_across_the_line() -> None:
+    for engine, reader in connected(build(clock=Stopped)):
+        engine.submit(request("r"))
+        assert "clock is gone" in str(reader.wait("r")[-1].error)
+        with pytest.raises(ServiceError, match="clock is gone"):
+            engine.submit(request("s"))
+
+
+def test_a_process_serves_and_ends_with_its_gateway() -> None:
+    process, reader = EngineProcess(build), Reader()
+    assert process.ready() == CONFIG
+    engine = process.connect(reader)
+    engine.submit(request("r"))
+    assert len(reader.wait("r")) == 6
+    engine.close()
+    assert process.ended(10)
+
+
+def test_a_process_that_is_killed_leaves_nobody_waiting() -> None:
+    process, reader = EngineProcess(partial(build, 0.01)), Reader()
+    process.ready()
+    engine = process.connect(reader)
+    engine.submit(request("r", output=150))
+    reader.wait("r", tokens=1)
+    os.kill(process.pid, signal.SIGKILL)
+    assert reader.wait("r")[-1].finish is Finish.ERROR
+    assert "process ended" in str(engine.failure)
+    with pytest.raises(ServiceError, match="the engine has stopped"):
+        engine.submit(request("s"))
+    engine.close()
+    assert process.ended(10)
+
+
+def test_what_is_wrong_with_an_engine_is_raised_by_who_waits_for_it() -> None:
+    with pytest.raises(InputError, match="--context 7: accepted: 2 … 5"):
+        EngineProcess(refuse).ready()
+    with pytest.raises(ServiceError, match="ended with 3 before it was ready"):
+        EngineProcess(die).ready()
