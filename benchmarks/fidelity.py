@@ -6,15 +6,17 @@ Without `--model`: the model that comes with Tongyun, and random weights in the 
 Qwen3-0.6B. The machine is calibrated first unless it is already; the prediction of a level
 is made before its first request leaves. Levels are shares of the predicted capacity, which
 is itself held against a measurement: what the server ends per second under more than it
-can do. Before and after each level some of the calibration's own samples are taken again; a
-level during which the machine was not as fast as when it was calibrated is measured again,
-at most `--tries` times, and says so if it never was.
+can do. Before and after each level some of the calibration's own samples are taken again. A
+level begins when the machine is as fast as when it was calibrated, or after `--patience`
+seconds of waiting for that; one during which it was not is measured again, at most `--tries`
+times, and says so if it never was.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -50,7 +52,19 @@ class Row:
 
     @property
     def steady(self) -> bool:
-        return all(abs(pace - 1) <= STEADY for pace in self.pace)
+        return all(map(_near, self.pace))
+
+
+def _near(pace: float) -> bool:
+    return abs(pace - 1) <= STEADY
+
+
+def _steady(pace: Callable[[], float], patience_s: float) -> float:
+    """The machine's pace once it is that of the calibration, or when patience has run out."""
+    begun = time.monotonic()
+    while not _near(now := pace()) and time.monotonic() - begun < patience_s:
+        time.sleep(1.0)
+    return now
 
 
 def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
@@ -69,7 +83,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
                 seed = args.seed + first + 100 * attempt
                 arrivals = load(seed)
                 predicted = deployment.predict(arrivals, seed=seed).report
-                before = pace(bench, deployment.chip.calibration)
+                before = _steady(lambda: pace(bench, deployment.chip.calibration), args.patience)
                 measured = put(url, arrivals, seed=seed, quiet=args.json).report
                 row = Row(
                     model=config.name,
@@ -142,6 +156,7 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=20, help="requests of a level, at least")
     parser.add_argument("--most", type=int, default=192, help="requests of the last row, at most")
     parser.add_argument("--tries", type=int, default=3, help="of a level while the machine is not steady")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a steady machine")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")

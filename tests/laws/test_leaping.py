@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from hypothesis import given
@@ -44,13 +45,22 @@ class Price:
         return np.stack((seconds, np.ones_like(seconds)))
 
 
+def config_of(draft_tokens: int, spare: int, max_sequences: int, **more: Any) -> SchedulerConfig:
+    """A budget that is enough for every place's drafts."""
+    budget = max_sequences * (1 + draft_tokens) + spare
+    return SchedulerConfig(
+        draft_tokens=draft_tokens, max_sequences=max_sequences, max_step_tokens=budget, **more
+    )
+
+
 configs = st.builds(
-    SchedulerConfig,
+    config_of,
+    draft_tokens=st.sampled_from([0, 0, 1, 2, 3, 7]),
+    spare=st.integers(0, 18),
     blocks=st.integers(12, 60),
     block_tokens=st.sampled_from([1, 2, 4, 8]),
     max_context_tokens=st.just(80),
     max_sequences=st.integers(1, 6),
-    max_step_tokens=st.integers(6, 24),
     prefix_caching=st.booleans(),
     tiers=st.sampled_from([None, (0,), (3,), (4, 0), (2, 9), (30, 30)]),
 )
@@ -77,10 +87,10 @@ def test_a_simulation_by_leaps_is_the_one_by_steps(
     config: SchedulerConfig, load: list[Request], users: int | None
 ) -> None:
     by_leaps = simulate(
-        load, config, _with_tiers(LeapingExecutor(Price(), vocabulary=97), config), users=users
+        load, config, _outfitted(LeapingExecutor(Price(), vocabulary=97), config), users=users
     )
     by_steps = simulate(
-        load, config, _with_tiers(SimulatedExecutor(Price(), vocabulary=97), config), users=users
+        load, config, _outfitted(SimulatedExecutor(Price(), vocabulary=97), config), users=users
     )
     assert by_leaps == by_steps
 
@@ -94,7 +104,7 @@ def test_the_scheduler_is_left_as_by_single_steps(
     loops = []
     for executor in (LeapingExecutor(Price(), vocabulary=97), SimulatedExecutor(Price(), vocabulary=97)):
         scheduler = Scheduler(config)
-        loops.append((scheduler, EngineLoop(scheduler, _with_tiers(executor, config), VirtualClock())))
+        loops.append((scheduler, EngineLoop(scheduler, _outfitted(executor, config), VirtualClock())))
     (ours, leaping), (theirs, stepping) = loops
     coming = [
         one
@@ -127,7 +137,7 @@ def test_an_abort_amid_leaps_leaves_what_it_leaves_amid_steps(
     loops = []
     for executor in (LeapingExecutor(Price(), vocabulary=97), SimulatedExecutor(Price(), vocabulary=97)):
         scheduler = Scheduler(config)
-        loops.append((scheduler, EngineLoop(scheduler, _with_tiers(executor, config), VirtualClock())))
+        loops.append((scheduler, EngineLoop(scheduler, _outfitted(executor, config), VirtualClock())))
     (ours, leaping), (theirs, stepping) = loops
     fitting = [
         one
@@ -152,9 +162,10 @@ def test_an_abort_amid_leaps_leaves_what_it_leaves_amid_steps(
     assert leaping.stats() == stepping.stats()
 
 
-def _with_tiers(executor: SimulatedExecutor, config: SchedulerConfig) -> SimulatedExecutor:
+def _outfitted(executor: SimulatedExecutor, config: SchedulerConfig) -> SimulatedExecutor:
     ways = tuple(Way(latency_s=0.3 + i, block_s=0.7 + i / 3) for i in range(len(config.tiers or ())))
     executor.restore = Restore(ways=ways, overlap=config.blocks % 2 == 0, waiting_w=3.0) if ways else None
+    executor.acceptance = config.blocks % 11 / 10
     return executor
 
 

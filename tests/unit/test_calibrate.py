@@ -15,7 +15,7 @@ import torch
 
 from tongyun.chip.curves import nonnegative
 from tongyun.cli.calibrate import calibrated
-from tongyun.cloud.engine.calibrate import machine, products
+from tongyun.cloud.engine.calibrate import machine, products, steps
 from tongyun.cloud.engine.calibrate import pace as pace_module
 from tongyun.cloud.engine.calibrate.machine import Elsewhere
 from tongyun.cloud.engine.calibrate.measure import Setting, measure
@@ -170,6 +170,7 @@ def test_a_quick_calibration_of_this_machine_is_whole() -> None:
     calibration = spec.calibration
     assert calibration is not None
     assert calibration.matmul and calibration.grouped_matmul and calibration.attention and calibration.memory
+    assert float(calibration.machine[pace_module.REFERENCE]) > 0
     assert calibration.served and all(sample.way_s > 0 for sample in calibration.served)
     assert all(figure.value > 0 for key, figure in spec.figures() if not key.startswith("overhead"))
 
@@ -182,4 +183,8 @@ def test_a_machine_half_as_fast_as_its_calibration_has_a_pace_of_two(monkeypatch
     monkeypatch.setattr(pace_module, "KINDS", pace_module.KINDS[:1])
     before = torch.get_num_threads()
     assert pace_module.pace(QUICK.bench(), calibration) == pytest.approx(2.0)
+    # Whole steps count as well, and the one that is farther off is told.
+    monkeypatch.setattr(steps.Reference, "seconds", lambda self: 3e-3)
+    slow = replace(calibration, machine={**calibration.machine, pace_module.REFERENCE: 1e-3})
+    assert pace_module.pace(QUICK.bench(), slow) == pytest.approx(3.0)
     torch.set_num_threads(before)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +25,13 @@ from tongyun.chip.collective import collective_s, link_share
 from tongyun.chip.grouped import BINS, experts_launches, experts_parts_s, grouped_s, picked_rows, random_rows
 from tongyun.chip.matmul import matmul_s, quantising_launches
 from tongyun.chip.rates import rate_dtype
-from tongyun.chip.silicon import Silicon, is_measured, library, silicon_of
+from tongyun.chip.silicon import Silicon, inside_of, is_measured, library, silicon_of
 from tongyun.model.graph import COLLECTIVES, Attends, Kind, Operator, Routed
 from tongyun.specs import Chip
 from tongyun.units import Number, Source
+
+if TYPE_CHECKING:
+    from tongyun.chip.ppu.operators import Programs
 
 Array = NDArray[np.float64]
 Parts = tuple[Number, float]
@@ -53,10 +57,24 @@ class Kernels:
         self.chip = chip
         self.silicon = silicon_of(chip)
         self.library = library(chip.library)
+        if self.silicon.launch_s is not None:
+            self.library = replace(self.library, launch_s=self.silicon.launch_s)
         self._known: dict[object, Prices] = {}
+        self._programs: Programs | None = None
+        self.modelled: set[str] = set()
+        """Operators asked for that are priced by a model although lowered programs were."""
+        if chip.is_lowered:
+            from tongyun.chip.ppu.operators import Programs
+
+            self._programs = Programs(inside_of(chip))
 
     def parts_s(self, op: Operator) -> Parts:
         """Seconds of one execution, as its work (or way over the links) and the start of its kernels."""
+        if self._programs is not None:
+            lowered = self._programs.parts_s(op)
+            if lowered is not None:
+                return lowered
+            self.modelled.add(op.name)
         if op.kind in COLLECTIVES:
             key = ("way", op.kind, op.ranks, op.experts)
             (way_s,) = self._once(key, op.payload_bytes, lambda payload: self._way_s(op, payload))
@@ -66,7 +84,17 @@ class Kernels:
     @property
     def sources(self) -> frozenset[Source]:
         """Of the fitted numbers: derived from measurements of this chip, or assumed to be like another's."""
-        return frozenset({Source.DERIVED if is_measured(self.chip) else Source.ASSUMED})
+        inside = frozenset[Source]() if self._programs is None else self._programs.ppu.sources
+        return inside | {Source.DERIVED if is_measured(self.chip) else Source.ASSUMED}
+
+    def is_lowered(self, op: Operator) -> bool:
+        """Whether the operator costs what its lowered programs take, and not what a kernel model says."""
+        return self._programs is not None and self._programs.parts_s(op) is not None
+
+    def close(self) -> None:
+        """Keep prices of programs for the next run."""
+        if self._programs is not None:
+            self._programs.close()
 
     def _priced(self, op: Operator) -> Parts:
         if op.kind is Kind.MATMUL:

@@ -37,8 +37,6 @@ TILES = ((16, 32), (16, 128), (64, 32), (64, 64), (64, 128), (128, 128), (128, 2
 SPLITS = (1, 2, 4, 8, 16)
 INNER = 64
 """The inner dimension is walked in steps of this many elements."""
-MATH_ROWS = 64
-"""Rows a matrix instruction covers at least: a thinner tile takes as long."""
 OVERLAP = 2.0
 """Exponent of the mean of computing and streaming in one product; kernels that walk a long
 stream (a cache, many experts) overlap better, see `STREAMED`."""
@@ -116,7 +114,7 @@ def quantising_launches(dtype: DType, library: Library, *, block_scales: bool) -
 
 def tile_rate_s(rows: int, columns: int, operand_bytes: float, rate: float, silicon: Silicon) -> float:
     """Seconds a core spends on one step of the inner dimension: the slower of multiplying and loading."""
-    multiply = 2.0 * max(rows, MATH_ROWS) * columns / rate
+    multiply = 2.0 * max(rows, silicon.math_rows) * columns / rate
     load = (rows + columns) * operand_bytes / silicon.core_load_bytes_per_s
     return max(multiply, load)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tongyun.errors import InputError, unknown
-from tongyun.specs import Chip, Corner
+from tongyun.specs import Chip, Corner, Ppu, find_ppu
 from tongyun.units import DType
 
 FITTED = (
@@ -66,6 +66,10 @@ class Silicon:
     """Fraction of the link's bandwidth that a long transfer reaches."""
     hop_s: float
     """One step of a collective, too small for bandwidth to matter."""
+    math_rows: int = 64
+    """Rows a matrix instruction covers at least: a thinner tile takes as long."""
+    launch_s: float | None = None
+    """Start of a kernel, where the chip says it and not the library's measurements."""
     pace: float = 1.0
     """A core's matrix rate over that of the chip its efficiency was fitted on. What keeps an inner
     loop from its peak (issuing, waiting for operands) takes as long on a chip whose matrix units
@@ -165,7 +169,7 @@ def silicon(name: str) -> Silicon:
     sibling = siblings.get(name, {})
     values = {**chips[sibling.get("of", name)], **sibling}
     values["peak_flops_per_s"] = {DType(k): v for k, v in values["peak_flops_per_s"].items()}
-    known = {f.name for f in fields(Silicon)} - {"name", "pace"}
+    known = {f.name for f in fields(Silicon)} - {"name", "pace", "math_rows", "launch_s"}
     made = Silicon(name=name, **{key: values[key] for key in known})
     return replace(made, pace=_core_flops(made) / _core_flops(silicon(sibling["of"]))) if sibling else made
 
@@ -180,7 +184,8 @@ def silicon_of(chip: Chip) -> Silicon:
     A chip in `silicon.toml` keeps its cores and fitted numbers. Any other gets the class
     of the newest measured chip, with as many of its cores as the bf16 peak is worth; at
     the slow and fast corner each fitted number is the worst and best of all measured
-    chips, so that a chip without measurements answers with a range.
+    chips, so that a chip without measurements answers with a range. One whose inside is
+    written down is made of that.
     """
     known = {*tables()["chip"], *tables()["sibling"]}
     base = silicon(chip.name if chip.name in known else NEWEST)
@@ -197,6 +202,10 @@ def silicon_of(chip: Chip) -> Silicon:
     )
     if chip.name in known:
         return base
+    if chip.inside is not None:
+        return replace(
+            base, switch_reduces=False, **{**_class(chip.corner), **_stated(chip), **_made_of(chip)}
+        )
     # Not rounded: one core more, each a little slower, would make a faster chip slower.
     cores = base.cores * peaks[DType.BF16] / silicon(NEWEST).peak_flops_per_s[DType.BF16]
     fitted = {**_class(chip.corner), **_stated(chip)}
@@ -215,6 +224,35 @@ def _stated(chip: Chip) -> dict[str, Any]:
     products = chip.achieved_matmul.get(DType.BF16, min(chip.achieved_matmul.values(), default=None))
     maths = {} if products is None else {"math_efficiency": products}
     return {"memory_efficiency": chip.achieved_memory, **maths, **wires}
+
+
+def inside_of(chip: Chip) -> Ppu:
+    """The PPU that a chip is made of, by default of the same name, at the chip's corner.
+
+    Cores and clock are those of the middle, whose product is the peak that the chip's file states.
+    """
+    spec = find_ppu(chip.inside or chip.name)
+    middle = spec.at()
+    return replace(spec.at(chip.corner), cores=middle.cores, clock_hz=middle.clock_hz)
+
+
+def _made_of(chip: Chip) -> dict[str, Any]:
+    """What a chip's inside says of its cores: the figures that the lowered program runs on.
+
+    A tile's fill is a load from memory, a product, an epilogue and a store.
+    """
+    ppu = inside_of(chip)
+    fill_s = ppu.hbm_latency_s + 2 * ppu.l2_latency_s + ppu.tensor_latency_s + ppu.vector_latency_s
+    port_bytes = min(ppu.port_bytes, ppu.l2_rate / ppu.cores)
+    return {
+        "cores": float(ppu.cores),
+        "clock_hz": ppu.clock_hz,
+        "exponentials_per_cycle": ppu.softmax_lanes,
+        "core_load_bytes_per_s": port_bytes * ppu.clock_hz,
+        "fill_s": fill_s,
+        "math_rows": ppu.tile_m,
+        "launch_s": ppu.barrier_s,
+    }
 
 
 NEWEST = "h100"

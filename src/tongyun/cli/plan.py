@@ -67,6 +67,13 @@ def plan(
     acceptance: Annotated[
         float | None, typer.Option(help="Probability that a drafted token is right, with --draft-tokens.")
     ] = None,
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="Price operators by kernel models (modelled), or by the programs that the chip's compiler "
+            "makes of them (lowered)."
+        ),
+    ] = "modelled",
     draft_weights: Annotated[
         str | None, typer.Option(help="Draft module for --launch, where the model has none of its own.")
     ] = None,

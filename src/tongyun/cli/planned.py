@@ -52,6 +52,7 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "acceptance": question.acceptance,
         "tokens_per_step": question.step_tokens,
         "pools": question.pools,
+        "kernels": {"priced": question.kernels, "modelled": modelled(question)},
         "best": None if answer.best is None else _offer_json(answer.best),
         "pareto": [_offer_json(offer) for offer in answer.pareto],
         "limit": answer.limit,
@@ -59,6 +60,14 @@ def as_json(answer: Answer, seconds: float) -> dict[str, Any]:
         "evaluated": answer.evaluated,
         "seconds": seconds,
     }
+
+
+def modelled(question: Question) -> list[str] | None:
+    """Operators that have no lowered program and are priced by a model; None where all are."""
+    from tongyun.chip.kernels import kernels
+
+    priced = kernels(question.at()) if question.kernels == "lowered" else None
+    return None if priced is None else sorted(priced.modelled)
 
 
 def _offer_json(offer: Offer) -> dict[str, Any]:
@@ -114,6 +123,10 @@ def show(answer: Answer, seconds: float) -> None:
         if best is not None:
             series["best"] = [(best.figures.tok_s_per_user, best.figures.tok_s_per_chip)]
         put(scatter(series, x="tok/s/user", y="tok/s/chip"))
+    rest = modelled(question)
+    if rest is not None:
+        models = f"; by kernel models: {', '.join(rest)}" if rest else ""
+        put(f"operators: analytic price of the programs that the compiler makes of them{models}")
     cut = ", ".join(f"{count} by {reason}" for reason, count in answer.cut.items() if count)
     put(f"{answer.evaluated} candidates in {seconds:.2f} s; cut: {cut or 'none'}")
 

@@ -133,15 +133,23 @@ def _search(given: dict[str, Any], chip: str, chips: int) -> Answer:
     from tongyun.units import MS
 
     ttft_ms, tpot_ms = given["ttft_ms"], given["tpot_ms"]
-    return search(
-        ask(
-            {**given, "chip": chip, "chips": chips, "pools": given["pools"] or "both"},
-            ttft_s=None if ttft_ms is None else ttft_ms * MS,
-            tpot_s=None if tpot_ms is None else tpot_ms * MS,
-            dtypes=(given["dtype"], given["kv_dtype"]),
-            usd_per_chip_hour=given["usd_per_chip_hour"],
-        )
+    question = ask(
+        {**given, "chip": chip, "chips": chips, "pools": given["pools"] or "both"},
+        ttft_s=None if ttft_ms is None else ttft_ms * MS,
+        tpot_s=None if tpot_ms is None else tpot_ms * MS,
+        dtypes=(given["dtype"], given["kv_dtype"]),
+        usd_per_chip_hour=given["usd_per_chip_hour"],
     )
+    answer = search(question)
+    if question.kernels == "lowered":
+        from tongyun.chip.kernels import kernels
+        from tongyun.specs import Corner
+
+        for corner in Corner:
+            priced = kernels(question.at(corner))
+            if priced is not None:
+                priced.close()
+    return answer
 
 
 def _explanation(answer: Answer | None) -> Explanation | None:
@@ -285,6 +293,7 @@ def ask(
         tpot_s=tpot_s,
         price=_price(spec.name, usd_per_chip_hour),
         pools=given.get("pools") or "mixed",
+        kernels=given.get("kernels") or "modelled",
         prefix_hit=given.get("prefix_hit") or 0.0,
         draft_tokens=given.get("draft_tokens") or 0,
         acceptance=given.get("acceptance") or 0.0,

@@ -172,8 +172,7 @@ class Fleet:
     def engines(self, pool: Pool, chip: Chip, *, words: Sequence[int] | None = None) -> Engines:
         """A pool's engines, every one on a virtual clock of its own.
 
-        With `words`, the tokens they make up, every step is taken by itself and can be told; where
-        drafts are verified it is too, since none can be foreseen.
+        With `words`, the tokens they make up, every step is taken by itself and can be told.
         """
         question, limits = self.question, self.limits(chip, pool.plan, pool.role)
         table = StepTable(
@@ -186,7 +185,7 @@ class Fleet:
             draft_tokens=question.draft_tokens,
         )
         groups = range(pool.plan.replicas * pool.plan.shard.dp)
-        kind = LeapingExecutor if words is None and not question.draft_tokens else SimulatedExecutor
+        kind = LeapingExecutor if words is None else SimulatedExecutor
         executors = tuple(kind(table, vocabulary=question.model.vocab, words=words) for _ in groups)
         for executor in executors:
             executor.acceptance = question.acceptance

@@ -12,14 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tongyun.chip.calibrated import engine_precision
 from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.simulated import LeapingExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.latency import LatencyReport, RequestRecord, Slo, summarise
-from tongyun.cloud.sched.request import Batch, Request
+from tongyun.cloud.sched.request import Batch
 from tongyun.cloud.sched.scheduler import SchedulerConfig
 from tongyun.cloud.simulate import simulate
 from tongyun.cloud.workload import Arrival, requests
@@ -91,7 +90,7 @@ class _Served:
 
     def __init__(self, inner: LeapingExecutor, serving: Serving) -> None:
         self._inner, self._serving = inner, serving
-        self._sent = self._decoding = 0
+        self._sent = 0
         self.streams: dict[str, int] = {}
         """By request, the tokens of the step that gave its first."""
 
@@ -104,18 +103,6 @@ class _Served:
         waited_s = self._waited_s(self._sent, coming)
         self._sent = len(result.tokens)
         return replace(result, duration_s=result.duration_s + waited_s)
-
-    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
-        self._decoding = sequences
-        waited_s = np.full(steps, self._waited_s(sequences, 0))
-        waited_s[0] = self._waited_s(self._sent, 0)
-        return np.asarray(self._inner.coming_s(sequences, context_tokens, steps) + waited_s)
-
-    def went(self, steps: int) -> None:
-        self._sent = self._decoding
-
-    def new_tokens(self, request: Request, known: int, count: int) -> Sequence[int]:
-        return self._inner.new_tokens(request, known, count)
 
     def _waited_s(self, sent: int, coming: int) -> float:
         return self._serving.step_s(sent) + self._serving.coming_s * coming

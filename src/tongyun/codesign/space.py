@@ -22,6 +22,7 @@ CHUNKS = (512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384)
 """Token budgets of a step: decoding sequences and prefill chunk together."""
 BATCHES = np.array(sorted(set(np.round(np.geomspace(1, 4096, 109)).tolist())), dtype=np.float64)
 """Decoding sequences of an attention group to try: every whole number at first, then steps of 8 %."""
+KERNELS = ("modelled", "lowered")
 POOLS = ("mixed", "split", "both")
 MOST_DRAFTED = 16
 """Longest draft; published modules draft one to eight."""
@@ -44,6 +45,8 @@ class Question:
     ttft_s: float | None = None
     tpot_s: float | None = None
     price: PriceSpec | None = None
+    kernels: str = "modelled"
+    """What prices operators: kernel models, or `lowered`, the programs that the compiler makes of them."""
     engine: str = "any"
     """The serving engine whose kernels are priced; `any` is none in particular."""
     pools: str = "mixed"
@@ -73,6 +76,8 @@ class Question:
             if limit is not None and not 0 < limit < float("inf"):
                 raise InputError(f"{name} must be a positive time, got {limit} s")
 
+        if self.kernels not in KERNELS:
+            raise InputError(unknown("kernels", self.kernels, KERNELS))
         if self.pools not in POOLS:
             raise InputError(unknown("pools", self.pools, POOLS))
         if not 0 <= self.prefix_hit < 1:
@@ -96,7 +101,8 @@ class Question:
 
     def at(self, corner: Corner = Corner.NOMINAL) -> Chip:
         """The chip at one corner of its ranges, with the kernels of the engine asked for."""
-        return replace(self.chip.at(corner), library=self.engine)
+        is_lowered = self.kernels == "lowered"
+        return replace(self.chip.at(corner), library=self.engine, is_lowered=is_lowered)
 
 
 def default_dtype(config: ModelConfig, chip: ChipSpec) -> str:

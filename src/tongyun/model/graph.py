@@ -102,6 +102,14 @@ class Operator:
     """8-bit weights with a scale for each block of 128 × 128."""
     is_fused: bool = False
     """Part of its neighbour's kernel: it moves bytes but starts nothing."""
+    joins: tuple[int, ...] = ()
+    """Columns of the weights that stand side by side in a product, where it is several in one."""
+    is_gated: bool = False
+    """Its two halves are a gate and what that lets through."""
+    is_normed: bool = False
+    """A norm that the products behind it can take in, or such a product."""
+    is_summed: bool = False
+    """The residual is added to what it gives."""
     attends: Attends | None = None
     routed: Routed | None = None
     flops: Number = 0

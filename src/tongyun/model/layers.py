@@ -14,7 +14,7 @@ from tongyun.model.graph import Attends, Kind, Operator, Precision, Routed, Sequ
 from tongyun.model.latent import LatentAttention
 from tongyun.model.products import Storage, elementwise, matmul, together
 from tongyun.model.shard import Shard, Slice
-from tongyun.units import Number
+from tongyun.units import DType, Number
 
 
 def touched_experts(experts: Experts, tokens: Number) -> Number:
@@ -57,8 +57,13 @@ class Layers:
         stored = self.precision.exact or act
         return Storage(weights=stored, compute=stored, activations=act)
 
-    def norm(self, name: str, rows: Number, width: int, repeat: int) -> Operator:
-        """RMS norm fused with the residual add before it: two tensors in, two out."""
+    def norm(
+        self, name: str, rows: Number, width: int, repeat: int, *, into: Storage | None = None
+    ) -> Operator:
+        """RMS norm fused with the residual add before it: two tensors in, two out.
+
+        `into` is how the products are stored and taken that alone read it, and can take it in.
+        """
         weight_bytes = width * self.act
         return Operator(
             name=name,
@@ -66,6 +71,9 @@ class Layers:
             repeat=repeat,
             m=rows,
             n=width,
+            is_normed=into is not None,
+            compute=DType.BF16 if into is None else into.compute,
+            stored=DType.BF16 if into is None else into.weights,
             read_bytes=2 * rows * width * self.act,
             weight_bytes=weight_bytes,
             write_bytes=2 * rows * width * self.act,
@@ -79,7 +87,9 @@ class Layers:
         ranks = {"tp": shard.tp, "ep": shard.ep, "pp": shard.ranks if shard.pp > 1 else 1}[axis]
         if ranks == 1 or repeat == 0:
             return []
-        return [Operator(name=name, kind=kind, repeat=repeat, axis=axis, ranks=ranks, payload_bytes=payload)]
+        is_summed = kind is Kind.ALL_REDUCE and name != "embed_sum"
+        given = {"axis": axis, "ranks": ranks, "payload_bytes": payload, "is_summed": is_summed}
+        return [Operator(name=name, kind=kind, repeat=repeat, **given)]  # type: ignore[arg-type]
 
     # ── attention ────────────────────────────────────────────────────────────────────
 
@@ -100,9 +110,11 @@ class Layers:
             repeat=repeat,
             bias=config.attention_bias,
         )
+        output = replace(output, is_summed=part.shard.tp == 1)
+        into = None if config.latent else self.projection
         payload = tokens * config.hidden * self.act
         return [
-            self.norm("attention_norm", tokens, config.hidden, repeat),
+            self.norm("attention_norm", tokens, config.hidden, repeat, into=into),
             *inside,
             output,
             *self.collective("attention_sum", Kind.ALL_REDUCE, "tp", payload, repeat),
@@ -124,6 +136,8 @@ class Layers:
             repeat=part.layers,
             bias=config.attention_bias,
         )
+        joins = (part.heads * config.head_dim, *(2 * (part.kv_heads * config.head_dim,)))
+        qkv = replace(qkv, joins=joins, is_normed=True)
         scales = 2 * config.head_dim * self.act if config.qk_norm else 0
         rotate = Operator(
             name="rotate",
@@ -131,6 +145,8 @@ class Layers:
             repeat=part.layers,
             m=tokens,
             n=width,
+            k=config.head_dim,
+            joins=joins,
             read_bytes=tokens * width * self.act,
             weight_bytes=scales,
             write_bytes=tokens * part.heads * config.head_dim * self.act
@@ -205,10 +221,13 @@ class Layers:
 
     def _swiglu(self, names: str, rows: Number, width: int, repeat: int) -> list[Operator]:
         """Gate and up, the activation between, and down."""
-        hidden = self.config.hidden
+        hidden, is_dense = self.config.hidden, names == "dense"
         up = matmul(f"{names}_up", (rows, hidden, 2 * width), self.projection, repeat=repeat, bias=False)
         down = matmul(f"{names}_down", (rows, width, hidden), self.projection, repeat=repeat, bias=False)
-        return [up, self._activation(names, rows, width, repeat), down]
+        up = replace(up, is_gated=True, is_normed=is_dense)
+        down = replace(down, is_summed=is_dense and self.part.shard.tp == 1)
+        between = self._activation(names, rows, width, repeat)
+        return [up, replace(between, compute=up.compute, stored=up.stored), down]
 
     def _activation(self, names: str, rows: Number, width: int, repeat: int) -> Operator:
         read, write = 2 * rows * width * self.act, rows * width * self.act
@@ -218,7 +237,7 @@ class Layers:
     def _dense(self) -> list[Operator]:
         part, tokens, hidden = self.part, self.shape.tokens, self.config.hidden
         return [
-            self.norm("dense_norm", tokens, hidden, part.dense_layers),
+            self.norm("dense_norm", tokens, hidden, part.dense_layers, into=self.projection),
             *self._swiglu("dense", tokens, part.dense_width, part.dense_layers),
             *self.collective(
                 "dense_sum", Kind.ALL_REDUCE, "tp", tokens * hidden * self.act, part.dense_layers
@@ -284,6 +303,8 @@ class Layers:
         up = self._grouped("experts_up", rows, groups, (hidden, 2 * part.expert_width))
         activation = self._activation("experts", rows, part.expert_width, repeat)
         down = self._grouped("experts_down", rows, groups, (part.expert_width, hidden))
+        activation = replace(activation, compute=up.compute, stored=up.stored)
+        down = replace(down, is_summed=part.shard.tp == 1)
         return [replace(op, routed=routed) for op in (up, activation, down)]
 
     def _grouped(self, name: str, rows: Number, groups: Number, size: tuple[int, int]) -> Operator:

@@ -150,6 +150,8 @@ def _entry(layers: Layers) -> list[Operator]:
     embed = Operator(
         name="embed",
         kind=Kind.EMBED,
+        m=tokens,
+        n=hidden,
         weight_bytes=tokens * hidden * stored / layers.part.shard.tp,
         write_bytes=tokens * hidden * act,
         resident_bytes=table_bytes,
@@ -168,8 +170,8 @@ def _exit(layers: Layers) -> list[Operator]:
         head = replace(head, resident_bytes=0)
     logits = rows * config.vocab * act
     return [
-        layers.norm("final_norm", tokens, config.hidden, 1),
-        head,
+        layers.norm("final_norm", tokens, config.hidden, 1, into=layers.exact),
+        replace(head, is_normed=True),
         *layers.collective("logits_gather", Kind.ALL_GATHER, "tp", logits, 1),
         elementwise("sample", Kind.SAMPLE, logits, rows * DType.F32.bytes, repeat=1),
     ]

@@ -20,6 +20,7 @@ from tongyun.specs.fleet import FleetSpec
 from tongyun.specs.form import Where, read_fields
 from tongyun.specs.market import MarketSpec
 from tongyun.specs.ppu import PpuSpec
+from tongyun.specs.reference import followed
 from tongyun.specs.schema import SCHEMAS, ChipSpec, FabricSpec, PriceSpec, Spec, StorageSpec
 from tongyun.specs.workload import WorkloadSpec
 
@@ -151,15 +152,29 @@ def _load(path: Path, schema: type[Spec], mtime_ns: int, size: int) -> Spec:
 
 def loads(text: str, schema: type[S], *, file: object = "text") -> S:
     """Read and check a spec from TOML text; `file` only names the place in errors."""
+    where = Where(file)
+    return read_fields(schema, followed(_parsed(text, file), _raw, where), where)
+
+
+def _raw(kind: str, name: str, where: Where) -> dict[str, Any]:
+    """The table of a catalogue file that another one names."""
+    if kind not in SCHEMAS:
+        raise where.wrong(unknown("kind", kind, SCHEMAS))
+    if name not in names(kind):
+        raise where.wrong(unknown(kind.removesuffix("s"), name, names(kind)))
+    file = CATALOG / kind / f"{name}.toml"
+    return _parsed(file.read_text(encoding="utf-8"), file)
+
+
+def _parsed(text: str, file: object) -> dict[str, Any]:
     try:
-        raw = tomllib.loads(text)
+        return tomllib.loads(text)
     except ValueError as error:
         found = re.search(r"line (\d+)", str(error))
         line = found[1] if found else len(text.rstrip().splitlines())  # else: "at end of document"
         raise SpecError(file, f"line {line}", f"not TOML: {error}") from None
     except RecursionError:
         raise SpecError(file, "", "nested too deeply") from None
-    return read_fields(schema, raw, Where(file))
 
 
 def _find(kind: str, schema: type[S], name: str) -> S:

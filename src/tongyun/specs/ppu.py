@@ -86,6 +86,8 @@ class SharedSpec:
 class IcnSpec:
     """The way to other chips; bandwidth is per port and direction."""
 
+    topology: str = has(Text(("switch", "ports")), default="switch")
+    """Whether a switch gives all ports to any peer, or each peer has a port of its own."""
     ports: Figure = has(Fact(COUNT))
     port_bandwidth: Figure = has(Fact(BANDWIDTH))
     achieved: Figure = has(Fact(FRACTION))
@@ -172,6 +174,8 @@ class Ppu:
     hbm_latency_s: float
     barrier_s: float
     icn_ports: int
+    icn_is_switched: bool
+    """All ports reach each peer; else a peer has one, and few peers leave the others idle."""
     icn_bytes_per_s: float
     """Per direction, all ports together, as reached."""
     icn_latency_s: float
@@ -232,6 +236,7 @@ def _resolve(spec: PpuSpec, corner: Corner) -> Ppu:
         hbm_latency_s=less(shared.hbm_latency),
         barrier_s=less(shared.barrier),
         icn_ports=0 if icn is None else int(more(icn.ports)),
+        icn_is_switched=icn is None or icn.topology == "switch",
         icn_bytes_per_s=0.0
         if icn is None
         else more(icn.ports) * more(icn.port_bandwidth) * more(icn.achieved),

@@ -141,6 +141,8 @@ class ChipSpec:
     status: str = has(Text(("released", "pre-release", "local")), default="released")
     aliases: tuple[str, ...] = has(Texts(), default=())
     note: str | None = has(Text(), default=None)
+    inside: str | None = has(Text(), default=None)
+    """The PPU spec that says what it is made of, where nobody measured its kernels."""
     chips_per_node: Figure = has(Fact(COUNT))
     matmul: MatmulSpec = has(Section(MatmulSpec))
     memory: MemorySpec = has(Section(MemorySpec))
@@ -204,6 +206,10 @@ class Chip:
     provenance: Mapping[str, Source]
     """Source of each figure by its dotted key in the file, e.g. `matmul.peak.bf16`."""
     calibration: Calibration | None
+    inside: str | None = None
+    """Name of the PPU that it is made of, where its kernels follow from that."""
+    is_lowered: bool = False
+    """Operators cost what the programs take that the compiler makes of them, where it can."""
     library: str = "any"
     """The serving engine whose kernels run on it; `any` is none in particular."""
 
@@ -252,6 +258,7 @@ def _resolve(spec: ChipSpec, corner: Corner) -> Chip:
         idle_w=less(spec.power.idle),
         provenance={key: figure.source for key, figure in spec.figures()},
         calibration=spec.calibration,
+        inside=spec.inside,
     )
 
 

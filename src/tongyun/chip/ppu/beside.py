@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from tongyun.chip.collective import link_share
 from tongyun.chip.ppu.analytic import analyse_repeated
 from tongyun.chip.ppu.program import Kernel, Program, Tensor
 from tongyun.chip.ppu.rates import TICKS
@@ -152,6 +153,8 @@ def stated(chip: Chip, ppu: Ppu) -> Iterator[Fact]:
         yield Fact(name="chips joined", unit="", planner=link.domain, inside=ppu.icn_domain)
         reached = link.bytes_per_s * link.achieved
         yield Fact(name="links reached", unit="B/s", planner=reached, inside=ppu.icn_bytes_per_s)
+        port = ppu.icn_bytes_per_s / (1 if ppu.icn_is_switched else ppu.icn_ports)
+        yield Fact(name="to one peer", unit="B/s", planner=reached * link_share(link, 2), inside=port)
         yield Fact(name="link latency", unit="s", planner=link.latency_s, inside=ppu.icn_latency_s)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,9 @@ def cached_step(config: Mapping[str, Any], ppu: Ppu, **step: Any) -> Program:
 
 def program_path(config: Mapping[str, Any], ppu: Ppu, **step: Any) -> Path:
     """Where the program of a step is kept: below $XDG_CACHE_HOME, by default ~/.cache."""
-    given = [sorted(config.items()), ppu, sorted(step.items()), _compiler()]
+    # A set of names is written in another order by every process.
+    figures = replace(ppu, sources=frozenset())
+    given = [sorted(config.items()), figures, sorted(step.items()), _compiler()]
     name = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(base) / "tongyun" / "programs" / f"{name}.ppu"

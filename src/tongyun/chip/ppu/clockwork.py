@@ -18,7 +18,7 @@ from numba import njit
 _LDS, _LOOP, _ENDLOOP, _BARRIER, _LOAD, _MMA, _ATTN, _VEC, _ALL_REDUCE = 2, 3, 4, 5, 6, 10, 11, 12, 22
 _ALL_TO_ALL, _SEND, _RECV = 25, 26, 27
 _ADD, _SUB, _MUL, _DIV, _MOD, _MIN, _MAX, _XOR = range(32, 40)
-_WIDTH, _CYCLE, _TILES = 20, 20, 21
+_WIDTH, _CYCLE, _TILES, _PORTS = 20, 20, 21, 37
 _WHOLE, _NOWHERE = 64, 65
 
 TOKENS = 16
@@ -129,16 +129,19 @@ def _elements(rows: Any, cols: Any, plain: Any, special: Any, rates: Any) -> Any
 def _linked(op: Any, size: Any, ranks: Any, addend: Any, rates: Any) -> Any:
     """(ticks, bytes over the links, bytes of HBM) of a collective or message.
 
-    HBM gives and takes each byte once, while the links move theirs.
+    HBM gives and takes each byte once, while the links move theirs. Without a switch few peers use few ports.
     """
-    moved, hops, memory = size, np.int64(1), size
+    moved, hops, memory, peers = size, np.int64(1), size, ranks - 1
     if op == _ALL_REDUCE:
         moved, hops = 2 * (ranks - 1) * size // ranks, 2 * (ranks - 1)
         memory = 3 * size if addend else 2 * size
     elif op != _SEND and op != _RECV:
         moved, hops = (ranks - 1) * size, ranks - 1
         memory = 2 * ranks * size if op == _ALL_TO_ALL else (ranks + 1) * size
-    return np.int64(max(moved * rates[15] + hops * rates[16], memory * rates[11])), moved, memory
+    else:
+        peers = np.int64(1)
+    each = rates[15] * max(rates[_PORTS] / max(peers, 1), 1.0)
+    return np.int64(max(moved * each + hops * rates[16], memory * rates[11])), moved, memory
 
 
 @njit(cache=True, error_model="numpy", forceinline=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from tongyun.chip.ppu.asm import Words, decode, flags_of, is_function
 from tongyun.chip.ppu.isa import ENGINES, OPCODES, Form
-from tongyun.chip.ppu.rates import TILES, rates
+from tongyun.chip.ppu.rates import PORTS, TILES, rates
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
 
@@ -61,7 +61,7 @@ def fields(words: Words, ppu: Ppu) -> tuple[NDArray[np.int64], ...]:
     InputError names the first word that is no instruction, or none of this chip.
     """
     head, imm, reg = (np.zeros((len(words), size), dtype=np.int64) for size in (8, _OPERANDS, _OPERANDS))
-    bad = _unpack(np.ascontiguousarray(words), *_tables(), rates(ppu)[TILES:] >= 0, head, imm, reg)
+    bad = _unpack(np.ascontiguousarray(words), *_tables(), rates(ppu)[TILES:PORTS] >= 0, head, imm, reg)
     if bad >= 0:
         each = decode(words[bad].tolist(), int(bad))
         lacking = [kind.name for kind in each.types[:2] if kind.rate not in ppu.tensor_flops]

@@ -15,7 +15,7 @@ from tongyun.chip.ppu.asm import Words
 from tongyun.chip.ppu.isa import SLOTS, Type
 from tongyun.errors import InputError
 
-MAGIC = b"PPU3"
+MAGIC = b"PPU4"
 _DIGEST = 32
 """Bytes of the SHA-256 behind the magic, over all that follows."""
 

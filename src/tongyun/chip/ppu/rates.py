@@ -17,8 +17,8 @@ from tongyun.specs.ppu import Ppu
 
 TICKS = 10**14
 """Parts of a second."""
-CYCLE, TILES = 20, 21
-"""Places of a cycle, and of the smallest products by type."""
+CYCLE, TILES, PORTS = 20, 21, 37
+"""Places of a cycle, of the smallest products by type, and of the ports that no switch joins."""
 
 
 def rates(ppu: Ppu) -> NDArray[np.float64]:
@@ -27,7 +27,8 @@ def rates(ppu: Ppu) -> NDArray[np.float64]:
     4 latency of the tensor unit, 5 6 7 an element of plain and of special lanes and their latency, 8 9 10 a
     byte at port and L2 and the L2's latency, 11 12 a byte of HBM and its latency, 14 a barrier, 15 16 a byte
     of the links and their latency, 18 a pair's softmax, 20 a cycle, from 21 on a smallest product of each
-    type, -1 where the chip has none. 19 is the part of the shorter of products and softmax that shows.
+    type, -1 where the chip has none. 19 is the part of the shorter of products and softmax that shows, 37
+    how many ports there are of which a peer has one, 0 where a switch gives it all.
     """
     cycle = cycle_ticks(ppu)
     tensor = [ppu.cores, ppu.tile_m, ppu.tile_n, ppu.tile_k, ppu.tensor_latency_s * TICKS]
@@ -36,9 +37,9 @@ def rates(ppu: Ppu) -> NDArray[np.float64]:
     hbm = [TICKS / ppu.hbm_bytes_per_s, ppu.hbm_latency_s * TICKS]
     link = [TICKS / ppu.icn_bytes_per_s if ppu.icn_bytes_per_s else 0.0, ppu.icn_latency_s * TICKS]
     tile = [ppu.attention_rows, cycle / ppu.softmax_lanes, 1 - ppu.softmax_hidden]
-    return np.array(
-        [*tensor, *vector, *l2, *hbm, ppu.l2_bytes, ppu.barrier_s * TICKS, *link, *tile, cycle, *_tiles(ppu)]
-    )
+    shared = [ppu.l2_bytes, ppu.barrier_s * TICKS, *link, *tile, cycle]
+    ports = 0 if ppu.icn_is_switched else ppu.icn_ports
+    return np.array([*tensor, *vector, *l2, *hbm, *shared, *_tiles(ppu), ports])
 
 
 def cycle_ticks(ppu: Ppu) -> int:

@@ -272,12 +272,13 @@ class EngineLoop:
         executor, scheduler = self._foresight, self._scheduler
         if executor is None or self._eos or self._watched:
             return None
-        ahead = scheduler.ahead(executor.new_tokens)
+        ahead = scheduler.ahead(executor)
         if ahead is None:
             return self._glide(executor)
         begin_s = self.clock.now()
-        foreseen = min(ahead.steps, at_most)
-        each_s = executor.coming_s(ahead.decoding, ahead.context_tokens, foreseen)
+        context_tokens = ahead.context_tokens[:at_most]
+        foreseen = len(context_tokens)
+        each_s = executor.coming_s(ahead.decoding, context_tokens)
         # Summed one after the other, as the clock would.
         moments_s = np.empty(foreseen + 1)
         moments_s[0], moments_s[1:] = begin_s, each_s
@@ -290,19 +291,21 @@ class EngineLoop:
         self._busy_s = float(np.add.accumulate(spent_s)[-1])
         self.clock.wait_until(float(moments_s[steps]))
         pool, running, waiting = scheduler.pool, scheduler.running, scheduler.waiting
-        used, taken = pool.used, pool.taken
+        used, taken, accepted = pool.used, pool.taken, scheduler.counters.accepted_tokens
         ended = scheduler.leap(steps)
         self._count(steps, 0.0, ended)
         if self._tape is not None:
             most = used + pool.taken - taken
-            numbers = (ahead.decoding, ahead.context_tokens, 0, running, waiting, used, most)
+            accepted = scheduler.counters.accepted_tokens - accepted
+            behind = context_tokens.item(0)
+            numbers = (ahead.decoding, behind, 0, running, waiting, used, most, accepted)
             self._note(self._tape, Stretch(begin_s, self.clock.now(), steps, *numbers), (), ended)
         return Leap(steps, (), ended, self.clock.now())
 
     def _glide(self, executor: Foresight) -> Leap | None:
         """One step, with those that decode only counted."""
         begin_s = self.clock.now()
-        step = self._scheduler.next_step(begin_s, executor.new_tokens)
+        step = self._scheduler.next_step(begin_s, executor)
         if step is None:
             return None
         result = executor.beside(*step)
@@ -312,10 +315,12 @@ class EngineLoop:
         if tape is not None:
             computed = sum(piece.length for piece in step.pieces)
             stretch = self._gauged(begin_s, now_s, step.decoding, step.context_tokens, computed)
+        accepted = self._scheduler.counters.accepted_tokens
         ended = self._scheduler.commit_step(step, result.tokens)
         self._count(1, now_s - begin_s, ended)
         if tape is not None and stretch is not None:
-            self._note(tape, stretch, step.pieces, ended)
+            accepted = self._scheduler.counters.accepted_tokens - accepted
+            self._note(tape, stretch._replace(accepted_tokens=accepted), step.pieces, ended)
         return Leap(1, step.pieces, ended, now_s)
 
     def _note(
@@ -330,11 +335,7 @@ class EngineLoop:
         self, batch: Batch, begin_s: float, end_s: float, further: Mapping[str, Sequence[int]]
     ) -> Stretch:
         """The step of a batch that is proposed and not committed yet."""
-        decodes = [
-            piece.start
-            for piece in batch.pieces
-            if piece.samples and piece.length == 1 and piece.start >= len(piece.request.prompt)
-        ]
+        decodes = [piece.start for piece in batch.pieces[: self._scheduler.decoding]]
         computed = sum(piece.length for piece in batch.pieces) - len(decodes)
         found = self._gauged(begin_s, end_s, len(decodes), sum(decodes), computed)
         accepted = sum(map(len, further.values()))

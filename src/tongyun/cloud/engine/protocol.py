@@ -61,8 +61,8 @@ class Verifies(Protocol):
 class Foresight(Protocol):
     """An executor that can tell beforehand what decoding steps will take and yield."""
 
-    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
-        """Seconds of each of the next `steps` steps, [steps]: the same sequences decode in all of them.
+    def coming_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds of each of the next steps, in which so many decode behind these tokens in all, [steps].
 
         Exactly what `execute` would report, one step after the other.
         """
@@ -72,6 +72,10 @@ class Foresight(Protocol):
 
         As `execute` would report it, with tokens of the given pieces only.
         """
+
+    def path(self, request: Request, known: int, drafts: int) -> NDArray[np.int64]:
+        """Tokens known before each step of a request from `known` on, so many drafts verified in each, and
+        its limit."""
 
     def went(self, steps: int) -> None:
         """So many of the steps told last have been taken."""
@@ -114,7 +118,7 @@ class Stretch(NamedTuple):
     steps: int
     decoding: int
     context_tokens: int
-    """Of those that decode, before the first of the steps: each grows by one a step."""
+    """Of those that decode, before the first of the steps."""
     prompt_tokens: int
     """Computed besides, in prompts and in what was preempted."""
     running: int
@@ -124,7 +128,7 @@ class Stretch(NamedTuple):
     kv_end: int
     """And in the last, those that end with it included."""
     accepted_tokens: int = 0
-    """Drafts that were right in a single step: tokens besides one of each that decodes."""
+    """Drafts that were right: tokens besides one a step of each that decodes."""
 
 
 class Tape(Protocol):

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.cloud.engine.acceptance import chances, followed, right
 from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.restore import Restore
 from tongyun.cloud.sched.request import Batch, Piece, Request
@@ -66,7 +66,8 @@ class DecodeCosts(Protocol):
     ) -> tuple[float, float]:
         """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding.
 
-        As `__call__` says, which must not ask for more of those that decode than their sum.
+        `samples` as in `StepLoad`. As `__call__` says, which must not ask for more of those that decode
+        than their sum.
         """
 
 
@@ -107,16 +108,16 @@ class SimulatedExecutor:
     def accepted(self, piece: Piece) -> int:
         """How many of the piece's drafts are right: the same for a request and place, whenever asked.
 
-        m with a^(m+1) ≤ u < a^m for u uniform in [0, 1), at most as many as the output limit leaves.
+        At most as many as the output limit leaves.
         """
         request, known = piece.request, len(piece.history)
-        most = min(piece.drafts, len(request.prompt) + request.output_tokens - known - 1)
-        digest = blake2b(f"{request.id} {known}".encode(), digest_size=8).digest()
-        drawn, chance, right = int.from_bytes(digest, "big") / 2**64, self.acceptance, 0
-        while right < most and drawn < chance:
-            right += 1
-            chance *= self.acceptance
-        return right
+        most = len(request.prompt) + request.output_tokens - known - 1
+        return min(right(request.id, known, chances(self.acceptance, piece.drafts)), most)
+
+    def path(self, request: Request, known: int, drafts: int) -> NDArray[np.int64]:
+        """Tokens known before each step of a request from `known` on, and its limit; as `accepted` says."""
+        limit = len(request.prompt) + request.output_tokens
+        return followed(request.id, known, limit, chances(self.acceptance, drafts))
 
     def _further(self, pieces: Sequence[Piece]) -> Mapping[str, Sequence[int]]:
         found: dict[str, Sequence[int]] = {}
@@ -160,9 +161,9 @@ class LeapingExecutor(SimulatedExecutor):
         super().reprice(step_cost)
         self._decode, self._mixed = step_cost.decode, step_cost.mixed
 
-    def coming_s(self, sequences: int, context_tokens: int, steps: int) -> NDArray[np.float64]:
-        """Seconds of each of the next steps: every sequence's context grows by one a step."""
-        costs = self._decode(sequences, context_tokens + sequences * np.arange(steps))
+    def coming_s(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Seconds of each of the next steps, in which so many decode behind these tokens in all, [steps]."""
+        costs = self._decode(sequences, context_tokens)
         self._coming_joules = costs[1]
         return np.asarray(costs[0])
 
@@ -180,4 +181,7 @@ class LeapingExecutor(SimulatedExecutor):
         return StepResult(tokens=tokens, duration_s=seconds, joules=joules)
 
     def went(self, steps: int) -> None:
-        self.joules += float(self._coming_joules[:steps].sum())
+        # Summed one after the other, as `execute` does.
+        joules = self._coming_joules[:steps]
+        joules[0] += self.joules
+        self.joules = float(np.add.accumulate(joules)[-1])

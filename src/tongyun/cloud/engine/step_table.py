@@ -117,25 +117,17 @@ class StepTable:
         """The cost of a batch whose first pieces verify drafts; whatever else it has are prompts."""
         count = load.verifying
         rest = zip(load.new_tokens[count:].tolist(), load.context[count:].tolist(), strict=True)
-        place = round(int(load.context[:count].sum()) / count / GRAIN) if count else 0
-        chunks = tuple(rest)
-        if chunks:
-            samples = load.samples + count * self._drafts
-            key = count, place, chunks, samples
-            if key not in self._mixed:
-                self._mixed[key] = self._mix(*key)
-            seconds, joules = self._mixed[key]
-        else:
-            seconds, joules = self._row(count)[:, place].tolist()
+        context_tokens = int(load.context[:count].sum())
+        seconds, joules = self.mixed(count, context_tokens, tuple(rest), load.samples)
         return Cost(seconds=seconds, joules=joules, sources=self.sources)
 
     def mixed(
         self, decoding: int, context_tokens: int, chunks: Sequence[tuple[int, int]], samples: int
     ) -> tuple[float, float]:
         """Seconds and joules of a step: chunks of prompts (new tokens, cached before) beside decoding."""
-        single = [cached for new, cached in chunks if new == 1]
+        single = [] if self._drafts else [cached for new, cached in chunks if new == 1]
         if single:
-            # A prompt's last token by itself is computed as a decoding one is.
+            # A prompt's last token by itself is computed as a decoding one is, where that has no more.
             decoding += len(single)
             context_tokens += sum(single)
             chunks = [chunk for chunk in chunks if chunk[0] != 1]
@@ -143,7 +135,7 @@ class StepTable:
         if not chunks and samples == decoding:
             seconds, joules = self._row(decoding)[:, place].tolist()
             return seconds, joules
-        key = decoding, place, tuple(chunks), samples
+        key = decoding, place, tuple(chunks), samples + decoding * self._drafts
         if key not in self._mixed:
             self._mixed[key] = self._mix(*key)
         return self._mixed[key]

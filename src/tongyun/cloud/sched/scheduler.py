@@ -21,7 +21,7 @@ from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Series
 
 from tongyun.cloud.sched.blocks import BlockPool
-from tongyun.cloud.sched.coast import Ahead, Coast, NewTokens, Step
+from tongyun.cloud.sched.coast import Ahead, Coast, Foretells, Step
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import Counters, SchedulerConfig
 from tongyun.cloud.sched.migrate import Movable, Traveller
@@ -192,7 +192,8 @@ class Scheduler:
 
     def steps_within(self, blocks: int) -> int:
         """Decoding steps that take no more than so many blocks; one, where even that may take more."""
-        return max(blocks // max(self.running, 1) * self.config.block_tokens, 1)
+        tokens = blocks // max(self.running, 1) * self.config.block_tokens
+        return max(tokens // self.config.positions, 1)
 
     def surrender(self) -> None:
         """Take all blocks from every running request; what they know is computed again later."""
@@ -248,25 +249,23 @@ class Scheduler:
 
     # ── lighter turns ────────────────────────────────────────────────────────────────
 
-    def next_step(self, now: float, new_tokens: NewTokens) -> Step | None:
+    def next_step(self, now: float, foretells: Foretells) -> Step | None:
         """As `next_batch`, with those that decode only counted; `commit_step` must follow at once.
 
-        None also where a request may have to be preempted: `next_batch` knows how; and with drafts,
-        since a count of steps does not tell tokens then.
+        None also where a request may have to be preempted: `next_batch` knows how.
         """
         self._check_turn()
-        if self.config.draft_tokens:
-            return None
         if self._waiting:
             worst = self._residents.worst()
             if worst is not None and self._waiting.head().rank[0] < worst.rank[0]:
                 return None
-        coast = self._coasting(new_tokens)
+        coast = self._coasting(foretells)
         if not coast.grow():
             return None
         pieces: list[Piece] = []
         chosen: list[Sequence] = []
-        self._pieces.propose_prompts(now, pieces, chosen, coast.count, admit=True)
+        taken = coast.count * self.config.positions
+        self._pieces.propose_prompts(now, pieces, chosen, taken, admit=True)
         if not pieces and not coast.count:
             self._check_idle()
             return None
@@ -278,8 +277,7 @@ class Scheduler:
         """Record a step of `next_step`: `tokens` of the pieces that sample; returns who ended."""
         chosen, coast = self._take_proposed(step), self._coast
         assert coast is not None
-        self.counters.computed_tokens += step.decoding
-        self.counters.output_tokens += step.decoding
+        self._count(coast, 1)
         ended = {seq.request.id: Finish.LENGTH for seq in coast.commit()}
         if chosen:
             self._pieces.record(step.pieces, chosen, tokens, {}, ended, {})
@@ -289,10 +287,10 @@ class Scheduler:
         self._leave(ended)
         return ended
 
-    def ahead(self, new_tokens: NewTokens) -> Ahead | None:
+    def ahead(self, foretells: Foretells) -> Ahead | None:
         """The steps in which the same requests decode and nothing is decided; None if the next is not one."""
         decoding = self._decoding
-        if self._proposed is not None or self._prefilling or not decoding or self.config.draft_tokens:
+        if self._proposed is not None or self._prefilling or not decoding:
             return None
         full = self._residents.full
         if self._waiting:
@@ -300,9 +298,9 @@ class Scheduler:
             refused = full or head.refused_at == (self.pool.free, self.pool.published)
             if not refused or head.rank[0] < decoding[-1].rank[0]:
                 return None
-        coast = self._coasting(new_tokens)
+        coast = self._coasting(foretells)
         steps = coast.ahead(still=len(self._waiting) > 0 and not full)
-        return Ahead(coast.count, coast.context_tokens, steps) if steps > 0 else None
+        return Ahead(coast.count, coast.contexts(steps)) if steps > 0 else None
 
     def leap(self, steps: int) -> dict[str, Finish]:
         """Take so many steps of those `ahead` at once; returns who ended, all at their output limit.
@@ -311,9 +309,7 @@ class Scheduler:
         """
         coast = self._coast
         assert coast is not None
-        tokens = steps * coast.count
-        self.counters.computed_tokens += tokens
-        self.counters.output_tokens += tokens
+        self._count(coast, steps)
         ended = {seq.request.id: Finish.LENGTH for seq in coast.leap(steps)}
         self._leave(ended)
         return ended
@@ -324,13 +320,21 @@ class Scheduler:
             self._coast.settle(self._decoding)
             self._coast = None
 
-    def _coasting(self, new_tokens: NewTokens) -> Coast:
+    def _coasting(self, foretells: Foretells) -> Coast:
         if self._coast is None:
-            config = self.config
-            self._coast = Coast(
-                self._decoding, self.pool, config.block_tokens, new_tokens, caching=config.prefix_caching
-            )
+            self._coast = Coast(self._decoding, self.pool, self.config, foretells)
         return self._coast
+
+    def _count(self, coast: Coast, steps: int) -> None:
+        """Count what those that decode will be given in so many steps."""
+        counters, drafts = self.counters, self.config.draft_tokens
+        taken = gained = steps * coast.count
+        if drafts:
+            gained = coast.gained(steps)
+            counters.verifications += taken
+            counters.accepted_tokens += gained - taken
+        counters.computed_tokens += taken * (1 + drafts)
+        counters.output_tokens += gained
 
     # ── what turns are made of ───────────────────────────────────────────────────────
 

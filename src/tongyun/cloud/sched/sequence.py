@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from enum import Enum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.prefix import ROOT, child_key, contents_of, extend_keys, row
 from tongyun.cloud.sched.request import Request
@@ -54,6 +57,7 @@ class Sequence:
         "history",
         "limit",
         "offset",
+        "path",
         "publish_at",
         "published",
         "rank",
@@ -75,7 +79,9 @@ class Sequence:
         self.limit = len(self.history) + request.output_tokens
         self.computed = 0
         self.offset = 0
-        """While its steps are only counted: tokens it knew when the count was zero."""
+        """While its steps are only counted: tokens known, or its place on `path`, when the count was zero."""
+        self.path: NDArray[np.int64] | None = None
+        """Tokens known before each step that verifies drafts (see `pace`), once it was asked for."""
         self.blocks: list[int] = []
         self.room = 0
         self.admitted = False

@@ -26,6 +26,7 @@ from tongyun.cloud.engine.calibrate import (
 )
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.cloud.engine.calibrate.overheads import overheads
+from tongyun.cloud.engine.calibrate.pace import REFERENCE
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
@@ -112,19 +113,20 @@ def _engine(
         list(sampling.drawing(bench)),
     ]
     watch = Stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
-    whole = steps.Steps(bench)
+    whole, reference = steps.Steps(bench), steps.Reference(bench)
     visits = 1 if setting.quick else VISITS
     for visit in range(visits):
         with torch.inference_mode():
             watch.visit()
         whole.visit()
+        reference.visit()
         visited((visit + 1) / visits)
     left = iter(watch.seconds())
     matmul, grouped, attending, reading, passing, drawn = (
         tuple(probe.sample(next(left)) for probe in kind) for kind in kinds
     )
     bare = Readings(
-        machine=setting.machine(),
+        machine=setting.machine() | {REFERENCE: reference.seconds()},
         matmul=matmul,
         grouped_matmul=grouped,
         memory=reading,

@@ -105,6 +105,22 @@ class Steps:
         ]
 
 
+class Reference:
+    """One step of many small operators, whose seconds are kept to tell later how fast the machine is."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._engine = Engine(bench, synthetic(6, hidden=256, sparse=True))
+        self._readings: list[float] = []
+
+    def visit(self) -> None:
+        """Run it a few times more."""
+        self._readings.append(next(self._engine.samples(ROUNDS[1:2], ())).seconds)
+
+    def seconds(self) -> float:
+        """The median over the visits so far."""
+        return statistics.median(self._readings)
+
+
 class Engine:
     """The real executor and scheduler on random weights of one shape."""
 
