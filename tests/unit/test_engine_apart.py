@@ -14,7 +14,7 @@ import pytest
 
 from tongyun.cloud.engine.apart import Distant, EngineProcess, attend
 from tongyun.cloud.engine.clock import WallClock
-from tongyun.cloud.engine.live import LiveEngine
+from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
@@ -87,7 +87,7 @@ def connected(loop: EngineLoop) -> Iterator[tuple[Distant, Reader]]:
     far = threading.Thread(target=attend, args=(there, partial(LiveEngine, loop)))
     far.start()
     reader = Reader()
-    engine = Distant(here, CONFIG, loop.stats(), reader)
+    engine = Distant(here, CONFIG, loop.stats(), Standing(loop.room(), 0), reader)
     yield engine, reader
     engine.close()
     far.join(10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +16,19 @@ from tongyun.cli.twin import twin_gateway
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
+    from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.engine.loop import EngineLoop
     from tongyun.cloud.engine.ppu_executor import PpuExecutor
     from tongyun.cloud.engine.torch_executor import TorchExecutor
     from tongyun.cloud.gateway.app import Gateway
+    from tongyun.cloud.gateway.ports import StartEngine
+    from tongyun.cloud.sched.router import Router
     from tongyun.cloud.sched.scheduler import SchedulerConfig
 
 
 PPU, CHIP = "ppu", "zhenwu-810e"
 """The device that is a simulated chip."""
+ROUTER = "least-load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +56,13 @@ class ServeOptions:
     """Of the classes that requests may name."""
     aging_s: float | None = None
     """See `SchedulerConfig.aging_s`."""
+    replicas: int = 1
+    """Engines, each a process with the whole model."""
+    router: str = ROUTER
 
 
 def build_gateway(options: ServeOptions) -> Gateway:
-    """Begin to load the model in a process of its own, and put the gateway together; nothing runs yet."""
+    """Begin to load the model, in a process for each replica, and put the gateway together; nothing runs."""
     from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
@@ -66,16 +73,19 @@ def build_gateway(options: ServeOptions) -> Gateway:
     from tongyun.model.vocabulary import Vocabulary
 
     directory = find_model(options.model)
-    engine = EngineProcess(partial(build_engine, options, directory))
+    router = _router(options)
+    engines = [EngineProcess(partial(build_engine, options, directory)) for _ in range(options.replicas)]
     try:
         tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
-        limits = engine.ready()
+        # A request has to run wherever it is sent: the caches of like engines may differ in what was free.
+        context_tokens = min([engine.ready().max_context_tokens for engine in engines])
     except BaseException:
-        engine.close()
+        for engine in engines:
+            engine.close()
         raise
     served = Served(
         names=options.names or (_name(options.model, directory),),
-        context_tokens=limits.max_context_tokens,
+        context_tokens=context_tokens,
         vocab=ModelConfig.load(directory).vocab,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -83,11 +93,34 @@ def build_gateway(options: ServeOptions) -> Gateway:
     )
     return Gateway(
         served=served,
-        start_engine=engine.connect,
+        start_engine=_start(engines, router),
         api_key=options.api_key,
         body_bytes=options.body_bytes,
         classes=Classes(priorities=options.priorities),
     )
+
+
+def _router(options: ServeOptions) -> Router:
+    """Who chooses among the replicas, once it is certain that there can be so many."""
+    from tongyun.cloud.sched.router import find_router
+
+    if options.replicas < 1:
+        raise InputError(f"--replicas {options.replicas}: accepted: 1 or more")
+    if options.replicas > 1 and options.device == PPU:
+        raise InputError(
+            "--replicas: several simulated chips would take this machine's cores from each other, "
+            "and their paces say nothing; accepted with --device ppu: 1"
+        )
+    return find_router(options.router)
+
+
+def _start(engines: Sequence[EngineProcess], router: Router) -> StartEngine:
+    """What begins to run the engine behind the gateway: a process, or several that are one to it."""
+    from tongyun.cloud.engine.replicas import Replicas
+
+    if len(engines) == 1:
+        return engines[0].connect
+    return partial(Replicas, [engine.connect for engine in engines], router)
 
 
 def build_engine(options: ServeOptions, directory: Path) -> EngineLoop:
@@ -132,6 +165,7 @@ def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | P
             threads=options.threads,
             kv_dtype=options.kv_dtype,
             kv_bytes=options.kv_bytes,
+            sharers=options.replicas,
         ),
     )
     return executor, executor.cache.blocks
@@ -198,7 +232,13 @@ def serve(
     device: Annotated[str, typer.Option(help="cpu, cuda, or ppu: the simulated chip.")] = "cpu",
     chip: Annotated[str, typer.Option(help="With --device ppu: a PPU of the catalogue, or a file.")] = CHIP,
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of one operation.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of one operation; else the cores, shared out.")
+    ] = None,
+    replicas: Annotated[int, typer.Option(help="Engines that share the requests, a process each.")] = 1,
+    router: Annotated[
+        str, typer.Option(help="Who is given a request: round-robin, least-load, prefix or freeness.")
+    ] = ROUTER,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
     class_: Annotated[
@@ -237,6 +277,8 @@ def serve(
         raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
     if device != PPU:
         refuse_told(typed(context_), ("chip",), "only --device ppu simulates a chip")
+    if replicas == 1:
+        refuse_told(typed(context_), ("router",), "--replicas 1 leaves nothing to choose")
     options = ServeOptions(
         model=model,
         names=tuple(name or ()),
@@ -253,6 +295,8 @@ def serve(
         body_bytes=body_bytes,
         priorities=_priorities(class_ or ()),
         aging_s=class_aging,
+        replicas=replicas,
+        router=router,
     )
     run_server(
         lambda key: build_gateway(replace(options, api_key=key)),
@@ -299,6 +343,8 @@ OF_A_MODEL = (
     "chip",
     "kernels",
     "threads",
+    "replicas",
+    "router",
     "class_",
     "class_aging",
 )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -19,10 +20,12 @@ from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import NamedTuple
 
-from tongyun.cloud.engine.live import LiveEngine, Sink
+from tongyun.cloud.engine.live import LiveEngine, Sink, Standing
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import SchedulerConfig
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import InputError, RequestError, ServiceError, TongyunError
 
@@ -35,6 +38,9 @@ class _Report(NamedTuple):
     events: Sequence[tuple[object, ...]]
     """Of `TokenEvent`s, plain: named ones take three times as long to send."""
     stats: EngineStats
+    room: tuple[int, ...]
+    """Of a `Room`, plain as well."""
+    taken: int
     failure: str | None
 
 
@@ -44,9 +50,15 @@ class _Report(NamedTuple):
 def attend(line: Connection, start: Start) -> None:
     """Run an engine for the other end of the line, until that closes it or is gone."""
 
+    # The engine's thread reports, and this one does where the engine takes nothing any more.
+    speaking = threading.Lock()
+
     def report(events: Sequence[TokenEvent]) -> None:
         failure = None if engine.failure is None else str(engine.failure)
-        line.send(_Report([tuple(event) for event in events], engine.stats(), failure))
+        room, taken = engine.standing
+        plain = [tuple(event) for event in events]
+        with speaking:
+            line.send(_Report(plain, engine.stats(), tuple(room), taken, failure))
 
     # A report may come before the name below is bound: the first work arrives after it.
     engine = start(report)
@@ -63,11 +75,15 @@ def attend(line: Connection, start: Start) -> None:
     line.close()
 
 
-def _submit(engine: LiveEngine, request: Request, report: Sink) -> None:
+def _submit(engine: LiveEngine, item: Request | Traveller, report: Sink) -> None:
     try:
-        engine.submit(request)
+        if isinstance(item, Request):
+            engine.submit(item)
+        else:
+            engine.resume(item)
     # The other end checked it, so it is the engine that takes nothing any more.
     except TongyunError as error:
+        request = item if isinstance(item, Request) else item.request
         report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
 
 
@@ -80,7 +96,7 @@ def _run(line: Connection, build: Callable[[], EngineLoop]) -> None:
     except TongyunError as error:
         _tell(line, (error.exit_code, str(error)))
         return
-    if _tell(line, (loop.scheduler.config, loop.stats())):
+    if _tell(line, (loop.scheduler.config, loop.stats(), Standing(loop.room(), 0))):
         attend(line, partial(LiveEngine, loop))
 
 
@@ -103,11 +119,18 @@ class Distant:
     thread that waits for reports.
     """
 
-    def __init__(self, line: Connection, limits: SchedulerConfig, stats: EngineStats, sink: Sink) -> None:
+    def __init__(
+        self, line: Connection, limits: SchedulerConfig, stats: EngineStats, standing: Standing, sink: Sink
+    ) -> None:
+        """`stats` and `standing` are those at its start."""
         self._line, self._limits, self._stats, self._sink = line, limits, stats, sink
         # What follows belongs to whoever holds the lock, as does writing to the line.
         self._lock = threading.Lock()
         self._in_flight: set[str] = set()
+        self._standing = standing
+        # Blocks of those that were sent and are not among the `taken`, the first one's first.
+        self._sent: deque[int] = deque()
+        self._sends = 0
         self._closing = False
         self._failure: ServiceError | None = None
         self._thread = Thread(target=self._listen, name="tongyun-line", daemon=True)
@@ -116,6 +139,13 @@ class Distant:
     def submit(self, request: Request) -> None:
         """Queue a request; RequestError if it can never run or its id is in flight, ServiceError when the
         engine takes nothing new."""
+        self._send(request, request, len(request.prompt))
+
+    def resume(self, traveller: Traveller) -> None:
+        """As `submit`, for a request that ran elsewhere: what it knows is computed again, and it goes on."""
+        self._send(traveller.request, traveller, len(traveller.history))
+
+    def _send(self, request: Request, item: Request | Traveller, known: int) -> None:
         self._limits.check(request)
         with self._lock:
             if self._failure is not None:
@@ -125,7 +155,9 @@ class Distant:
             if request.id in self._in_flight:
                 raise RequestError(f"request '{request.id}' is already in flight", param="id")
             self._in_flight.add(request.id)
-            self._say(request)
+            self._sends += 1
+            self._sent.append(-(-known // self._limits.block_tokens))
+            self._say(item)
 
     def abort(self, request_id: str) -> None:
         """End a request and free its blocks before the next step; unknown ids are ignored."""
@@ -136,6 +168,18 @@ class Distant:
     def stats(self) -> EngineStats:
         """The state after the latest step."""
         return self._stats
+
+    def room(self) -> Room:
+        """Blocks and places after the latest step, with those waiting that were sent since."""
+        with self._lock:
+            room, sent = self._standing.room, self._sent
+            if not sent:
+                return room
+            return room._replace(
+                waiting=room.waiting + len(sent),
+                head_blocks=room.head_blocks if room.waiting else sent[0],
+                waiting_blocks=room.waiting_blocks + sum(sent),
+            )
 
     @property
     def failure(self) -> BaseException | None:
@@ -150,7 +194,7 @@ class Distant:
                 self._say(None)
         self._thread.join()
 
-    def _say(self, item: Request | str | None) -> None:
+    def _say(self, item: Request | Traveller | str | None) -> None:
         # Of an engine that is gone the listener learns as well, and it tells everybody.
         _tell(self._line, item)
 
@@ -159,6 +203,10 @@ class Distant:
             while True:
                 report: _Report = self._line.recv()
                 self._stats = report.stats
+                with self._lock:
+                    self._standing = Standing(Room._make(report.room), report.taken)
+                    while len(self._sent) > self._sends - report.taken:
+                        self._sent.popleft()
                 self._pass_on([TokenEvent._make(event) for event in report.events], report.failure)
         except (EOFError, OSError):
             self._ended()
@@ -200,20 +248,20 @@ class EngineProcess:
     def ready(self) -> SchedulerConfig:
         """The limits of the engine, once it is built; what was wrong with it is raised here."""
         try:
-            first, second = self._line.recv()
+            first, *rest = self._line.recv()
         except (EOFError, OSError):
             self._process.join()
             code = self._process.exitcode
             raise ServiceError(f"the engine's process ended with {code} before it was ready") from None
         if isinstance(first, int):
-            raise InputError(second) if first == InputError.exit_code else ServiceError(second)
+            raise InputError(*rest) if first == InputError.exit_code else ServiceError(*rest)
         limits: SchedulerConfig = first
-        self._limits, self._first = limits, second
+        self._limits, (self._stats, self._standing) = limits, rest
         return limits
 
     def connect(self, sink: Sink) -> Distant:
         """The engine, whose events go to `sink`; once, after `ready`."""
-        return Distant(self._line, self._limits, self._first, sink)
+        return Distant(self._line, self._limits, self._stats, self._standing, sink)
 
     @property
     def pid(self) -> int:

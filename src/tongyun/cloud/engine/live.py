@@ -12,9 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Condition, Thread
+from typing import NamedTuple
 
 from tongyun.cloud.engine.loop import EngineLoop, StepError
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.sched.freeness import Room
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError, ServiceError
 
@@ -22,6 +25,14 @@ Sink = Callable[[Sequence[TokenEvent]], None]
 """Called once a step with what happened; with nothing where the engine has failed."""
 
 _log = logging.getLogger(__name__)
+
+
+class Standing(NamedTuple):
+    """Where an engine stands after a step, for who shares requests out among several."""
+
+    room: Room
+    taken: int
+    """Requests that the scheduler has been given since the start: later ones are not in the room yet."""
 
 
 class LiveEngine:
@@ -32,12 +43,14 @@ class LiveEngine:
         self._sink = sink
         self._changed = Condition()
         # All below belong to whoever holds `_changed`. A string in the inbox is an abort.
-        self._inbox: deque[Request | str] = deque()
+        self._inbox: deque[Request | Traveller | str] = deque()
         self._in_flight: set[str] = set()
         self._draining = False
         self._closing = False
         self._failure: BaseException | None = None
         self._stats = loop.stats()
+        self._taken = 0
+        self._standing = Standing(loop.room(), self._taken)
         self._thread = Thread(target=self._run, name="tongyun-engine", daemon=True)
         self._thread.start()
 
@@ -48,16 +61,23 @@ class LiveEngine:
         engine takes nothing new.
         """
         self._loop.check(request)
-        stamped = replace(request, arrival_s=self._loop.clock.now())
+        self._take(request.id, replace(request, arrival_s=self._loop.clock.now()))
+
+    def resume(self, traveller: Traveller) -> None:
+        """As `submit`, for a request that ran elsewhere: what it knows is computed again, and it goes on."""
+        self._loop.check(traveller.request)
+        self._take(traveller.request.id, traveller)
+
+    def _take(self, request_id: str, item: Request | Traveller) -> None:
         with self._changed:
             if self._failure is not None:
                 raise ServiceError(f"the engine has stopped: {self._failure}") from self._failure
             if self._draining or self._closing:
                 raise ServiceError("the engine is shutting down")
-            if request.id in self._in_flight:
-                raise RequestError(f"request '{request.id}' is already in flight", param="id")
-            self._in_flight.add(request.id)
-            self._inbox.append(stamped)
+            if request_id in self._in_flight:
+                raise RequestError(f"request '{request_id}' is already in flight", param="id")
+            self._in_flight.add(request_id)
+            self._inbox.append(item)
             self._changed.notify_all()
 
     def abort(self, request_id: str) -> None:
@@ -70,8 +90,13 @@ class LiveEngine:
     def stats(self) -> EngineStats:
         """The state after the latest step; requests still in the queue count as waiting."""
         with self._changed:
-            queued = sum(isinstance(item, Request) for item in self._inbox)
+            queued = sum(not isinstance(item, str) for item in self._inbox)
             return replace(self._stats, waiting=self._stats.waiting + queued)
+
+    @property
+    def standing(self) -> Standing:
+        """The engine after the latest step."""
+        return self._standing
 
     @property
     def failure(self) -> BaseException | None:
@@ -119,18 +144,23 @@ class LiveEngine:
         self._report(events)
         return not closing
 
-    def _take_in(self, items: list[Request | str]) -> list[TokenEvent]:
+    def _take_in(self, items: list[Request | Traveller | str]) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         for item in items:
             if isinstance(item, str):
                 events += self._loop.abort(item)
-            else:
+                continue
+            self._taken += 1
+            if isinstance(item, Request):
                 self._loop.add(item)
+            else:
+                self._loop.arrive(item)
         return events
 
     def _report(self, events: list[TokenEvent]) -> None:
         with self._changed:
             self._stats = self._loop.stats()
+            self._standing = Standing(self._loop.room(), self._taken)
         if not events and self._failure is None:
             return
         try:

@@ -45,6 +45,8 @@ class ExecutorOptions:
     """`f32` or `bf16`; None is f32 on a CPU, so that tokens equal the reference's, and bf16 on a GPU."""
     kv_bytes: int | None = None
     """Memory for the cache; None takes 40 % of what is free, at most 256 full contexts."""
+    sharers: int = 1
+    """Engines that share what is free, and the threads where none are named."""
 
 
 def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
@@ -55,7 +57,7 @@ def open_executor(directory: Path, options: ExecutorOptions) -> TorchExecutor:
 
 def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
     """Operations on the threads asked for, which are all that the process then uses."""
-    threads = options.threads or default_threads()
+    threads = options.threads or max(1, default_threads() // options.sharers)
     ops = choose_ops(options.kernels, options.device, threads)
     if options.device == "cpu":
         # PyTorch's idle threads spin for a while after each operation, on the cores that
@@ -71,7 +73,7 @@ def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
         raise InputError(unknown("kv dtype", name, KV_DTYPES))
     dtype, each = KV_DTYPES[name], block_bytes(model.config, options.block_tokens, KV_DTYPES[name])
     most = 256 * -(-model.config.max_positions // options.block_tokens)
-    blocks = (options.kv_bytes or int(0.4 * _free_bytes(options.device))) // each
+    blocks = (options.kv_bytes or int(0.4 * _free_bytes(options.device) / options.sharers)) // each
     if blocks < 1:
         raise InputError(f"no room for a KV cache: one block takes {each} bytes")
     cache = PagedCache(

@@ -1,0 +1,228 @@
+"""Several engines that are one to the gateway: who is given a request, and what becomes of it when one dies.
+
+The router is the policy that a simulated fleet asks. It is told what is in flight here, and the
+blocks of each engine's latest report with those added that were sent since. A replica that ends is given
+nothing more; what it had goes on at another, with the tokens that were streamed as a part of what
+is computed there first, once: a request whose second engine ends too ends with it. Knows no process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol
+
+from tongyun.cloud.engine.live import Sink
+from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
+from tongyun.cloud.sched.freeness import Load, Room
+from tongyun.cloud.sched.migrate import Traveller
+from tongyun.cloud.sched.prefix import row
+from tongyun.cloud.sched.request import Finish, Request
+from tongyun.cloud.sched.router import Remembering, Router
+from tongyun.errors import RequestError, ServiceError
+
+_log = logging.getLogger(__name__)
+
+
+class Replica(Protocol):
+    """One of the engines (`apart.Distant`)."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def resume(self, traveller: Traveller) -> None: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def room(self) -> Room: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Flight:
+    """A request that has come and not ended."""
+
+    request: Request
+    at: int
+    """The replica that has it."""
+    known: array[int]
+    """Prompt and tokens streamed."""
+    cached_tokens: int = 0
+    lives: int = 1
+    """How many engines may still end under it before it ends as well."""
+    aborted: bool = False
+
+    @property
+    def streamed(self) -> int:
+        return len(self.known) - len(self.request.prompt)
+
+
+@dataclass
+class Seat:
+    """What the requests in flight at one replica are, for its load."""
+
+    flights: dict[str, Flight] = field(default_factory=dict)
+    prompt_tokens: int = 0
+    """Of those without a token."""
+    classes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, flight: Flight) -> None:
+        self.flights[flight.request.id] = flight
+        self._count(flight, 1)
+
+    def remove(self, flight: Flight) -> None:
+        del self.flights[flight.request.id]
+        self._count(flight, -1)
+
+    def _count(self, flight: Flight, sign: int) -> None:
+        if not flight.streamed:
+            self.prompt_tokens += sign * len(flight.request.prompt)
+        if flight.request.priority_class is not None:
+            self.classes[flight.request.priority_class] += sign
+
+
+class Replicas:
+    """A gateway's `Engine`. The sink is called on the threads of the replicas, in order for each request."""
+
+    def __init__(self, starts: Sequence[Callable[[Sink], Replica]], router: Router, sink: Sink) -> None:
+        self._router, self._sink = router, sink
+        # Seats, flights and the router belong to whoever holds it; it is taken before a replica's own.
+        self._lock = threading.RLock()
+        self._flights: dict[str, Flight] = {}
+        self._seats = [Seat() for _ in starts]
+        self._buried: set[int] = set()
+        self._engines = [start(partial(self._heard, index)) for index, start in enumerate(starts)]
+
+    def submit(self, request: Request) -> None:
+        """Give a request to the replica that the router names; RequestError if it could never run or its id
+        is in flight, ServiceError where none lives."""
+        with self._lock:
+            if request.id in self._flights:
+                raise RequestError(f"request '{request.id}' is already in flight", param="id")
+            self._place(Flight(request, 0, row(request.prompt)))
+
+    def abort(self, request_id: str) -> None:
+        """End a request wherever it is; unknown ids are ignored."""
+        with self._lock:
+            flight = self._flights.get(request_id)
+            if flight is not None:
+                flight.aborted = True
+                self._engines[flight.at].abort(request_id)
+
+    def stats(self) -> EngineStats:
+        """Of all together; those that ended keep what they counted and hold nothing."""
+        return summed([self._stats(engine) for engine in self._engines])
+
+    @staticmethod
+    def _stats(engine: Replica) -> EngineStats:
+        stats = engine.stats()
+        if engine.failure is None:
+            return stats
+        return replace(stats, running=0, waiting=0, kv_blocks_total=0, kv_blocks_used=0, kv_blocks_cached=0)
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What ended the last of them; None while one lives."""
+        failures = [engine.failure for engine in self._engines]
+        return None if None in failures else failures[-1]
+
+    def close(self) -> None:
+        """Abort what is left and wait for the ends of all."""
+        for engine in self._engines:
+            engine.close()
+
+    # ── giving ───────────────────────────────────────────────────────────────────────
+
+    def _up(self) -> list[int]:
+        """The replicas that live; what a router counts on at one that has ended is forgotten."""
+        up = []
+        for index, engine in enumerate(self._engines):
+            if engine.failure is None:
+                up.append(index)
+            elif index not in self._buried:
+                self._buried.add(index)
+                _log.error("replica %d has ended: %s", index, engine.failure)
+                if isinstance(self._router, Remembering):
+                    self._router.forget(index)
+        return up
+
+    def _load(self, index: int) -> Load:
+        seat, engine = self._seats[index], self._engines[index]
+        return Load(len(seat.flights), seat.prompt_tokens, engine.room, seat.classes, engine=index)
+
+    def _place(self, flight: Flight) -> None:
+        """Give a request to one that is up; another, where that ends at this very moment."""
+        request = flight.request
+        while up := self._up():
+            flight.at = up[self._router.choose(request, [self._load(index) for index in up])]
+            engine = self._engines[flight.at]
+            # Its first token may come before the call returns.
+            self._enter(flight)
+            try:
+                if flight.streamed:
+                    engine.resume(Traveller(request, flight.known[:], 0, True, flight.cached_tokens))
+                else:
+                    engine.submit(request)
+                return
+            except ServiceError:
+                self._leave(flight)
+                if engine.failure is None:
+                    raise
+            except RequestError:
+                self._leave(flight)
+                raise
+        raise ServiceError(f"the engine has stopped: {self.failure}")
+
+    def _enter(self, flight: Flight) -> None:
+        self._flights[flight.request.id] = flight
+        self._seats[flight.at].add(flight)
+
+    def _leave(self, flight: Flight) -> None:
+        del self._flights[flight.request.id]
+        self._seats[flight.at].remove(flight)
+
+    # ── hearing ──────────────────────────────────────────────────────────────────────
+
+    def _heard(self, index: int, events: Sequence[TokenEvent]) -> None:
+        with self._lock:
+            told = [event for event in events if self._note(index, event)]
+        if told:
+            self._sink(told)
+
+    def _note(self, index: int, event: TokenEvent) -> bool:
+        """Keep what an event says; false where its reader need not know."""
+        flight = self._flights.get(event.request_id)
+        if flight is None or flight.at != index:
+            return False
+        if event.finish is Finish.ERROR and self._engines[index].failure is not None:
+            return not self._rescue(flight)
+        if event.token is not None:
+            if not flight.streamed:
+                self._seats[index].prompt_tokens -= len(flight.request.prompt)
+            flight.known.append(event.token)
+            flight.cached_tokens = event.cached_tokens
+        if event.finish is not None:
+            self._leave(flight)
+        return True
+
+    def _rescue(self, flight: Flight) -> bool:
+        """Have a request go on elsewhere whose engine has ended; false where it ends with it."""
+        self._leave(flight)
+        if flight.aborted or not flight.lives:
+            return False
+        flight.lives -= 1
+        try:
+            self._place(flight)
+        except (RequestError, ServiceError):
+            return False
+        return True
