@@ -29,7 +29,7 @@ from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
-from tongyun.cloud.engine.live import LiveEngine
+from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.gateway.app import Gateway, build_app
 from tongyun.cloud.gateway.ask import Served
@@ -317,7 +317,7 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
     loop, context = engine.loop(), multiprocessing.get_context("spawn")
     line, there = context.Pipe()
     ready, tell = context.Pipe(duplex=False)
-    facts = there, engine.config, loop.scheduler.config, loop.stats()
+    facts = there, engine.config, loop.scheduler.config, loop.stats(), Standing(loop.room(), 0)
     front = context.Process(target=_front, args=(tell, *facts), daemon=True)
     front.start()
     there.close()
@@ -348,7 +348,12 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
 
 
 def _front(
-    tell: Connection, line: Connection, config: ModelConfig, limits: SchedulerConfig, stats: EngineStats
+    tell: Connection,
+    line: Connection,
+    config: ModelConfig,
+    limits: SchedulerConfig,
+    stats: EngineStats,
+    standing: Standing,
 ) -> None:
     """The gateway's process: serve the engine at the other end of the line."""
     symbols = {character: byte for byte, character in enumerate(byte_characters())}
@@ -360,7 +365,7 @@ def _front(
         vocabulary=Vocabulary.of(symbols, []),
         created=0,
     )
-    app = build_app(Gateway(served=served, start_engine=partial(Distant, line, limits, stats)))
+    app = build_app(Gateway(served=served, start_engine=partial(Distant, line, limits, stats, standing)))
     with bind("127.0.0.1", 0) as sock:
         run(app, sock, drain_s=1.0, on_ready=partial(tell.send, url_of(sock)))
 
