@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tongyun.errors import InputError, SpecError
 from tongyun.model.config import Experts, ModelConfig
+from tongyun.model.find import find_model
 from tongyun.model.weights import (
     INDEX,
     SINGLE,
-    find_model,
     hub_config,
     hub_tensors,
     load_model,
