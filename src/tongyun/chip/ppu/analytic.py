@@ -1,8 +1,8 @@
 """What a lowered program takes, without simulating it: the analytic price of the very same instructions.
 
 First all cores go through a kernel in step, without times: what is counted, what they ask the L2 for, who
-shares a tile, what comes from the HBM (`census`). Then cores that go the same way are one strand, sixteen
-at most, and one core of each is walked (`strands`): tokens, queues, double buffers filling and draining; with
+shares a tile, what comes from the HBM (`census`). Then cores that go the same way are one strand, 32 at
+most, and one core of each is walked (`strands`): tokens, queues, double buffers filling and draining; with
 its requests the servers pass what all cores of the strand ask for. A kernel takes as long as its slowest
 strand, and no less than L2 and HBM need for all bytes.
 

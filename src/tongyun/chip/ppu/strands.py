@@ -36,7 +36,7 @@ _TOKENS, _DEPTH, _ENGINES = 16, 8, 6
 _L2 = 2
 _NEVER = np.inf
 
-STRANDS = 16
+STRANDS = 32
 """Strands of a kernel at most. As many as cores give what the simulator gives."""
 
 
