@@ -89,11 +89,3 @@ def test_a_table_that_cannot_be_is_refused(tmp_path: Path, table: str, model: st
         path.write_text(path.read_text().replace("ep = 8\ndp = 8", "ep = 1"))
     with pytest.raises(InputError, match=says):
         read_fleet(path)
-
-
-def test_the_twin_refuses_experts_that_move(tmp_path: Path) -> None:
-    table = SKEW + "rebalance = true\nredundant = 16\nwindow_s = 5\n"
-    flags = ["serve", "--twin", "--fleet", str(fleet(tmp_path, table)), "--port", "0"]
-    done = CliRunner().invoke(build(), flags)
-    assert isinstance(done.exception, InputError)
-    assert "the twin's experts stay where they are" in str(done.exception)
