@@ -39,6 +39,7 @@ PLAN: Mapping[str, tuple[type, Any]] = {
     "prefix_hit": (float, None),
     "draft_tokens": (int, None),
     "acceptance": (float, None),
+    "kernels": (str, "modelled"),
     "draft_weights": (str, None),
 }
 """The flags of `tongyun plan` in their order, each with its type and default; `...`: has to be given."""
