@@ -6,14 +6,11 @@ size of step, fusion or version of the compiler's source is another name.
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
+from tongyun.chip.ppu.kept import kept
 from tongyun.chip.ppu.program import Program
 from tongyun.errors import InputError
 from tongyun.specs.ppu import Ppu
@@ -35,21 +32,8 @@ def cached_step(config: Mapping[str, Any], ppu: Ppu, **step: Any) -> Program:
 
 
 def program_path(config: Mapping[str, Any], ppu: Ppu, **step: Any) -> Path:
-    """Where the program of a step is kept: below $XDG_CACHE_HOME, by default ~/.cache."""
-    # A set of names is written in another order by every process.
-    figures = replace(ppu, sources=frozenset())
-    given = [sorted(config.items()), figures, sorted(step.items()), _compiler()]
-    name = hashlib.sha256(repr(given).encode()).hexdigest()[:32]
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tongyun" / "programs" / f"{name}.ppu"
-
-
-@cache
-def _compiler() -> str:
-    """What the compiler is: its source, and the versions of what traces the model."""
+    """Where the program of a step is kept; the versions of what traces the model count as well."""
     from importlib.metadata import version
 
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return f"{digest.hexdigest()} {version('torch')} {version('transformers')}"
+    versions = version("torch"), version("transformers")
+    return kept("programs", ".ppu", ppu, sorted(config.items()), sorted(step.items()), versions)

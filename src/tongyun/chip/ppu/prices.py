@@ -6,16 +6,13 @@ file. A line that cannot be read back is priced anew.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import secrets
 import time
 from contextlib import suppress
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 from tongyun.chip.ppu.analytic import analyse
+from tongyun.chip.ppu.kept import kept
 from tongyun.chip.ppu.pieces import Piece, written
 from tongyun.specs.ppu import Ppu
 
@@ -59,21 +56,8 @@ class Prices:
 
 
 def prices_path(ppu: Ppu) -> Path:
-    """Where a chip's prices are kept: below $XDG_CACHE_HOME, by default ~/.cache."""
-    # A set of names is written in another order by every process.
-    figures = replace(ppu, sources=frozenset())
-    name = hashlib.sha256(f"{figures!r} {compiler()}".encode()).hexdigest()[:32]
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "tongyun" / "prices" / f"{name}.tsv"
-
-
-@cache
-def compiler() -> str:
-    """What the compiler is: its source."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    """Where a chip's prices are kept."""
+    return kept("prices", ".tsv", ppu)
 
 
 def _read(path: Path) -> dict[str, float]:
