@@ -12,7 +12,7 @@ from tongyun.specs.ppu import Ppu
 
 
 def kept(folder: str, suffix: str, ppu: Ppu, *given: object) -> Path:
-    """A file below $XDG_CACHE_HOME, by default ~/.cache; named by the chip, the compiler and what is `given`."""
+    """A file below $XDG_CACHE_HOME (by default ~/.cache), named by chip, compiler and what is `given`."""
     # A set of names is written in another order by every process.
     figures = replace(ppu, sources=frozenset())
     name = hashlib.sha256(repr([figures, compiler(), *given]).encode()).hexdigest()[:32]
