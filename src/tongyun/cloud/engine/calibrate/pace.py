@@ -29,7 +29,7 @@ MOST = 4
 LOOP = "loop_s"
 """Where a calibration's description of its machine keeps the seconds of the loop, undisturbed."""
 PACE, SERVED_PACE = "pace", "served_pace"
-"""Where it keeps how much slower the processors were while operators and steps, and serving, were measured."""
+"""Where it keeps how much slower they were: of operators and steps, and of serving."""
 
 T = TypeVar("T")
 
