@@ -63,6 +63,9 @@ def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
         # PyTorch's idle threads spin for a while after each operation, on the cores that
         # native kernels use next; what is left to PyTorch is too small to share out.
         torch.set_num_threads(1 if ops.name == "native" else threads)
+    else:
+        # cuDNN plans attention anew for every shape, and contexts have a new one every few steps.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return ops
 
 

@@ -25,10 +25,11 @@ from tongyun.cloud.engine.calibrate import (
     steps,
 )
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
+from tongyun.cloud.engine.calibrate.hosts import hosts
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.pace import REFERENCE
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
-from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.calibrate.stopwatch import stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
 from tongyun.specs import ChipSpec
 from tongyun.specs.samples import OverheadSample
@@ -112,7 +113,7 @@ def _engine(
         list(passes.passes(bench)),
         list(sampling.drawing(bench)),
     ]
-    watch = Stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
+    watch = stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
     whole, reference = steps.Steps(bench), steps.Reference(bench)
     visits = 1 if setting.quick else VISITS
     for visit in range(visits):
@@ -133,7 +134,9 @@ def _engine(
         attention=attending,
         passes=passing,
     )
-    return bare, _rests(bare, whole.samples()) + sampling.logit_byte(*drawn)
+    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], watch.host_s())
+    known += sampling.logit_byte(*drawn)
+    return bare, known + _rests(replace(bare, overhead=known), whole.samples())
 
 
 def _rests(bare: Readings, whole: list[steps.StepSample]) -> tuple[OverheadSample, ...]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tongyun.chip.calibrated import shared
+from tongyun.chip.calibrated import measured, shared
 from tongyun.chip.curves import nonnegative
-from tongyun.chip.roofline import streamed_bytes, work_s
+from tongyun.chip.roofline import steps_s
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.model.graph import Operator, Precision, StepShape
 from tongyun.model.steps import step
@@ -31,19 +31,23 @@ TERMS = (
     "written_byte",
     "shared_step",
 )
+QUEUED = ("step", "operator", "sparse_layer", "sequence", "token")
+"""Those of a device with a queue, which does not wait for what is written and shares nothing with threads."""
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
     """Seconds that one of each term adds to a step; a term that adds nothing is left out."""
+    known = measured(chip)
+    terms = QUEUED if known is not None and known.queued else TERMS
     rows, rests = [], []
     for sample in samples:
         operators = step(sample.config, sample.shape, precision=precision)
-        footprint = streamed_bytes(operators)
-        known_s = sum(op.repeat * float(work_s(op, chip, footprint)) for op in operators)
+        known_s = float(steps_s(operators, chip).seconds)
         weight = 1 / sample.seconds
         rests.append((sample.seconds - known_s) * weight)
-        rows.append([count * weight for count in _counts(operators, sample.shape)])
-    found = zip(TERMS, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
+        counts = dict(zip(TERMS, _counts(operators, sample.shape), strict=True))
+        rows.append([counts[term] * weight for term in terms])
+    found = zip(terms, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
     return tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in found if s > 0)
 
 

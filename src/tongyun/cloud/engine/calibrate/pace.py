@@ -17,7 +17,7 @@ import torch
 
 from tongyun.cloud.engine.calibrate import attention, products, steps
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
-from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.calibrate.stopwatch import stopwatch
 from tongyun.specs import Calibration
 
 KINDS: tuple[tuple[Callable[[Bench], Iterator[Probe[Any]]], str], ...] = (
@@ -50,7 +50,7 @@ def _operators(bench: Bench, calibration: Calibration) -> float:
             zip(measured(bench), getattr(calibration, kind), strict=False), 0, None, EVERY
         )
     ]
-    watch = Stopwatch([call for call, _ in again], bench.device)
+    watch = stopwatch([call for call, _ in again], bench.device)
     with torch.inference_mode():
         for _ in range(VISITS):
             watch.visit()

@@ -1,0 +1,172 @@
+"""The operations of the model on a GPU: PyTorch's own kernels, few of them, and none waited for.
+
+A step of a small model on a GPU is bound by the host that launches its kernels. What differs
+from `TorchOps` is therefore how many there are and that no result is read back before the
+last: experts are one grouped product instead of a loop over their counts, sequences that
+decode beside prompts are one batch, and what a step's layers have in common is made once.
+For inference; on a CPU it computes the same, which is how it is tested.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tongyun.model.kernels import TorchOps
+from tongyun.model.kernels.attention import Layout
+
+
+class DeviceOps(TorchOps):
+    """`TorchOps` with fewer launches."""
+
+    def __init__(self) -> None:
+        self._latest: _Step | None = None
+
+    def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
+        if add_TO is None:
+            return super().linear(x_TD, weight_OD)
+        return torch.addmm(add_TO, x_TD, weight_OD.to(x_TD.dtype).t())
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """As `TorchOps`, but rounded once: to the type of `x` after the weight."""
+        return functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+    def attention_inputs(
+        self,
+        heads_THd: Tensor,
+        norms: tuple[Tensor, Tensor, float],
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        kv_heads: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys are normalised and rotated together."""
+        q_weight, k_weight, eps = norms
+        turning = heads_THd.shape[1] - kv_heads
+        queries, width = turning - kv_heads, heads_THd.shape[2]
+        weight_Hd = torch.cat((q_weight.expand(queries, width), k_weight.expand(kv_heads, width)))
+        both = functional.rms_norm(heads_THd[:, :turning], (width,), None, eps) * weight_Hd.to(
+            heads_THd.dtype
+        )
+        both = self.rotate(both, cos_Td, sin_Td)
+        return both[:, :queries], both[:, queries:], heads_THd[:, turning:]
+
+    def experts(
+        self, x_TD: Tensor, gate_up_EOD: Tensor, down_EDI: Tensor, chosen_TN: Tensor, weight_TN: Tensor
+    ) -> Tensor:
+        """Two grouped products over the tokens sorted by expert; sums in a fixed order."""
+        if not x_TD.dtype == gate_up_EOD.dtype == torch.bfloat16:
+            return super().experts(x_TD, gate_up_EOD, down_EDI, chosen_TN, weight_TN)
+        tokens, per_token = chosen_TN.shape
+        expert_X, order_X = chosen_TN.flatten().sort(stable=True)
+        numbers_E = torch.arange(len(gate_up_EOD), device=x_TD.device)
+        ends_E = torch.searchsorted(expert_X, numbers_E, right=True, out_int32=True)
+        x_XD = x_TD[order_X // per_token]
+        inner_XI = self.swiglu(functional.grouped_mm(x_XD, gate_up_EOD.transpose(1, 2), offs=ends_E))
+        y_XD = functional.grouped_mm(inner_XI, down_EDI.transpose(1, 2), offs=ends_E)
+        back_XD = torch.empty_like(y_XD)
+        back_XD[order_X] = y_XD
+        weighted_TND = back_XD.view(tokens, per_token, -1) * weight_TN.to(x_TD.dtype).unsqueeze(2)
+        return weighted_TND.sum(1)
+
+    def paged_attention(
+        self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, layout: Layout
+    ) -> Tensor:
+        step = self._latest
+        if step is None or step.layout is not layout:
+            step = self._latest = _lay_out(layout, q_THd.dtype)
+        keys.transpose(1, 2)[step.block_T, step.offset_T] = k_TKd.to(keys.dtype)
+        values.transpose(1, 2)[step.block_T, step.offset_T] = v_TKd.to(values.dtype)
+        if not step.prompts:
+            return _decode(q_THd, keys, values, step)
+        out_THd = torch.empty_like(q_THd)
+        if step.rows_P is not None:
+            out_THd[step.rows_P] = _decode(q_THd[step.rows_P], keys, values, step)
+        for piece, first in step.prompts:
+            last = first + layout.lengths[piece]
+            k_KCd, v_KCd = (
+                _context(new[first:last], cache, layout, piece, q_THd.dtype)
+                for new, cache in ((k_TKd, keys), (v_TKd, values))
+            )
+            out_THd[first:last] = _attend(q_THd[first:last], k_KCd, v_KCd, layout.starts[piece])
+        return out_THd
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Step:
+    """What the layers of one step have in common."""
+
+    layout: Layout
+    block_T: Tensor
+    offset_T: Tensor
+    prompts: tuple[tuple[int, int], ...]
+    """Pieces of several tokens, and the first row of each."""
+    rows_P: Tensor | None
+    """Rows of the pieces of one token, where there are others; None where there are none of these."""
+    blocks_PB: Tensor
+    """Blocks of the pieces of one token, as many as the longest of them has."""
+    mask_P11C: Tensor
+    """What is added to the scores of pieces of one token: −∞ behind it."""
+
+
+def _lay_out(layout: Layout, dtype: torch.dtype) -> _Step:
+    decoding = [piece for piece, length in enumerate(layout.lengths) if length == 1]
+    firsts = [0, *accumulate(layout.lengths)]
+    prompts = tuple((piece, firsts[piece]) for piece, length in enumerate(layout.lengths) if length > 1)
+    starts_P, blocks_PB, rows_P = layout.starts_P, layout.blocks_PB, None
+    if decoding and prompts:
+        pieces_P = torch.tensor(decoding, device=starts_P.device)
+        most = max(layout.starts[piece] for piece in decoding) // layout.block_tokens + 1
+        starts_P, blocks_PB = starts_P[pieces_P], blocks_PB[pieces_P, :most]
+        rows_P = layout.rows_P1[pieces_P].long()
+    columns = torch.arange(blocks_PB.shape[1] * layout.block_tokens, device=starts_P.device)
+    behind_PC = columns > starts_P.unsqueeze(1)
+    mask_PC = torch.zeros(behind_PC.shape, dtype=dtype, device=starts_P.device)
+    return _Step(
+        layout=layout,
+        block_T=layout.slots_T // layout.block_tokens,
+        offset_T=layout.slots_T % layout.block_tokens,
+        prompts=prompts,
+        rows_P=rows_P,
+        blocks_PB=blocks_PB,
+        mask_P11C=mask_PC.masked_fill_(behind_PC, -torch.inf)[:, None, None],
+    )
+
+
+def _decode(q_PHd: Tensor, keys: Tensor, values: Tensor, step: _Step) -> Tensor:
+    """One token each. The queries of a group share their keys: they are rows of one product."""
+    # (P, B, K, block, d) → (P, K, C, d)
+    k_PKCd, v_PKCd = (
+        cache[step.blocks_PB].transpose(1, 2).flatten(2, 3).to(q_PHd.dtype) for cache in (keys, values)
+    )
+    q_PKGd = q_PHd.view(len(q_PHd), keys.shape[1], -1, q_PHd.shape[2])
+    mask = step.mask_P11C.expand(-1, -1, q_PKGd.shape[2], -1)
+    return functional.scaled_dot_product_attention(q_PKGd, k_PKCd, v_PKCd, attn_mask=mask).flatten(1, 2)
+
+
+def _context(new_TKd: Tensor, cache: Tensor, layout: Layout, piece: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values of a piece up to its last token, (K, C, d): just made ones where there are no others."""
+    start, length = layout.starts[piece], layout.lengths[piece]
+    if not start and new_TKd.dtype == cache.dtype:
+        return new_TKd.transpose(0, 1)
+    blocks = layout.blocks_PB[piece, : -(-(start + length) // layout.block_tokens)]
+    return cache[blocks].transpose(0, 1).flatten(1, 2)[:, : start + length].to(dtype)
+
+
+def _attend(q_THd: Tensor, k_KCd: Tensor, v_KCd: Tensor, start: int) -> Tensor:
+    mask_TC = None
+    if start:
+        ends_T = start + torch.arange(len(q_THd), device=q_THd.device)
+        mask_TC = torch.arange(k_KCd.shape[1], device=q_THd.device) <= ends_T.unsqueeze(1)
+    out_HTd = functional.scaled_dot_product_attention(
+        q_THd.transpose(0, 1).unsqueeze(0),
+        k_KCd.unsqueeze(0),
+        v_KCd.unsqueeze(0),
+        attn_mask=mask_TC,
+        is_causal=not start,
+        enable_gqa=True,
+    )
+    return out_HTd.squeeze(0).transpose(0, 1)
