@@ -23,7 +23,9 @@ product has to hide it behind; a byte of keys and values waits on top of its ari
 
 A GPU works off a queue that the host fills. Its samples are seconds of the GPU, taken with
 weights that no cache holds, and `host_…` are seconds that the host takes to queue one call of
-a kind. Neither waits for the other before a step's last operators: see `roofline.steps_s`.
+a kind. Neither waits for the other before a step's last operators: see `roofline.steps_s`. A
+decoding step that the engine has captured takes the host's time no more: it has a
+`replayed_step` and a `replayed_operator` for each operator in place of all that.
 """
 
 from __future__ import annotations
@@ -71,11 +73,18 @@ class Measured:
     stall: Stall
     passes: Mapping[str, Linear]
     overhead: Mapping[str, float]
+    replays: bool = False
+    """Whether the engine captures decoding steps."""
 
     @property
     def queued(self) -> bool:
         """Whether the device works off a queue that the host fills."""
         return any(what.startswith(HOST) for what in self.overhead)
+
+    def replayed(self, operators: Iterable[Operator]) -> bool:
+        """Whether these are of a captured step: nothing but decoding."""
+        attending = [op for op in operators if op.kind is Kind.ATTENTION]
+        return self.replays and all(np.all(np.asarray(_queries(op)) <= 1) for op in attending)
 
     def launch_s(self, op: Operator, usual_s: float) -> Number:
         """What an operator costs however small it is; a router brings its sparse layer's share."""
@@ -202,6 +211,7 @@ def measured(chip: Chip) -> Measured | None:
         stall=_stall([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) > most], decode),
         passes=_passes(samples.passes),
         overhead=overhead,
+        replays=bool(samples.machine.get("replays", False)),
     )
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tongyun.chip.calibrated import measured
+from tongyun.chip.calibrated import Measured, measured
 from tongyun.chip.collective import collective_s
 from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
@@ -43,7 +43,7 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     footprint = streamed_bytes(operators)
     samples = measured(chip)
     if samples is not None and samples.queued:
-        return _queued_s(operators, chip, footprint)
+        return _queued_s(operators, chip, samples, footprint)
     total: Number = 0.0
     busy: Number = 0.0
     for op in operators:
@@ -54,12 +54,15 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     return Timing(seconds=total, busy_s=busy)
 
 
-def _queued_s(operators: Iterable[Operator], chip: Chip, footprint_bytes: Number) -> Timing:
+def _queued_s(
+    operators: tuple[Operator, ...], chip: Chip, samples: Measured, footprint_bytes: Number
+) -> Timing:
     """Seconds where the host queues a step's operators and the device works them off.
 
         t = max(Σ host, Σ device of all but the last) + Σ device of the last
 
-    The last are those that the chosen tokens wait for when the host has nothing more to queue.
+    The last are those that the chosen tokens wait for when the host has nothing more to queue. Of a
+    captured step the host queues nothing: it takes what the device does.
     """
     host: Number = 0.0
     device: Number = 0.0
@@ -71,6 +74,9 @@ def _queued_s(operators: Iterable[Operator], chip: Chip, footprint_bytes: Number
             last = last + op.repeat * work
         else:
             device = device + op.repeat * work
+    if samples.replayed(operators):
+        gaps = samples.overhead.get("replayed_operator", 0.0) * sum(op.repeat for op in operators)
+        return Timing(seconds=device + last + gaps, busy_s=device + last)
     return Timing(seconds=np.maximum(host, device) + last, busy_s=device + last)
 
 

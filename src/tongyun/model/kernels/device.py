@@ -4,14 +4,19 @@ A step of a small model on a GPU is bound by the host that launches its kernels.
 from `TorchOps` is therefore how many there are and that no result is read back before the
 last: experts are one grouped product instead of a loop over their counts, sequences that
 decode beside prompts are one batch, and what a step's layers have in common is made once.
-For inference; on a CPU it computes the same, which is how it is tested.
+Where Triton is, attention and what prepares it are kernels of our own (`fused`), which makes
+a step of decoding one that can be captured and replayed. For inference; on a CPU it computes
+the same, which is how it is tested.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,12 +24,21 @@ from torch.nn import functional
 from tongyun.model.kernels import TorchOps
 from tongyun.model.kernels.attention import Layout
 
+if TYPE_CHECKING:
+    from tongyun.model.kernels.fused import Places
+
 
 class DeviceOps(TorchOps):
     """`TorchOps` with fewer launches."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, fused: bool | None = None) -> None:
+        """`fused` says whether Triton's kernels are used; None: on a GPU, where Triton is."""
         self._latest: _Step | None = None
+        self.fused = torch.cuda.is_available() and find_spec("triton") is not None if fused is None else fused
+
+    def fix(self, layout: Layout, places: Places) -> None:
+        """Take these places for the layers that are given this layout next: nothing is made of it."""
+        self._latest = _Step(layout=layout, places=places)
 
     def linear(self, x_TD: Tensor, weight_OD: Tensor, add_TO: Tensor | None = None) -> Tensor:
         if add_TO is None:
@@ -47,6 +61,11 @@ class DeviceOps(TorchOps):
         q_weight, k_weight, eps = norms
         turning = heads_THd.shape[1] - kv_heads
         queries, width = turning - kv_heads, heads_THd.shape[2]
+        if self.fused and heads_THd.dtype == torch.bfloat16 and width & (width - 1) == 0:
+            from tongyun.model.kernels import fused
+
+            fused.prepare(heads_THd, norms, cos_Td, sin_Td, kv_heads)
+            return heads_THd[:, :queries], heads_THd[:, queries:turning], heads_THd[:, turning:]
         weight_Hd = torch.cat((q_weight.expand(queries, width), k_weight.expand(kv_heads, width)))
         both = functional.rms_norm(heads_THd[:, :turning], (width,), None, eps) * weight_Hd.to(
             heads_THd.dtype
@@ -77,27 +96,68 @@ class DeviceOps(TorchOps):
     ) -> Tensor:
         step = self._latest
         if step is None or step.layout is not layout:
-            step = self._latest = _lay_out(layout, q_THd.dtype)
-        keys.transpose(1, 2)[step.block_T, step.offset_T] = k_TKd.to(keys.dtype)
-        values.transpose(1, 2)[step.block_T, step.offset_T] = v_TKd.to(values.dtype)
-        if not step.prompts:
-            return _decode(q_THd, keys, values, step)
-        out_THd = torch.empty_like(q_THd)
-        if step.rows_P is not None:
-            out_THd[step.rows_P] = _decode(q_THd[step.rows_P], keys, values, step)
-        for piece, first in step.prompts:
-            last = first + layout.lengths[piece]
-            k_KCd, v_KCd = (
-                _context(new[first:last], cache, layout, piece, q_THd.dtype)
-                for new, cache in ((k_TKd, keys), (v_TKd, values))
-            )
-            out_THd[first:last] = _attend(q_THd[first:last], k_KCd, v_KCd, layout.starts[piece])
-        return out_THd
+            step = self._latest = _Step(layout=layout)
+        if self.fused:
+            from tongyun.model.kernels import fused
+
+            if fused.covers(q_THd, keys):
+                places = step.placed(q_THd.shape[1] // keys.shape[1])
+                fused.store(k_TKd, v_TKd, keys, values, places.slots_T)
+                return fused.attend(q_THd, keys, values, places)
+        return _attend_apart(q_THd, k_TKd, v_TKd, keys, values, step.parts(q_THd.dtype))
+
+
+@dataclass(kw_only=True)
+class _Step:
+    """What the layers of one step have in common, made when it is first asked for."""
+
+    layout: Layout
+    places: Places | None = None
+    _parts: _Parts | None = None
+
+    def placed(self, group: int) -> Places:
+        """As the kernels of our own have it, for so many query heads to a key head."""
+        if self.places is None:
+            self.places = _place(self.layout, group)
+        return self.places
+
+    def parts(self, dtype: torch.dtype) -> _Parts:
+        """As PyTorch's attention has it."""
+        if self._parts is None:
+            self._parts = _part(self.layout, dtype)
+        return self._parts
+
+
+def _place(layout: Layout, group: int) -> Places:
+    from tongyun.model.kernels.fused import Places, tile_tokens
+
+    each, device = tile_tokens(group), layout.starts_P.device
+    pieces, rows, row = [], [], 0
+    for piece, length in enumerate(layout.lengths):
+        rows.extend(range(row, row + length, each))
+        pieces.extend([piece] * -(-length // each))
+        row += length
+    # Together, and each at a border of 16 bytes: one way to the device, one kernel for all steps.
+    held = -(-len(rows) // 4) * 4
+    told = np.zeros(4 + 2 * held, dtype=np.int32)
+    told[0] = layout.blocks_PB.shape[1]
+    told[4 : 4 + len(rows)] = pieces
+    told[4 + held : 4 + held + len(rows)] = rows
+    there = torch.from_numpy(told).to(device)
+    return Places(
+        slots_T=layout.slots_T,
+        rows_P1=layout.rows_P1,
+        starts_P=layout.starts_P,
+        blocks=layout.blocks_PB,
+        width=there,
+        tile_piece=there[4 : 4 + len(rows)],
+        tile_row=there[4 + held : 4 + held + len(rows)],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Step:
-    """What the layers of one step have in common."""
+class _Parts:
+    """A step as pieces of one token, which are one batch, and prompts, one after the other."""
 
     layout: Layout
     block_T: Tensor
@@ -112,7 +172,7 @@ class _Step:
     """What is added to the scores of pieces of one token: −∞ behind it."""
 
 
-def _lay_out(layout: Layout, dtype: torch.dtype) -> _Step:
+def _part(layout: Layout, dtype: torch.dtype) -> _Parts:
     decoding = [piece for piece, length in enumerate(layout.lengths) if length == 1]
     firsts = [0, *accumulate(layout.lengths)]
     prompts = tuple((piece, firsts[piece]) for piece, length in enumerate(layout.lengths) if length > 1)
@@ -125,7 +185,7 @@ def _lay_out(layout: Layout, dtype: torch.dtype) -> _Step:
     columns = torch.arange(blocks_PB.shape[1] * layout.block_tokens, device=starts_P.device)
     behind_PC = columns > starts_P.unsqueeze(1)
     mask_PC = torch.zeros(behind_PC.shape, dtype=dtype, device=starts_P.device)
-    return _Step(
+    return _Parts(
         layout=layout,
         block_T=layout.slots_T // layout.block_tokens,
         offset_T=layout.slots_T % layout.block_tokens,
@@ -136,7 +196,28 @@ def _lay_out(layout: Layout, dtype: torch.dtype) -> _Step:
     )
 
 
-def _decode(q_PHd: Tensor, keys: Tensor, values: Tensor, step: _Step) -> Tensor:
+def _attend_apart(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, keys: Tensor, values: Tensor, parts: _Parts
+) -> Tensor:
+    layout = parts.layout
+    keys.transpose(1, 2)[parts.block_T, parts.offset_T] = k_TKd.to(keys.dtype)
+    values.transpose(1, 2)[parts.block_T, parts.offset_T] = v_TKd.to(values.dtype)
+    if not parts.prompts:
+        return _decode(q_THd, keys, values, parts)
+    out_THd = torch.empty_like(q_THd)
+    if parts.rows_P is not None:
+        out_THd[parts.rows_P] = _decode(q_THd[parts.rows_P], keys, values, parts)
+    for piece, first in parts.prompts:
+        last = first + layout.lengths[piece]
+        k_KCd, v_KCd = (
+            _context(new[first:last], cache, layout, piece, q_THd.dtype)
+            for new, cache in ((k_TKd, keys), (v_TKd, values))
+        )
+        out_THd[first:last] = _attend(q_THd[first:last], k_KCd, v_KCd, layout.starts[piece])
+    return out_THd
+
+
+def _decode(q_PHd: Tensor, keys: Tensor, values: Tensor, step: _Parts) -> Tensor:
     """One token each. The queries of a group share their keys: they are rows of one product."""
     # (P, B, K, block, d) → (P, K, C, d)
     k_PKCd, v_PKCd = (

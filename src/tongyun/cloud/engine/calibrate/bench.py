@@ -32,6 +32,8 @@ class Probe(Generic[S]):
 
     call: Call
     sample: Callable[[float], S]
+    waits: bool = False
+    """Whether the call reads a result back from the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

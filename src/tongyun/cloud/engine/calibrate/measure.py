@@ -31,6 +31,7 @@ from tongyun.cloud.engine.calibrate.pace import REFERENCE
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
+from tongyun.model.kernels.device import DeviceOps
 from tongyun.specs import ChipSpec
 from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
@@ -76,6 +77,7 @@ class Setting:
             "kv": bench.kv_type.value,
             "activations": bench.activation_type.value,
             "quick": self.quick,
+            **({"replays": True} if isinstance(bench.ops, DeviceOps) and bench.ops.fused else {}),
         }
 
 
@@ -113,7 +115,8 @@ def _engine(
         list(passes.passes(bench)),
         list(sampling.drawing(bench)),
     ]
-    watch = stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
+    probes = [probe for kind in kinds for probe in kind]
+    watch = stopwatch([p.call for p in probes], bench.device, waiting=[p.waits for p in probes])
     whole, reference = steps.Steps(bench), steps.Reference(bench)
     visits = 1 if setting.quick else VISITS
     for visit in range(visits):

@@ -33,27 +33,32 @@ TERMS = (
 )
 QUEUED = ("step", "operator", "sparse_layer", "sequence", "token")
 """Those of a device with a queue, which does not wait for what is written and shares nothing with threads."""
+REPLAYED = ("replayed_step", "replayed_operator")
+"""Of its captured steps, in place of `step`, `operator` and `sparse_layer`."""
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
     """Seconds that one of each term adds to a step; a term that adds nothing is left out."""
     known = measured(chip)
-    terms = QUEUED if known is not None and known.queued else TERMS
+    terms = TERMS if known is None or not known.queued else QUEUED + REPLAYED
     rows, rests = [], []
     for sample in samples:
         operators = step(sample.config, sample.shape, precision=precision)
         known_s = float(steps_s(operators, chip).seconds)
         weight = 1 / sample.seconds
         rests.append((sample.seconds - known_s) * weight)
-        counts = dict(zip(TERMS, _counts(operators, sample.shape), strict=True))
-        rows.append([counts[term] * weight for term in terms])
+        counts = _counts(operators, sample.shape)
+        if known is not None and known.replayed(operators):
+            once, each = (counts[term] for term in QUEUED[:2])
+            counts |= dict.fromkeys(QUEUED[:3], 0.0) | dict(zip(REPLAYED, (once, each), strict=True))
+        rows.append([counts.get(term, 0.0) * weight for term in terms])
     found = zip(terms, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
     return tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in found if s > 0)
 
 
-def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
+def _counts(operators: tuple[Operator, ...], shape: StepShape) -> dict[str, float]:
     """How often each of `TERMS` is in a step."""
-    return [
+    counts = (
         1.0,
         float(sum(op.repeat for op in operators)),
         float(sum(op.repeat for op in operators if op.name == "router")),
@@ -61,4 +66,5 @@ def _counts(operators: tuple[Operator, ...], shape: StepShape) -> list[float]:
         float(shape.tokens - shape.sequences),
         float(sum(op.repeat * op.write_bytes for op in operators)),
         float(shared(operators)),
-    ]
+    )
+    return dict(zip(TERMS, counts, strict=True))

@@ -22,11 +22,9 @@ LONG_S = 3e-3
 
 MOST_REPEATS = 15
 QUEUED = 24
-"""Calls that are put on a GPU's queue together, at most: a queue takes about a thousand kernels."""
-QUEUED_S = 2e-3
-"""What calls on a queue take together, about."""
-HELD_CYCLES_PER_S = 2e9
-"""A GPU's clock, or faster: what holds the queue while it fills may only be too long."""
+"""Calls of a GPU that are captured and replayed together."""
+FEW = 8
+"""Calls by which the host's part is told."""
 
 Call = Callable[[], object]
 
@@ -70,53 +68,72 @@ class Stopwatch:
 class QueueStopwatch(Stopwatch):
     """Times calls that a host puts on a GPU's queue: what each takes of the GPU, and of the host.
 
-    The host's part is what putting calls on an empty queue takes. The GPU's is the time
-    between two events on a queue that is held until all of them are on it, so that it
-    never waits for the host. A call that reads a result back waits itself: its seconds
-    are then both.
+    The host's part is what putting calls on an empty queue takes. For the GPU's the calls are
+    captured and replayed, as the engine does with decoding steps: between two events there
+    is then nothing but the GPU's work. A call that reads a result back cannot be captured: its
+    seconds are those of the host, which waits.
     """
 
-    def __init__(self, calls: Sequence[Call]) -> None:
+    def __init__(self, calls: Sequence[Call], waiting: Sequence[bool]) -> None:
         super().__init__(calls)
+        self._waiting = waiting
         self._host_readings: list[list[float]] = [[] for _ in calls]
+        self._graphs: list[torch.cuda.CUDAGraph | None] = []
+        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
     def visit(self) -> None:
-        for place, call in enumerate(self._calls):
-            readings = self._readings[place]
-            if not readings:
-                # What is compiled or chosen at the first call is not to be timed.
-                call()
-            times = min(QUEUED, max(2, int(QUEUED_S / readings[-1]))) if readings else 2
-            host_s = self._host(call, times)
+        if not self._graphs:
+            self._graphs = [
+                None if waits else self._captured(call)
+                for call, waits in zip(self._calls, self._waiting, strict=True)
+            ]
+        for place, (call, graph) in enumerate(zip(self._calls, self._graphs, strict=True)):
+            host_s = self._host(call)
             self._host_readings[place].append(host_s)
-            readings.append(self._queued(call, times, host_s))
+            self._readings[place].append(host_s if graph is None else self._replayed(graph))
 
     def host_s(self) -> list[float] | None:
         return [statistics.median(readings) for readings in self._host_readings]
 
+    def _captured(self, call: Call) -> torch.cuda.CUDAGraph:
+        """Some calls, one after the other."""
+        # What is compiled or chosen at the first call is not to be captured.
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            for _ in range(QUEUED):
+                call()
+        return graph
+
     @staticmethod
-    def _host(call: Call, times: int) -> float:
+    def _host(call: Call) -> float:
+        call()
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        for _ in range(times):
+        for _ in range(FEW):
             call()
-        took_s = (time.perf_counter() - begun) / times
+        took_s = (time.perf_counter() - begun) / FEW
         torch.cuda.synchronize()
         return took_s
 
     @staticmethod
-    def _queued(call: Call, times: int, host_s: float) -> float:
+    def _replayed(graph: torch.cuda.CUDAGraph) -> float:
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        held = int(HELD_CYCLES_PER_S * (1.5 * times * host_s + 1e-4))
-        torch.cuda._sleep(held)  # type: ignore[no-untyped-call]
+        # Once before, so that the clock runs while the queue is read.
+        graph.replay()
         first.record()
-        for _ in range(times):
-            call()
+        graph.replay()
         last.record()
         last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3 / times
+        return float(first.elapsed_time(last)) / 1e3 / QUEUED
 
 
-def stopwatch(calls: Sequence[Call], device: torch.device) -> Stopwatch:
-    """What times calls on `device`."""
-    return QueueStopwatch(calls) if device.type == "cuda" else Stopwatch(calls)
+def stopwatch(
+    calls: Sequence[Call], device: torch.device, *, waiting: Sequence[bool] | None = None
+) -> Stopwatch:
+    """What times calls on `device`; `waiting` are those that read a result back from it."""
+    if device.type == "cuda":
+        return QueueStopwatch(calls, [False] * len(calls) if waiting is None else waiting)
+    return Stopwatch(calls)
