@@ -58,7 +58,7 @@ class Replays:
     def __init__(self, model: Qwen3, cache: PagedCache) -> None:
         self._model, self._cache = model, cache
         self._captured: dict[int, _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
         longest = -(-model.config.max_positions // cache.block_tokens)
         self._room(USUAL, min(longest, cache.blocks))
 
@@ -108,7 +108,7 @@ class Replays:
 
     def _capture(self, size: int) -> None:
         """Capture a step of `size` sequences, of whatever the numbers say now."""
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.inference_mode():
             with torch.cuda.stream(stream):

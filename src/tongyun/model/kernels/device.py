@@ -132,7 +132,9 @@ def _place(layout: Layout, group: int) -> Places:
     from tongyun.model.kernels.fused import Places, tile_tokens
 
     each, device = tile_tokens(group), layout.starts_P.device
-    pieces, rows, row = [], [], 0
+    pieces: list[int] = []
+    rows: list[int] = []
+    row = 0
     for piece, length in enumerate(layout.lengths):
         rows.extend(range(row, row + length, each))
         pieces.extend([piece] * -(-length // each))

@@ -79,7 +79,7 @@ class QueueStopwatch(Stopwatch):
         self._waiting = waiting
         self._host_readings: list[list[float]] = [[] for _ in calls]
         self._graphs: list[torch.cuda.CUDAGraph | None] = []
-        self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
 
     def visit(self) -> None:
         if not self._graphs:
