@@ -32,9 +32,11 @@ class PagedCache:
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        spare: int = 0,
     ) -> None:
-        self.blocks, self.block_tokens = blocks, block_tokens
-        shape = (config.layers, blocks, config.kv_heads, block_tokens, config.head_dim)
+        """`spare` blocks lie behind the others: a place for what nobody will read."""
+        self.blocks, self.block_tokens, self.spare = blocks, block_tokens, spare
+        shape = (config.layers, blocks + spare, config.kv_heads, block_tokens, config.head_dim)
         # Zeros, not empty: a masked position still multiplies what is stored there, and 0 × NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -13,21 +13,28 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from tongyun.cloud.engine.protocol import StepResult, TokenScore
-from tongyun.cloud.sched.request import Batch, Piece
+from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.errors import InputError, unknown
 from tongyun.model.kernels import TorchOps, choose_ops
 from tongyun.model.kernels.attention import Layout, lay_out
+from tongyun.model.kernels.device import DeviceOps
 from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
 from tongyun.model.sampling import Draw, sample
 from tongyun.model.weights import load_model
 
+if TYPE_CHECKING:
+    from tongyun.cloud.engine.replay import Replays
+
 GREEDY = SamplingOptions(temperature=0.0)
+WARM_PROMPTS = (8, 16, 32, 64, 128, 256, 512)
+"""Prompts that an engine on a GPU runs before it is asked for any: of each size one kernel or another."""
 KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,6 +70,9 @@ def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
         # PyTorch's idle threads spin for a while after each operation, on the cores that
         # native kernels use next; what is left to PyTorch is too small to share out.
         torch.set_num_threads(1 if ops.name == "native" else threads)
+    else:
+        # cuDNN plans attention anew for every shape, and contexts have a new one every few steps.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return ops
 
 
@@ -82,8 +92,16 @@ def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
         block_tokens=options.block_tokens,
         dtype=dtype,
         device=options.device,
+        spare=spare_blocks(options.device),
     )
-    return TorchExecutor(model, cache)
+    executor = TorchExecutor(model, cache)
+    executor.prepare()
+    return executor
+
+
+def spare_blocks(device: str) -> int:
+    """Blocks of a cache on a device that no request has: one where steps are captured."""
+    return 0 if torch.device(device).type == "cpu" else 1
 
 
 def _free_bytes(device: str) -> int:
@@ -108,6 +126,22 @@ class TorchExecutor:
     def __init__(self, model: Qwen3, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.keys.device
+        self._replays = _replays(model, cache)
+
+    def prepare(self) -> None:
+        """Do now what would hold up the first steps: capture those that decode, compile for others."""
+        if self._replays is None:
+            return
+        self._replays.prepare()
+        most = self.cache.blocks * self.cache.block_tokens
+        for tokens in WARM_PROMPTS:
+            if tokens <= most:
+                blocks = tuple(range(-(-tokens // self.cache.block_tokens)))
+                asked = Request(id="", prompt=(0,) * tokens, output_tokens=1)
+                piece = Piece(
+                    request=asked, start=0, length=tokens, samples=True, history=asked.prompt, blocks=blocks
+                )
+                self.execute(Batch(pieces=(piece,)))
 
     def execute(self, batch: Batch) -> StepResult:
         """Run one step. The duration covers everything from index tensors to chosen tokens.
@@ -125,6 +159,8 @@ class TorchExecutor:
     def _step(self, pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
         if not pieces:
             return {}, None
+        if self._replays is not None and all(piece.length == 1 and piece.samples for piece in pieces):
+            return choose_tokens(self._replays.logits(pieces), pieces, self.model.ops.argmax)
         layout = lay_out(
             [(p.start, p.length, p.blocks) for p in pieces], self.cache.block_tokens, self.device
         )
@@ -146,6 +182,15 @@ class TorchExecutor:
         if len(sampling) == len(hidden_TD):
             return hidden_TD
         return hidden_TD[layout.rows_P1[1:][sampling].long() - 1]
+
+
+def _replays(model: Qwen3, cache: PagedCache) -> Replays | None:
+    """Captured steps, where this model's can be on this device."""
+    if cache.keys.device.type != "cuda" or not isinstance(model.ops, DeviceOps) or not model.ops.fused:
+        return None
+    from tongyun.cloud.engine.replay import Replays, replays
+
+    return Replays(model, cache) if replays(model, cache) else None
 
 
 def choose_tokens(

@@ -157,8 +157,9 @@ class _Bytes:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
-def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...]]:
-    """What prompt tokens and coming requests add, and what serving takes by the streams there are."""
+def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...], float]:
+    """What prompt tokens and coming requests add, what serving takes by the streams there are, and the pace
+    of the processors under load."""
     # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=stand_aside) as pool:
@@ -175,6 +176,7 @@ def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple
             for n in STREAMS
             if n in step_s and n in way_s
         ),
+        statistics.fmean(pace for one in rounds for pace in one.paces),
     )
 
 
@@ -205,6 +207,8 @@ class _Round:
     way_s: tuple[float, float]
     """Mean seconds that first tokens of short and long prompts, each alone, spent outside the engine."""
     loaded: tuple[_Loaded, ...]
+    paces: tuple[float, ...]
+    """Of the processors, under each load."""
 
     def excess(self) -> list[tuple[int, int, float]]:
         """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
@@ -241,11 +245,13 @@ def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: P
 
         short, long = (pace.calmly(partial(alone, prompt))[0] for prompt in (SHORT, LONG))
         prompt_s = next(engine.samples((), (CELLS[0].prompt,))).seconds
-        loaded, bare = [], [pace.calmly(partial(_bare_s, engine))[0]]
+        loaded, paces, bare = [], [], [pace.calmly(partial(_bare_s, engine))[0]]
         for cell in CELLS[-1:] if bench.quick else CELLS:
-            loaded.append(pace.calmly(partial(under, cell))[0])
+            calmest, felt = pace.calmly(partial(under, cell))
+            loaded.append(calmest)
+            paces.append(felt)
             bare.append(pace.calmly(partial(_bare_s, engine))[0])
-    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded))
+    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded), paces=tuple(paces))
 
 
 def _ttfts(records: Records) -> list[float]:

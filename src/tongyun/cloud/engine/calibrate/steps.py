@@ -18,7 +18,7 @@ from tongyun.cloud.engine.calibrate.stopwatch import typical
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
-from tongyun.cloud.engine.torch_executor import GREEDY, TorchExecutor
+from tongyun.cloud.engine.torch_executor import GREEDY, TorchExecutor, spare_blocks
 from tongyun.cloud.sched.request import Batch, Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.model.config import Experts, ModelConfig
@@ -135,8 +135,11 @@ class Engine:
 def executor(bench: Bench, config: ModelConfig) -> TorchExecutor:
     """The real executor on random weights, with a cache of moderate size."""
     model = random_model(config, ops=bench.ops, device=str(bench.device))
-    cache = PagedCache(config, blocks=BLOCKS, dtype=bench.kv_dtype, device=str(bench.device))
-    return TorchExecutor(model, cache)
+    device = str(bench.device)
+    cache = PagedCache(config, blocks=BLOCKS, dtype=bench.kv_dtype, device=device, spare=spare_blocks(device))
+    made = TorchExecutor(model, cache)
+    made.prepare()
+    return made
 
 
 class _Recorder:
