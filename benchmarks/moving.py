@@ -125,7 +125,8 @@ def show(ways: dict[str, Felt], args: argparse.Namespace) -> None:
         "  computed again": 'moves_total{outcome="recomputed"}',
     }.items():
         rows.append([name, *(f"{felt.counted.get(key, 0):.0f}" for felt in ways.values())])
-    caption = f"measured; {args.rounds} rounds of {args.seconds:g} s, {args.rate:g} requests/s, {args.kv_gb:g} GB of KV each"
+    load = f"{args.rounds} × {args.seconds:g} s, {args.rate:g} requests/s"
+    caption = f"measured; {load}, {args.kv_gb:g} GB of KV each"
     Console(width=110).print(table("A skewed load on two engines", columns, rows, caption=caption))
     felt = ways["--migrate"]
     moves = felt.counted["move_downtime_seconds_count"]
@@ -135,8 +136,10 @@ def show(ways: dict[str, Felt], args: argparse.Namespace) -> None:
     pause_s = felt.counted["move_downtime_seconds_sum"] / moves
     step_s = felt.counted["engine_busy_seconds_total"] / felt.counted["engine_steps_total"]
     print(
-        f"pause of a move, mean of {moves:.0f}: {pause_s / MS:.2f} ms, {pause_s / step_s:.2f} steps of {step_s / MS:.2f} ms;\n"
-        f"computing its {felt.moved} tokens again on an idle engine: {felt.recompute_s / MS:.1f} ms (measured)"
+        f"pause of a move, mean of {moves:.0f}: {pause_s / MS:.2f} ms,"
+        f" {pause_s / step_s:.2f} steps of {step_s / MS:.2f} ms;\n"
+        f"{felt.moved} tokens, the mean of these, computed again on an idle engine:"
+        f" {felt.recompute_s / MS:.1f} ms (measured)"
     )
 
 
