@@ -1,9 +1,9 @@
 """A skewed load on two engines, with requests that move between them and without.
 
-    python benchmarks/moving.py [--seconds 30] [--rate 3] [--kv-gb 0.02] [--rounds 2] [--json]
+    python benchmarks/moving.py [--router R] [--seconds 30] [--rate 4] [--kv-gb 0.01] [--rounds 2]
 
 Every other request is long and, by round robin, one engine's, whose KV cache it soon fills; the other engine
-has the short ones. `tongyun serve stdlib-moe --replicas 2 --router round-robin` in processes of its own is
+has the short ones; another router has its own way. `tongyun serve stdlib-moe --replicas 2 --router R` is
 sent the same arrivals without and with `--migrate`, in turns. Then the pause of a request that was
 moved is set beside a decode step, and beside what computing it again would take: the time to the first token
 of a prompt as long as what was moved, on an idle server.
@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -28,10 +29,11 @@ from tongyun.cloud.probe import Target
 from tongyun.cloud.workload import Arrival
 from tongyun.model.bundled import bundled_models
 from tongyun.model.config import ModelConfig
-from tongyun.report import column, number, table, to_json
+from tongyun.report import column, number, table
 from tongyun.units import MS
 
 MODEL = "stdlib-moe"
+MIGRATE = "--migrate"
 SHORT = 8
 LONG = (300, 800)
 PROMPT = (50, 150)
@@ -63,10 +65,10 @@ def arrivals(seconds: float, rate_per_s: float, seed: int) -> list[Arrival]:
 
 
 @contextmanager
-def served(kv_gb: float, *flags: str) -> Iterator[str]:
+def served(kv_gb: float, router: str, *flags: str) -> Iterator[str]:
     """Two engines behind a gateway; yields the URL once it takes requests."""
     command = [sys.executable, "-m", "tongyun", "serve", MODEL, "--port", "0", "--replicas", "2"]
-    command += ["--router", "round-robin", "--kv-gb", str(kv_gb), *flags]
+    command += ["--router", router, "--kv-gb", str(kv_gb), *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -90,8 +92,8 @@ def first_token_s(url: str, tokens: int) -> float:
     return report.ttft_s.p50
 
 
-def run(felt: Felt, load: Sequence[Arrival], kv_gb: float, *flags: str) -> None:
-    with served(kv_gb, *flags) as url:
+def run(felt: Felt, load: Sequence[Arrival], *how: Any) -> None:
+    with served(*how) as url:
         # Opens connections, and makes the operations ready.
         measure(Target(url=f"{url}/v1"), [Arrival(0.0, 100, 50)] * 8, LoadOptions())
         before = metrics(url)
@@ -126,9 +128,10 @@ def show(ways: dict[str, Felt], args: argparse.Namespace) -> None:
     }.items():
         rows.append([name, *(f"{felt.counted.get(key, 0):.0f}" for felt in ways.values())])
     load = f"{args.rounds} × {args.seconds:g} s, {args.rate:g} requests/s"
-    caption = f"measured; {load}, {args.kv_gb:g} GB of KV each"
-    Console(width=110).print(table("A skewed load on two engines", columns, rows, caption=caption))
-    felt = ways["--migrate"]
+    caption = f"measured; {args.router}, {load}, {args.kv_gb:g} GB of KV each"
+    Console(width=110).print(table("", columns, rows))
+    print(caption)
+    felt = ways[MIGRATE]
     moves = felt.counted["move_downtime_seconds_count"]
     if not moves:
         print("nothing moved while it decoded")
@@ -146,21 +149,18 @@ def show(ways: dict[str, Felt], args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=30.0, help="how long each load lasts")
-    parser.add_argument("--rate", type=float, default=3.0, help="requests a second, long and short")
-    parser.add_argument("--kv-gb", type=float, default=0.02, help="KV cache of each engine")
+    parser.add_argument("--rate", type=float, default=4.0, help="requests a second, long and short")
+    parser.add_argument("--kv-gb", type=float, default=0.01, help="KV cache of each engine")
+    parser.add_argument("--router", default="round-robin")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    ways = {"without": Felt(), "--migrate": Felt()}
+    ways = {"without": Felt(), MIGRATE: Felt()}
     for turn in range(args.rounds):
         load = arrivals(args.seconds, args.rate, args.seed + turn)
         for name, felt in ways.items():
-            run(felt, load, args.kv_gb, *(flag for flag in (name,) if flag.startswith("--")))
-    if args.json:
-        print(to_json({name: felt.counted for name, felt in ways.items()}))
-    else:
-        show(ways, args)
+            run(felt, load, args.kv_gb, args.router, *([name] if name == MIGRATE else []))
+    show(ways, args)
 
 
 if __name__ == "__main__":

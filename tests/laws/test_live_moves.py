@@ -349,6 +349,8 @@ def test_at_whatever_moment_something_happens(
         world.settle()
         world.verdict({"r"} if what is abort else set(), 0)
         world.gateway.close()
+        if what is abort and happened and output == 60:
+            assert world.events["r"][-1].finish is Finish.ABORT
         seen |= {name for name, count in world.outcomes.items() if count}
         if not happened:
             break

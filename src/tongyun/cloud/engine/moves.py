@@ -100,7 +100,7 @@ class Mover:
         )
 
     def tick(self) -> None:
-        """Look who should give and who take."""
+        """Look who should give and who take, and who has ended."""
         up = set(self._fleet.up())
         for number, move in list(self._moves.items()):
             if move.target not in up or (move.source not in up and move.left_s is None):
@@ -111,12 +111,6 @@ class Mover:
             chosen = self._policy.choose(self._fleet.decoding(source), *loads)
             if chosen is not None:
                 self._begin(chosen, source, target)
-
-    def lost(self, request_id: str) -> None:
-        """The engine whose a request is has ended; it will go on at another."""
-        for number, move in list(self._moves.items()):
-            if move.request_id == request_id:
-                self._call_off(number, move)
 
     def read(self, index: int, letters: Sequence[Up]) -> None:
         """What an engine says of moves, in order."""

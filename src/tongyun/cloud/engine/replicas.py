@@ -251,8 +251,6 @@ class Replicas:
 
     def _rescue(self, flight: Flight) -> bool:
         """Have a request go on elsewhere whose engine has ended; false where it ends with it."""
-        if self._mover is not None:
-            self._mover.lost(flight.request.id)
         self._leave(flight)
         if flight.aborted or not flight.lives:
             return False
