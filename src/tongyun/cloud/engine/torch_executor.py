@@ -156,6 +156,26 @@ class TorchExecutor:
             torch.cuda.synchronize(self.device)
         return StepResult(tokens=tokens, duration_s=time.perf_counter() - begun, scores=scores)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, keys and values of all layers."""
+        return self.cache.bytes // self.cache.blocks
+
+    def read_blocks(self, blocks: Sequence[int], out: memoryview) -> None:
+        """Write what these blocks hold to `out`."""
+        with torch.inference_mode():
+            contents = self.cache.read_blocks(blocks)
+            self._raw(out).copy_(contents.flatten())
+
+    def write_blocks(self, blocks: Sequence[int], contents: memoryview) -> None:
+        """Give these blocks what was read from others, of a cache of the same layout."""
+        with torch.inference_mode():
+            shape = (2, self.cache.keys.shape[0], len(blocks), *self.cache.keys.shape[2:])
+            self.cache.write_blocks(blocks, self._raw(contents).view(shape))
+
+    def _raw(self, memory: memoryview) -> torch.Tensor:
+        return torch.frombuffer(memory, dtype=self.cache.keys.dtype)
+
     def _step(self, pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
         if not pieces:
             return {}, None

@@ -137,6 +137,14 @@ class Scheduler:
         """Keep nothing for that request any more."""
         self._residents.give_up(request_id)
 
+    def reserved(self, request_id: str) -> Series[int]:
+        """The blocks that are kept for it, in order; none once they went to others."""
+        return self._residents.reserved.get(request_id, ())
+
+    def held(self, request_id: str) -> Series[int]:
+        """The blocks of a request in flight, in order; a live list."""
+        return self._sequences[request_id].blocks
+
     def movable(self, request_id: str) -> Movable | None:
         """A request that decodes or waits, as it is now; None where it is not here or in prefill."""
         seq = self._sequences.get(request_id)
