@@ -159,7 +159,7 @@ class TorchExecutor:
     @property
     def block_bytes(self) -> int:
         """Of one block, keys and values of all layers."""
-        return self.cache.bytes // self.cache.blocks
+        return self.cache.bytes // self.cache.keys.shape[1]
 
     def read_blocks(self, blocks: Sequence[int], out: memoryview) -> None:
         """Write what these blocks hold to `out`."""

@@ -181,10 +181,13 @@ def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple
 
 
 def _shapes(bench: Bench) -> list[ModelConfig]:
-    """Steps of many small operators, and steps of shared products: as long as those of small models."""
+    """Steps of many small operators, and steps of shared products: as long as those of small models.
+
+    Shorter ones would give tokens faster than one core can send and another program's take.
+    """
     if bench.quick:
         return [steps.synthetic(4)]
-    return [steps.synthetic(6, hidden=256, sparse=True), steps.synthetic(4, hidden=512)]
+    return [steps.synthetic(12, hidden=256, sparse=True), steps.synthetic(8, hidden=512)]
 
 
 @dataclass(frozen=True, kw_only=True)
