@@ -179,6 +179,7 @@ class Mover:
             self._nbytes += letter.last.nbytes
         move.left_s, move.computed = letter.moment_s, letter.traveller.computed
         if not self._fleet.hand_over(move.target, Arrive(letter.move, letter.traveller, letter.last)):
+            self._fleet.tell(move.target, Release(letter.move))
             self._end(letter.move, move, "recomputed" if move.computed else "called off")
 
     def _land(self, letter: Landed, move: _Move) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-from tongyun.cloud.engine.letters import Arrive, Down, Release, Up
+from tongyun.cloud.engine.letters import Arrive, Down, Up
 from tongyun.cloud.engine.live import Sink
 from tongyun.cloud.engine.moves import Mover
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
@@ -297,7 +297,6 @@ class Replicas:
         request_id = letter.traveller.request.id
         flight = self._flights.get(request_id)
         if flight is None:
-            self.tell(target, Release(letter.move))
             return False
         self._leave(flight)
         flight.at = target
