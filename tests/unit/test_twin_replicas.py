@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.laws.test_autoscale import rule
 from tests.laws.test_failures import CHIP, OFTEN, script, site
-from tests.unit.test_twin import CONFIG, HAND_OVER_S, Price, Reader, loops
+from tests.unit.test_twin import CONFIG, HAND_OVER_S, Price, Reader
 
 from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.clock import VirtualClock
@@ -68,15 +68,22 @@ def one_pool(failures: FailureSpec | None, rules: tuple[AutoscaleSpec, ...], *, 
     return build
 
 
-def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...]) -> Build:
+def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False) -> Build:
     def build(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
-        pools = loops(2, kind), loops(2, kind)
-        relay = Relay(pools, (LeastLoad(), LeastLoad()), lambda _: HAND_OVER_S, watches=watches)
+        config = replace(CONFIG, blocks=50 if moving else CONFIG.blocks)
+        pools = [
+            [EngineLoop(Scheduler(config), kind(Price()), VirtualClock()) for _ in range(2)] for _ in range(2)
+        ]
+        routers = LeastLoad(), RoundRobin() if moving else LeastLoad()
+        relay = Relay((pools[0], pools[1]), routers, lambda _: HAND_OVER_S, watches=watches)
         sites = [site("prefill", 2), site("decode", 2)]
-        running = Upkeep(failures=failures, autoscale=rules).attach(relay, sites, CHIP, told=lost)
-        return AtWork(front=relay, running=running, mover=None, changing=None)
+        mover = Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4) if moving else None
+        running = Upkeep(failures=failures, autoscale=rules).attach(
+            relay, sites, CHIP, mover=mover, told=lost
+        )
+        return AtWork(front=relay, running=running, mover=mover, changing=None)
 
     return build
 
@@ -89,6 +96,7 @@ FLEETS = {
     "scaled": one_pool(None, (SCALED,), moving=False),
     "all": one_pool(outages("mixed"), (SCALED,), moving=True),
     "decode fails": two_pools(outages("decode"), ()),
+    "decode fails and moves": two_pools(outages("decode"), (replace(SCALED, pool="decode"),), moving=True),
     "prefill fails": two_pools(outages("prefill"), (replace(SCALED, pool="decode"),)),
 }
 

@@ -44,6 +44,9 @@ class Fronts(Protocol):
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine of a front that failed, and what it was handing over."""
 
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a front has lost, with what others had done for it."""
+
     def give_up(self) -> list[Torn]:
         """Take back what is held."""
 
@@ -131,6 +134,11 @@ class Front:
         """As `tear`; `pool` is this one."""
         assert pool is self
         return self.tear(index)
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """As it is: nobody else had it."""
+        assert pool is self
+        return torn
 
     def again(self, request: Request) -> None:
         """Give a request that an engine lost to one that is up, at this moment."""

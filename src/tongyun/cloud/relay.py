@@ -79,16 +79,21 @@ class Relay:
 
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed, with what it was handing over."""
-        torn = pool.tear(index)
+        torn = [self.whole(pool, one) for one in pool.tear(index)]
         if pool is self.second:
-            return [self._from_first(one) for one in torn]
+            return torn
         # Ended there, not yet arrived: keys and values that are gone before they were read.
         sent = {name for name, record in pool.instances[index].records.items() if record is not None}
         leaving = [request for _, _, request in self._under_way if request.id in sent]
         self._under_way = sorted(entry for entry in self._under_way if entry[2].id not in sent)
         leaving += self.second.unhold(lambda request: request.id in sent)
-        whole = [one._replace(request=self._whole.pop(one.request.id)) for one in torn]
-        return whole + [self._from_first(handed(request)) for request in leaving]
+        return torn + [self._from_first(handed(request)) for request in leaving]
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a pool has lost, as the request that was sent."""
+        if pool is self.second:
+            return self._from_first(torn)
+        return torn._replace(request=self._whole.pop(torn.request.id))
 
     def give_up(self) -> list[Torn]:
         """Take back what is held before either pool."""

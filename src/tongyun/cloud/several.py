@@ -56,7 +56,11 @@ class Several:
 
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed, and what it was handing over."""
-        return next(fleet for fleet in self._fleets if pool in fleet.fronts).lose(pool, index)
+        return self._with(pool).lose(pool, index)
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a front has lost, with what others had done for it."""
+        return self._with(pool).whole(pool, torn)
 
     def give_up(self) -> list[Torn]:
         """Take back what is held."""
@@ -73,6 +77,9 @@ class Several:
     def _all_to(self, until_s: float) -> None:
         for fleet in self._fleets:
             fleet.advance(until_s)
+
+    def _with(self, pool: Front) -> Fronts:
+        return next(fleet for fleet in self._fleets if pool in fleet.fronts)
 
     def _fleet_of(self, request: Request) -> Fronts:
         return self._of[request.model or ""]

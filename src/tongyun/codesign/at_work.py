@@ -86,8 +86,9 @@ def put_to_work(
     front = _front(fleet, pools, router, chip, watches)
     mover = None
     if fleet.migration is not None:
-        assert isinstance(front, Front)
-        mover = Mover(front, migration_policy(fleet.migration, fleet.classes), fleet.hand_over(chip))
+        # Where prompts are computed elsewhere, those that decode are moved.
+        policy, copy_s = migration_policy(fleet.migration, fleet.classes), fleet.hand_over(chip, first=-1)
+        mover = Mover(front.fronts[-1], policy, copy_s)
     running = changing = None
     if fleet.upkeep is not None:
         running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, mover=mover, told=told)

@@ -311,9 +311,10 @@ class Running:
     def _call_off(self, replicas: Sequence[Replica], now_s: float) -> None:
         """Moves to and from what has failed; who was under way from there is sent again, or lost."""
         if self._mover is not None:
-            of = {index: replica.name for replica in replicas for index in replica.engines}
+            pool = self._mover.front
+            of = {index: one.name for one in replicas if one.pool is pool for index in one.engines}
             for engine, torn in self._mover.strike(of, now_s):
-                self.retries.judge([torn], of[engine], now_s)
+                self.retries.judge([self.fleet.whole(pool, torn)], of[engine], now_s)
 
     def _cancel(self, replica: Replica, now_s: float) -> None:
         for starts in self._starts.values():
