@@ -160,14 +160,22 @@ drift_s = 0.5
 window_s = 0.2
 
 [[pool]]
-replicas = 1
+replicas = 2
 tp = 1
 ep = 8
 dp = 8
+
+[migration]
+
+[failures]
+[[failures.event]]
+at_s = 0.3
+instance = "mixed-1"
+for_s = 0.5
 """
 
 
-def test_experts_are_placed_anew_at_the_moments_of_the_simulation(tmp_path: Path) -> None:
+def test_experts_are_placed_anew_beside_a_failure_at_the_moments_of_the_simulation(tmp_path: Path) -> None:
     file = tmp_path / "fleet.toml"
     file.write_text(EXPERTS)
     _, fleet = read_fleet(file)
@@ -202,6 +210,8 @@ def test_experts_are_placed_anew_at_the_moments_of_the_simulation(tmp_path: Path
         logs.append(one.changing.log)
     assert moments[0] == moments[1]
     assert len(logs[1]) > 1 and logs[0][: len(logs[1])] == logs[1]
+    assert len({one.moved_bytes / one.experts for one in logs[1]}) == 2
+    same(work[0], replace(work[1], mover=None))
 
 
 def same(twin: AtWork, simulated: AtWork) -> None:

@@ -84,8 +84,10 @@ class Relay:
             return torn
         # Ended there, not yet arrived: keys and values that are gone before they were read.
         sent = {name for name, record in pool.instances[index].records.items() if record is not None}
-        leaving = [request for _, _, request in self._under_way if request.id in sent]
-        self._under_way = sorted(entry for entry in self._under_way if entry[2].id not in sent)
+        # In the order of their moments: a heap's own tells how often somebody has looked.
+        under_way = sorted(self._under_way)
+        leaving = [request for _, _, request in under_way if request.id in sent]
+        self._under_way = [entry for entry in under_way if entry[2].id not in sent]
         leaving += self.second.unhold(lambda request: request.id in sent)
         return torn + [self._from_first(handed(request)) for request in leaving]
 

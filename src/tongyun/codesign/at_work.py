@@ -93,7 +93,7 @@ def put_to_work(
     if fleet.upkeep is not None:
         running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, mover=mover, told=told)
     if fleet.experts is not None and fleet.experts.spec.during:
-        changing = rebalancing(fleet.experts, front, pools, chip, fleet.question, seed)
+        changing = rebalancing(fleet.experts, front, pools, chip, fleet.question, seed, running)
     return AtWork(front=front, running=running, mover=mover, changing=changing)
 
 

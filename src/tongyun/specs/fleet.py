@@ -73,9 +73,6 @@ class FleetSpec:
             yield "class_aging_s says how [[class]] tables age, and there is none"
         if self.cache is not None and not self.prefix_caching:
             yield "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
-        changes = self.experts is not None and self.experts.during
-        if changes and (self.failures is not None or self.autoscale or self.migration is not None):
-            yield "experts: window_s and drift_s: not beside failures, autoscale or migration; leave one out"
         roles = [pool.role for pool in self.pool]
         if sorted(roles) not in (["mixed"], ["decode", "prefill"]):
             yield f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"
