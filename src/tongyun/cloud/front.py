@@ -5,7 +5,7 @@ Knows no pools that pass requests on, no workload and no price.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from tongyun.cloud.agenda import Agenda
@@ -38,6 +38,12 @@ class Fronts(Protocol):
     def next_s(self) -> float | None:
         """When something happens next besides steps; None where nothing does."""
 
+    def check(self, request: Request) -> None:
+        """RequestError where nobody could ever run it; reads limits only, so any thread may ask."""
+
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that ends in one pool goes on in another."""
+
     def again(self, request: Request) -> None:
         """Give a request that an engine lost to one that is up, at this moment."""
 
@@ -55,6 +61,9 @@ class Fronts(Protocol):
 
     def records(self, names: Iterable[str]) -> list[RequestRecord]:
         """Of these requests, those that ended."""
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
 
 
 class Front:
@@ -106,6 +115,14 @@ class Front:
         self._before_s = request.arrival_s
         self.advance(request.arrival_s)
         self._place(request)
+
+    def check(self, request: Request) -> None:
+        """RequestError if its engines, which are equal, could never run it."""
+        self.instances[0].loop.check(request)
+
+    def goes_on(self, request_id: str) -> bool:
+        """Never: there is one pool."""
+        return False
 
     def open(self, index: int) -> None:
         """Let an engine be given requests, those held first."""
@@ -179,6 +196,11 @@ class Front:
     def records(self, _names: Iterable[str]) -> list[RequestRecord]:
         """Of all requests that ended, engine after engine."""
         return [record for one in self.instances for record in one.result().records]
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop records of requests that have ended, but for these."""
+        for one in self.instances:
+            one.forget(but)
 
     def waiting(self) -> tuple[Request, ...]:
         """Requests that are held, in the order in which they came."""

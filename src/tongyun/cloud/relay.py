@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -54,6 +54,12 @@ class Relay:
     def in_flight(self) -> int:
         """Requests in either pool, between them, and held before them."""
         return self.first.in_flight + self.second.in_flight + len(self._under_way)
+
+    def check(self, request: Request) -> None:
+        """RequestError where a pool could never run its part."""
+        self.first.check(prefill_part(request))
+        if request.output_tokens > 1:
+            self.second.check(decode_part(request, 0.0))
 
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival."""
@@ -121,6 +127,11 @@ class Relay:
     def records(self, names: Iterable[str]) -> list[RequestRecord]:
         """Of these requests in their order, those that ended: one record for both pools."""
         return list(joined(names, *self.results()))
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop records of requests that have ended, but for these."""
+        for front in self.fronts:
+            front.forget(but)
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is; false if it is not in flight."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from tongyun.cloud.agenda import Agenda
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Request
+from tongyun.errors import RequestError, unknown
 
 
 class Several:
@@ -40,6 +41,17 @@ class Several:
         fleet = self._fleet_of(request)
         self._sent[id(fleet)].append(request.id)
         fleet.send(request)
+
+    def check(self, request: Request) -> None:
+        """RequestError if its model's fleet could never run it, or there is none."""
+        name = request.model or ""
+        if name not in self._of:
+            raise RequestError(unknown("model", name, self._of), param="model")
+        self._of[name].check(request)
+
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that ends in one pool goes on in another."""
+        return any(fleet.goes_on(request_id) for fleet in self._fleets)
 
     def advance(self, until_s: float) -> None:
         """Every engine to `until_s`, by way of all that happens until then."""
@@ -73,6 +85,12 @@ class Several:
     def records(self, _names: Iterable[str]) -> list[RequestRecord]:
         """Of all requests that ended, fleet after fleet."""
         return [record for fleet in self._fleets for record in fleet.records(self._sent[id(fleet)])]
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
+        for fleet in self._fleets:
+            fleet.forget(but)
+            self._sent[id(fleet)] = [name for name in self._sent[id(fleet)] if name in but]
 
     def _all_to(self, until_s: float) -> None:
         for fleet in self._fleets:
