@@ -1,10 +1,11 @@
 """How long a call takes on a device, told from the noise of a shared machine.
 
-A machine is quicker in one second than in the next: neighbours, clocks, other programs.
-What is to be compared is therefore visited in turns, a little each time, and a reading is
-the median of the visits, since neighbours on a shared host slow whole visits down; within a
-visit it is the median too, which a single interruption does not move. Knows nothing of what
-is measured.
+A machine is quicker in one moment than in the next: neighbours, clocks, other programs.
+What is to be compared is therefore visited in turns, a little each time. A reading is the
+mean of the visits without their extremes: where visits are either quick or slow, a median
+would be the one or the other by chance, and steps that consist of many calls feel the mean.
+Within a visit it is the median, which a single interruption does not move. Knows nothing of
+what is measured.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ MOST_REPEATS = 15
 Call = Callable[[], object]
 
 
+def typical(readings: Sequence[float], chosen: Sequence[int] | None = None) -> float:
+    """The mean of readings, all or those chosen, less the smallest and the largest of four or more."""
+    ranked = sorted(readings if chosen is None else [readings[place] for place in chosen])
+    return statistics.fmean(ranked[1:-1] if len(ranked) >= 4 else ranked)
+
+
 class Stopwatch:
     """Times calls on `device`, each a little at every visit; `budget_s` is what one takes at a visit."""
 
@@ -37,9 +44,9 @@ class Stopwatch:
         for call, readings in zip(self._calls, self._readings, strict=True):
             readings.append(self._visit(call, readings[-1] if readings else None))
 
-    def seconds(self) -> list[float]:
-        """Seconds of one call of each: the median over the visits so far."""
-        return [statistics.median(readings) for readings in self._readings]
+    def seconds(self, visits: Sequence[int] | None = None) -> list[float]:
+        """Seconds of one call of each, of all visits or of these."""
+        return [typical(readings, visits) for readings in self._readings]
 
     def _visit(self, call: Call, known_s: float | None) -> float:
         """Median of a few readings; on a GPU the queue is emptied before and after each."""
