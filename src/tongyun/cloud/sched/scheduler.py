@@ -148,11 +148,13 @@ class Scheduler:
     def movable(self, request_id: str) -> Movable | None:
         """A request that decodes or waits, as it is now; None where it is not here or in prefill."""
         seq = self._sequences.get(request_id)
-        if seq is None or seq.state is State.PREFILLING or seq.request.handed_tokens:
+        if seq is None or seq.state is State.PREFILLING:
             return None
         self.settle()
-        request = seq.request
-        return Movable(request.id, request.priority, seq.state is State.DECODING, len(seq.history))
+        request, decodes = seq.request, seq.state is State.DECODING
+        # Who was admitted once has what was handed over in its blocks, or has lost it.
+        handed = 0 if seq.admitted else request.handed_tokens
+        return Movable(request.id, request.priority, decodes, len(seq.history), handed)
 
     def movables(self) -> list[Movable]:
         """Requests that decode, the best-ranked first."""
