@@ -69,10 +69,20 @@ CELLS = (
     _Cell(streams=28, output=64, prompt=131),
     _Cell(streams=2, output=16, prompt=132),
 )
+CELLS_QUEUED = (
+    _Cell(streams=2, output=64, prompt=128),
+    _Cell(streams=5, output=64, prompt=129),
+    _Cell(streams=12, output=192, prompt=130),
+    _Cell(streams=28, output=192, prompt=131),
+    _Cell(streams=44, output=192, prompt=133),
+    _Cell(streams=2, output=16, prompt=132),
+)
+"""On a GPU a step with a prompt takes several times one that decodes: long answers make many streams."""
 CELL_S = 2.5
 BARE_STEPS = 32
-AROUND_S, AROUND_TOKEN_S = 3e-4, 9e-5
-"""What serving about adds to a step, and to it for each token: a rate without it would flood small models."""
+AROUND, AROUND_QUEUED = (3e-4, 9e-5), (1e-4, 1e-5)
+"""What serving about adds to a step, and to it for each token: a rate without it would flood small models.
+On a GPU the engine leaves the processor's cores to the others."""
 STREAMS = (1, 4, 12, 24, 40)
 """Sequences in the steps that are measured without a server, and at which its cost is told."""
 LEAST_SEEN = 20.0
@@ -228,21 +238,23 @@ def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Rou
         short, long = (put([Arrival(i * GAP_S, n, 2) for i in range(count)]) for n in (SHORT, LONG))
         prompt_s = next(engine.samples((), (CELLS[0].prompt,))).seconds
         loaded, before = [], _bare_s(engine)
-        for cell in CELLS[-1:] if bench.quick else CELLS:
+        cells = CELLS_QUEUED if bench.queued else CELLS
+        for cell in cells[-1:] if bench.quick else cells:
             step_s = float(np.interp(cell.streams, STREAMS, before))
-            records = put(_arrivals(cell, step_s, prompt_s, bench.quick))
+            base_s, token_s = AROUND_QUEUED if bench.queued else AROUND
+            served_s = step_s + base_s + token_s * cell.streams
+            records = put(_arrivals(cell, served_s, prompt_s, bench.quick))
             after = _bare_s(engine)
             loaded.append(_Loaded(cell=cell, records=records, bare_s=(before + after) / 2))
             before = after
     return _Round(seen=seen, singles=(short, long), loaded=tuple(loaded))
 
 
-def _arrivals(cell: _Cell, step_s: float, prompt_s: float, quick: bool) -> list[Arrival]:
+def _arrivals(cell: _Cell, served_s: float, prompt_s: float, quick: bool) -> list[Arrival]:
     """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law.
 
     A request takes its own steps and waits for the prompts of the others.
     """
-    served_s = step_s + AROUND_S + AROUND_TOKEN_S * cell.streams
     rate = cell.streams / (cell.output * served_s + cell.streams * prompt_s)
     return sample(
         Workload(
