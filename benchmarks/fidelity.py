@@ -6,17 +6,17 @@ Without `--model`: the model that comes with Tongyun, and random weights in the 
 Qwen3-0.6B. The machine is calibrated first unless it is already; the prediction of a level
 is made before its first request leaves. Levels are shares of the predicted capacity, which
 is itself held against a measurement: what the server ends per second under more than it
-can do. Before and after each level some of the calibration's own samples are taken again. A
-level begins when the machine is as fast as when it was calibrated, or after `--patience`
-seconds of waiting for that; one during which it was not is measured again, at most `--tries`
-times, and says so if it never was.
+can do. How fast the processors run is sampled all the while, in the calibration and under
+each load, without a look at what is measured: where others slow them down, the calibration
+measures again, for `--patience` seconds in all; and a level is measured again, up to `--tries`
+times, if they were not as fast as when serving was calibrated. The row is the try whose pace
+was nearest to that, and says if none was near.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from rich.console import Console
 from tongyun.cli.calibrate import calibrated
 from tongyun.cli.up import Load, deploy, find, put, served
 from tongyun.cloud.engine.calibrate.measure import setting
-from tongyun.cloud.engine.calibrate.pace import pace
+from tongyun.cloud.engine.calibrate.pace import LOOP, SERVED_PACE, Pace
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.fidelity import Compared, compare, keep
 from tongyun.report import column, quantity, table, to_json
@@ -34,7 +34,7 @@ from tongyun.specs import names
 LEVELS = (0.3, 0.6, 0.85)
 SHOWN = ("TTFT p50", "TTFT p99", "TPOT p50", "throughput")
 RANDOM = "Qwen/Qwen3-0.6B"
-STEADY = 0.06
+ALIKE = 0.04
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,44 +46,41 @@ class Row:
     rate_per_s: float
     requests: int
     figures: tuple[Compared, ...]
-    pace: tuple[float, float]
-    """What the calibration's samples took just before and just after, over what they took then."""
-    attempt: int
+    pace: float
+    """How much slower the processors were meanwhile than when nothing disturbs them."""
+    tries: int
+    calibrated: float
+    """The same, while serving was calibrated."""
 
     @property
-    def steady(self) -> bool:
-        return all(map(_near, self.pace))
+    def off(self) -> float:
+        """How far the pace was from the calibration's."""
+        return abs(self.pace / self.calibrated - 1)
 
-
-def _near(pace: float) -> bool:
-    return abs(pace - 1) <= STEADY
-
-
-def _steady(pace: Callable[[], float], patience_s: float) -> float:
-    """The machine's pace once it is that of the calibration, or when patience has run out."""
-    begun = time.monotonic()
-    while not _near(now := pace()) and time.monotonic() - begun < patience_s:
-        time.sleep(1.0)
-    return now
+    @property
+    def alike(self) -> bool:
+        return self.off <= ALIKE
 
 
 def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
     """Capacity first, then each level, against one server."""
     here = setting(device=None, threads=args.threads, kernels=None, quick=False)
-    spec, _ = calibrated(here)
-    bench = here.bench()
+    spec, _ = calibrated(here, patience_s=args.patience)
+    machine = {} if spec.calibration is None else spec.calibration.machine
+    quickest_s = float(machine[LOOP]) if LOOP in machine else None
     directory, config = find(model, random=model in names("models"))
     deployment = deploy(config, spec, args.isl + args.osl)
     capacity = deployment.capacity_per_s(args.isl, args.osl)
-    with served(directory, deployment, spec, port=0) as (url, _):
+    with served(directory, deployment, spec, port=0) as (url, _), Pace(quickest_s=quickest_s) as pace:
 
         def level(name: str, rate_per_s: float, load: Callable[[int], list[Arrival]], first: int) -> Row:
-            for attempt in range(1, args.tries + 1):
+            rows: list[Row] = []
+            while len(rows) < args.tries and not (rows and rows[-1].alike):
                 # Other prompts each time: the server remembers the prefixes of those before.
-                seed = args.seed + first + 100 * attempt
+                seed = args.seed + first + 100 * len(rows)
                 arrivals = load(seed)
                 predicted = deployment.predict(arrivals, seed=seed).report
-                before = _steady(lambda: pace(bench, deployment.chip.calibration), args.patience)
+                pace.read()
                 measured = put(url, arrivals, seed=seed, quiet=args.json).report
                 row = Row(
                     model=config.name,
@@ -91,13 +88,13 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
                     rate_per_s=rate_per_s,
                     requests=len(arrivals),
                     figures=compare(predicted, measured),
-                    pace=(before, pace(bench, deployment.chip.calibration)),
-                    attempt=attempt,
+                    pace=pace.read(),
+                    tries=len(rows) + 1,
+                    calibrated=float(machine.get(SERVED_PACE, 1.0)),
                 )
-                print(f"{name}, try {attempt}: {_errors(row)}", file=sys.stderr)
-                if row.steady:
-                    break
-            return row
+                print(f"{name}, try {row.tries}: {_errors(row)}", file=sys.stderr)
+                rows.append(row)
+            return min(rows, key=lambda row: row.off)
 
         for number, share in enumerate(LEVELS):
             rate = share * capacity
@@ -116,7 +113,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
 def _errors(row: Row) -> str:
     """The errors of a row and the machine's pace, in a line."""
     errors = (f"{c.name} {c.error:+.1%}" for c in row.figures if c.name in SHOWN)
-    return f"{', '.join(errors)}; machine {row.pace[0]:.2f}, {row.pace[1]:.2f}"
+    return f"{', '.join(errors)}; machine {row.pace:.2f}"
 
 
 def show(rows: list[Row]) -> None:
@@ -131,7 +128,7 @@ def show(rows: list[Row]) -> None:
                 row.model,
                 row.level,
                 f"{row.requests} at {row.rate_per_s:.3g}/s",
-                f"{row.pace[0]:.2f}, {row.pace[1]:.2f}" + ("" if row.steady else " not steady"),
+                f"{row.pace:.2f}, try {row.tries}" + ("" if row.alike else ", not alike"),
                 *(
                     f"{quantity(c.predicted, c.unit)} | {quantity(c.measured, c.unit)} | {c.error:+.1%}"
                     for c in cells
@@ -140,7 +137,8 @@ def show(rows: list[Row]) -> None:
         )
     caption = (
         "predicted (simulated on the calibrated machine) | measured (`tongyun serve`, same load) | error\n"
-        "machine: what samples of the calibration took before and after, over what they took in it"
+        "machine: how much slower the processors were meanwhile than undisturbed; "
+        f"{rows[0].calibrated:.2f} when serving was calibrated"
     )
     Console(width=170).print(table("Predicted and measured", columns, lines, caption=caption))
 
@@ -155,8 +153,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long each level lasts")
     parser.add_argument("--least", type=int, default=20, help="requests of a level, at least")
     parser.add_argument("--most", type=int, default=192, help="requests of the last row, at most")
-    parser.add_argument("--tries", type=int, default=3, help="of a level while the machine is not steady")
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds to wait for a steady machine")
+    parser.add_argument(
+        "--tries", type=int, default=5, help="of a level, if the machine was not as fast as when calibrated"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=120.0, help="seconds for calibrating again what was disturbed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")

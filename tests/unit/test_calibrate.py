@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +18,13 @@ import torch
 
 from tongyun.chip.curves import nonnegative
 from tongyun.cli.calibrate import calibrated
-from tongyun.cloud.engine.calibrate import machine, products, steps
-from tongyun.cloud.engine.calibrate import pace as pace_module
+from tongyun.cloud.engine.calibrate import machine, products
 from tongyun.cloud.engine.calibrate.machine import Elsewhere
 from tongyun.cloud.engine.calibrate.measure import Setting, measure
+from tongyun.cloud.engine.calibrate.pace import LOOP, Pace
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
-from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch, typical
+from tongyun.cloud.engine.cores import aside
 from tongyun.specs import ChipSpec, find_chip, load, save
 from tongyun.specs.samples import (
     AttentionSample,
@@ -170,21 +174,60 @@ def test_a_quick_calibration_of_this_machine_is_whole() -> None:
     calibration = spec.calibration
     assert calibration is not None
     assert calibration.matmul and calibration.grouped_matmul and calibration.attention and calibration.memory
-    assert float(calibration.machine[pace_module.REFERENCE]) > 0
+    assert float(calibration.machine[LOOP]) > 0
     assert calibration.served and all(sample.way_s > 0 for sample in calibration.served)
     assert all(figure.value > 0 for key, figure in spec.figures() if not key.startswith("overhead"))
 
 
-def test_a_machine_half_as_fast_as_its_calibration_has_a_pace_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    then = MatmulSample(dtype=DType.BF16, m=1, n=64, k=64, seconds=1e-6)
-    calibration = chip_spec(readings(matmul=(then,) * 8)).at().calibration
-    assert calibration is not None
-    monkeypatch.setattr(Stopwatch, "seconds", lambda self: [2e-6] * len(self._calls))
-    monkeypatch.setattr(pace_module, "KINDS", pace_module.KINDS[:1])
-    before = torch.get_num_threads()
-    assert pace_module.pace(QUICK.bench(), calibration) == pytest.approx(2.0)
-    # Whole steps count as well, and the one that is farther off is told.
-    monkeypatch.setattr(steps.Reference, "seconds", lambda self: 3e-3)
-    slow = replace(calibration, machine={**calibration.machine, pace_module.REFERENCE: 1e-3})
-    assert pace_module.pace(QUICK.bench(), slow) == pytest.approx(3.0)
-    torch.set_num_threads(before)
+class Scripted(Pace):
+    """A pace that is read off a script."""
+
+    def __init__(self, paces: list[float], patience_s: float = 60.0) -> None:
+        super().__init__(patience_s=patience_s)
+        self._paces = iter(paces)
+
+    def _paced(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        return call(), next(self._paces)
+
+
+def test_what_was_disturbed_is_measured_again_and_the_calmest_is_taken() -> None:
+    numbers = iter(range(9))
+    assert Scripted([1.3, 1.2, 1.05]).calmly(lambda: next(numbers)) == (2, 1.05)
+    assert Scripted([1.5, 1.2, 1.3, 1.4]).calmly(lambda: next(numbers)) == (4, 1.2)
+    # Without patience the first one has to do.
+    assert Scripted([1.5], patience_s=0).calmly(lambda: next(numbers)) == (7, 1.5)
+
+
+def test_rounds_go_on_until_each_had_its_share_of_calm() -> None:
+    first: list[str] = []
+    second: list[str] = []
+    pace = Scripted([1.0, 1.0, 1.4, 1.0, 1.05])
+    calmest = pace.rounds((lambda: first.append("x"), lambda: second.append("x")), 2, lambda share: None)
+    assert calmest == ((0, 2), (0, 1)) and len(first) == 3 and len(second) == 2
+    assert pace.taken() == pytest.approx((1.0 + 1.05 + 1.0 + 1.0) / 4)
+    assert pace.taken() == 1.0
+
+
+def test_a_reading_is_the_mean_without_its_extremes() -> None:
+    assert typical([9.0, 1.0, 2.0, 3.0]) == 2.5
+    assert typical([9.0, 1.0, 2.0, 3.0], [1, 2]) == 1.5
+
+
+def test_the_pace_of_this_machine_is_sampled_and_never_far_below_its_best() -> None:
+    with Pace() as pace:
+        time.sleep(0.4)
+        assert pace.read() > 0.8
+        quickest_s = pace.quickest_s
+    # A loop of plain Python on any machine: some ten nanoseconds a turn.
+    assert 1e-6 < quickest_s < 1e-2
+    with Pace(quickest_s=quickest_s / 2) as slow:
+        time.sleep(0.4)
+        assert slow.read() > 1.6
+
+
+def test_who_serves_an_engine_leaves_it_a_core() -> None:
+    before = os.sched_getaffinity(0)
+    with aside():
+        kept = os.sched_getaffinity(0)
+    assert os.sched_getaffinity(0) == before
+    assert kept == (before if len(before) == 1 else before - {min(before)})

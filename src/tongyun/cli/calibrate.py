@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DISTURBED_CORES = 0.15
 """Kept busy by others while a machine is measured; from here on its user is told."""
+PATIENCE_S = 60.0
 
 
 def calibrate(
@@ -24,20 +25,25 @@ def calibrate(
     threads: Annotated[int | None, typer.Option(help="CPU threads the engine will use.")] = None,
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
     quick: Annotated[bool, typer.Option(help="A few points in seconds; too rough to plan with.")] = False,
+    patience: Annotated[
+        float, typer.Option(help="Seconds to spend on measuring again what others slowed down.")
+    ] = PATIENCE_S,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine: products, attention, memory, overheads. Kept as `--chip local`."""
     from tongyun.cloud.engine.calibrate.measure import setting
 
     chosen = setting(device=device, threads=threads, kernels=kernels, quick=quick)
-    spec, path = calibrated(chosen, force=force, quiet=as_json)
+    spec, path = calibrated(chosen, force=force, quiet=as_json, patience_s=patience)
     if as_json:
         typer.echo(json.dumps(_figures(spec, path)))
     else:
         _show(spec, path)
 
 
-def calibrated(chosen: Setting, *, force: bool = False, quiet: bool = False) -> tuple[ChipSpec, Path]:
+def calibrated(
+    chosen: Setting, *, force: bool = False, quiet: bool = False, patience_s: float = PATIENCE_S
+) -> tuple[ChipSpec, Path]:
     """The kept calibration where it still holds for this setting, else a new one, kept."""
     from tongyun.cloud.engine.calibrate.spec import local_path, stale
     from tongyun.specs import save
@@ -50,12 +56,12 @@ def calibrated(chosen: Setting, *, force: bool = False, quiet: bool = False) -> 
         return find_chip("local"), path
     if not quiet:
         typer.echo(f"calibrating: {'; '.join(reasons)}", err=True)
-    spec = _measure(chosen, quiet)
+    spec = _measure(chosen, quiet, 0.0 if chosen.quick else patience_s)
     save(spec, path)
     return spec, path
 
 
-def _measure(chosen: Setting, quiet: bool) -> ChipSpec:
+def _measure(chosen: Setting, quiet: bool, patience_s: float) -> ChipSpec:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -72,7 +78,7 @@ def _measure(chosen: Setting, quiet: bool) -> ChipSpec:
             progress.refresh()
 
         with Elsewhere() as others:
-            spec = measure(chosen, tell)
+            spec = measure(chosen, tell, patience_s=patience_s)
     if others.cores > DISTURBED_CORES:
         typer.echo(
             f"warning: other processes kept {others.cores:.1f} cores busy meanwhile; predictions on this "

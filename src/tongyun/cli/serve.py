@@ -100,6 +100,15 @@ def build_gateway(options: ServeOptions) -> Gateway:
     )
 
 
+def _apart(options: ServeOptions) -> Gateway:
+    """The gateway, and what is left of this process kept off the cores that its engines need most."""
+    from tongyun.cloud.engine.cores import stand_aside
+
+    gateway = build_gateway(options)
+    stand_aside(options.replicas)
+    return gateway
+
+
 def _router(options: ServeOptions) -> Router:
     """Who chooses among the replicas, once it is certain that there can be so many."""
     from tongyun.cloud.sched.router import find_router
@@ -299,7 +308,7 @@ def serve(
         router=router,
     )
     run_server(
-        lambda key: build_gateway(replace(options, api_key=key)),
+        lambda key: _apart(replace(options, api_key=key)),
         api_key=api_key,
         host=host,
         port=port,

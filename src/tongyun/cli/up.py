@@ -295,14 +295,16 @@ def _address(server: subprocess.Popen[str]) -> str:
 def put(url: str, arrivals: list[Arrival], *, seed: int, quiet: bool) -> LoadRun:
     """Send the load, with a progress bar unless `quiet`."""
     from tongyun.cli.bench import watched
+    from tongyun.cloud.engine.cores import aside
     from tongyun.cloud.load import LoadOptions, measure
     from tongyun.cloud.probe import Target
 
     target, options = Target(url=url), LoadOptions(seed=seed)
-    if quiet:
-        return measure(target, arrivals, options)
-    with watched(len(arrivals)) as observer:
-        return measure(target, arrivals, options, observer)
+    with aside():
+        if quiet:
+            return measure(target, arrivals, options)
+        with watched(len(arrivals)) as observer:
+            return measure(target, arrivals, options, observer)
 
 
 def _keep(outcome: Outcome, load: Load) -> None:

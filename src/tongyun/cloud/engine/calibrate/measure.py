@@ -27,7 +27,7 @@ from tongyun.cloud.engine.calibrate import (
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.cloud.engine.calibrate.hosts import hosts
 from tongyun.cloud.engine.calibrate.overheads import overheads
-from tongyun.cloud.engine.calibrate.pace import REFERENCE
+from tongyun.cloud.engine.calibrate.pace import LOOP, PACE, SERVED_PACE, Pace
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.stopwatch import stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
@@ -36,8 +36,8 @@ from tongyun.specs import ChipSpec
 from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
 
-VISITS = 6
-ENGINE_SHARE = 0.8
+VISITS = 8
+ENGINE_SHARE = 0.5
 """Of the time, what operators and steps take; the rest is serving's."""
 
 Tell = Callable[[str, float], object]
@@ -91,20 +91,28 @@ def setting(*, device: str | None, threads: int | None, kernels: str | None, qui
     )
 
 
-def measure(setting: Setting, tell: Tell) -> ChipSpec:
-    """Measure this machine; `tell` is called with what is being measured and the share that is done."""
-    with _threads_as_before():
+def measure(setting: Setting, tell: Tell, *, patience_s: float = 0.0) -> ChipSpec:
+    """Measure this machine; `tell` is called with what is being measured and the share that is done.
+
+    What falls into a moment in which others slow the processors down is measured again, for
+    `patience_s` seconds in all.
+    """
+    with _threads_as_before(), Pace(patience_s=patience_s) as pace:
         bench = setting.bench()
-        tell("operators and steps", 0.0)
-        bare, extra = _engine(setting, bench, lambda share: tell("operators and steps", ENGINE_SHARE * share))
+        bare, extra = _engine(
+            setting, bench, pace, lambda share: tell("operators and steps", ENGINE_SHARE * share)
+        )
         tell("serving", ENGINE_SHARE)
-        around, served = serving.serving(bench)
+        paces = {PACE: pace.taken()}
+        around, served = serving.serving(bench, pace)
+        paces |= {SERVED_PACE: pace.taken(), LOOP: pace.quickest_s}
     tell("done", 1.0)
-    return chip_spec(replace(bare, overhead=extra + around, served=served))
+    machine = {**bare.machine, **paces}
+    return chip_spec(replace(bare, machine=machine, overhead=extra + around, served=served))
 
 
 def _engine(
-    setting: Setting, bench: Bench, visited: Callable[[float], object]
+    setting: Setting, bench: Bench, pace: Pace, done: Callable[[float], object]
 ) -> tuple[Readings, tuple[OverheadSample, ...]]:
     """All operators and whole steps, in turns; and what steps take beyond their operators."""
     kinds: list[list[Probe[Any]]] = [
@@ -117,29 +125,28 @@ def _engine(
     ]
     probes = [probe for kind in kinds for probe in kind]
     watch = stopwatch([p.call for p in probes], bench.device, waiting=[p.waits for p in probes])
-    whole, reference = steps.Steps(bench), steps.Reference(bench)
-    visits = 1 if setting.quick else VISITS
-    for visit in range(visits):
+    whole = steps.Steps(bench)
+
+    def operators() -> None:
         with torch.inference_mode():
             watch.visit()
-        whole.visit()
-        reference.visit()
-        visited((visit + 1) / visits)
-    left = iter(watch.seconds())
+
+    calm, calm_whole = pace.rounds((operators, whole.visit), 1 if setting.quick else VISITS, done)
+    left = iter(watch.seconds(calm))
     matmul, grouped, attending, reading, passing, drawn = (
         tuple(probe.sample(next(left)) for probe in kind) for kind in kinds
     )
     bare = Readings(
-        machine=setting.machine() | {REFERENCE: reference.seconds()},
+        machine=setting.machine(),
         matmul=matmul,
         grouped_matmul=grouped,
         memory=reading,
         attention=attending,
         passes=passing,
     )
-    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], watch.host_s())
+    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], watch.host_s(calm))
     known += sampling.logit_byte(*drawn)
-    return bare, known + _rests(replace(bare, overhead=known), whole.samples())
+    return bare, known + _rests(replace(bare, overhead=known), whole.samples(calm_whole))
 
 
 def _rests(bare: Readings, whole: list[steps.StepSample]) -> tuple[OverheadSample, ...]:

@@ -29,6 +29,9 @@ from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate.loads import PROMPT, Cell, arrivals, cells
+from tongyun.cloud.engine.calibrate.pace import Pace
+from tongyun.cloud.engine.cores import stand_aside
 from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.gateway.app import Gateway, build_app
@@ -40,49 +43,19 @@ from tongyun.cloud.load import LoadOptions, measure
 from tongyun.cloud.probe import Target
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.request import Request
-from tongyun.cloud.workload import Arrival, Arrivals, Lengths, Process, Workload, sample
+from tongyun.cloud.workload import Arrival
 from tongyun.model.config import ModelConfig
 from tongyun.model.vocabulary import Vocabulary, byte_characters
 from tongyun.specs.samples import OverheadSample, ServedSample
 
 SHORT, LONG = 17, 513
 """Prompt tokens of single requests; lengths that no other request of a round has."""
-SINGLES = 16
+SINGLES = 12
+TURNS = 2
+"""Times that every model is served under every load."""
 GAP_S = 0.08
 Records = tuple[RequestRecord, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """An open-loop load: about so many requests stream at a time, each to so many tokens."""
-
-    streams: int
-    output: int
-    prompt: int
-    """Prompt tokens; a length that no other load has tells its requests from others."""
-
-
-CELLS = (
-    _Cell(streams=2, output=64, prompt=128),
-    _Cell(streams=5, output=64, prompt=129),
-    _Cell(streams=12, output=64, prompt=130),
-    _Cell(streams=28, output=64, prompt=131),
-    _Cell(streams=2, output=16, prompt=132),
-)
-CELLS_QUEUED = (
-    _Cell(streams=2, output=64, prompt=128),
-    _Cell(streams=5, output=64, prompt=129),
-    _Cell(streams=12, output=192, prompt=130),
-    _Cell(streams=28, output=192, prompt=131),
-    _Cell(streams=44, output=192, prompt=133),
-    _Cell(streams=2, output=16, prompt=132),
-)
-"""On a GPU a step with a prompt takes several times one that decodes: long answers make many streams."""
-CELL_S = 2.5
-BARE_STEPS = 32
-AROUND, AROUND_QUEUED = (3e-4, 9e-5), (1e-4, 1e-5)
-"""What serving about adds to a step, and to it for each token: a rate without it would flood small models.
-On a GPU the engine leaves the processor's cores to the others."""
+BARE_STEPS = 64
 STREAMS = (1, 4, 12, 24, 40)
 """Sequences in the steps that are measured without a server, and at which its cost is told."""
 LEAST_SEEN = 20.0
@@ -108,6 +81,12 @@ class _Seen:
     came_s: dict[str, tuple[int, float]] = field(default_factory=dict)
     first_s: dict[str, float] = field(default_factory=dict)
     steps: list[_Step] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self.came_s.clear()
+        self.first_s.clear()
+        self.steps.clear()
 
     def gaps(self, prompt: int) -> list[tuple[int, int, float]]:
         """Sequences, requests that came and seconds since the step before, of steps that only decoded.
@@ -157,11 +136,13 @@ class _Bytes:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
-def serving(bench: Bench) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...]]:
+def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...]]:
     """What prompt tokens and coming requests add, and what serving takes by the streams there are."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
-        rounds = [_round(bench, config, pool) for config in _shapes(bench)]
+    # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=fresh, initializer=stand_aside) as pool:
+        turns = 1 if bench.quick else TURNS
+        rounds = [_round(bench, config, pool, pace) for _ in range(turns) for config in _shapes(bench)]
     each_s = _prompt_token_s(rounds)
     step_s, coming_s = _slower(rounds)
     way_s = _ways(rounds, each_s)
@@ -187,39 +168,63 @@ def _shapes(bench: Bench) -> list[ModelConfig]:
 class _Loaded:
     """A model under one load."""
 
-    cell: _Cell
-    records: Records
-    bare_s: NDArray[np.float64]
-    """The step of each of `STREAMS` without a server, just before and just after: machines drift."""
-
-    def ways(self, seen: _Seen) -> list[tuple[int, float]]:
-        """Of each request: tokens of its first step, and seconds outside the engine."""
-        inside = seen.firsts(self.cell.prompt, len(self.records))
-        return [(n, felt - s) for (n, s), felt in zip(inside, _ttfts(self.records), strict=True)]
-
-    def excess(self, seen: _Seen) -> list[tuple[int, int, float]]:
-        """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
-        gaps = [
-            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
-            for n, came, s in seen.gaps(self.cell.prompt)
-            if n <= STREAMS[-1]
-        ]
-        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
+    cell: Cell
+    ways: tuple[tuple[int, float], ...]
+    """Of each request: tokens of its first step, and seconds outside the engine."""
+    gaps: tuple[tuple[int, int, float], ...]
+    """Of each decoding step: sequences, requests that came meanwhile, seconds since the one before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
     """One synthetic model, served and not."""
 
-    seen: _Seen
-    singles: tuple[Records, Records]
-    """Short and long prompts, each alone."""
+    bare_s: NDArray[np.float64]
+    """The step of each of `STREAMS` without a server, measured between the loads: machines drift."""
+    way_s: tuple[float, float]
+    """Mean seconds that first tokens of short and long prompts, each alone, spent outside the engine."""
     loaded: tuple[_Loaded, ...]
 
-    def way_s(self, prompt: int, records: Records) -> float:
-        """Mean seconds that first tokens spent outside the engine."""
-        inside_s = [s for _, s in self.seen.firsts(prompt, len(records))]
-        return statistics.fmean(_ttfts(records)) - statistics.fmean(inside_s)
+    def excess(self) -> list[tuple[int, int, float]]:
+        """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
+        gaps = [
+            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
+            for loaded in self.loaded
+            for n, came, s in loaded.gaps
+            if n <= STREAMS[-1]
+        ]
+        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
+
+
+def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: Pace) -> _Round:
+    seen, engine = _Seen(), steps.Engine(bench, config)
+    with _gateway(engine, seen) as url:
+
+        def put(load: Sequence[Arrival], prompt: int) -> list[tuple[int, float]]:
+            """Of each request of a load: tokens of its first step, and seconds outside the engine."""
+            seen.clear()
+            records = pool.submit(_load, url, load).result()
+            inside = seen.firsts(prompt, len(records))
+            return [(n, felt - s) for (n, s), felt in zip(inside, _ttfts(records), strict=True)]
+
+        def alone(prompt: int) -> float:
+            count = 6 if bench.quick else SINGLES
+            return statistics.fmean(
+                s for _, s in put([Arrival(i * GAP_S, prompt, 2) for i in range(count)], prompt)
+            )
+
+        def under(cell: Cell) -> _Loaded:
+            step_s = float(np.interp(cell.streams, STREAMS, bare[-1]))
+            ways = put(arrivals(bench, cell, step_s, prompt_s), cell.prompt)
+            return _Loaded(cell=cell, ways=tuple(ways), gaps=tuple(seen.gaps(cell.prompt)))
+
+        short, long = (pace.calmly(partial(alone, prompt))[0] for prompt in (SHORT, LONG))
+        prompt_s = next(engine.samples((), (PROMPT,))).seconds
+        loaded, bare = [], [pace.calmly(partial(_bare_s, engine))[0]]
+        for cell in cells(bench):
+            loaded.append(pace.calmly(partial(under, cell))[0])
+            bare.append(pace.calmly(partial(_bare_s, engine))[0])
+    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded))
 
 
 def _ttfts(records: Records) -> list[float]:
@@ -227,58 +232,15 @@ def _ttfts(records: Records) -> list[float]:
     return [r.ttft_s for r in sorted(records, key=lambda r: r.arrival_s) if r.ttft_s is not None]
 
 
-def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor) -> _Round:
-    seen, engine = _Seen(), steps.Engine(bench, config)
-    with _gateway(engine, seen) as url:
-
-        def put(load: Sequence[Arrival]) -> Records:
-            return pool.submit(_load, url, load).result()
-
-        count = 6 if bench.quick else SINGLES
-        short, long = (put([Arrival(i * GAP_S, n, 2) for i in range(count)]) for n in (SHORT, LONG))
-        prompt_s = next(engine.samples((), (CELLS[0].prompt,))).seconds
-        loaded, before = [], _bare_s(engine)
-        cells = CELLS_QUEUED if bench.queued else CELLS
-        for cell in cells[-1:] if bench.quick else cells:
-            step_s = float(np.interp(cell.streams, STREAMS, before))
-            base_s, token_s = AROUND_QUEUED if bench.queued else AROUND
-            served_s = step_s + base_s + token_s * cell.streams
-            records = put(_arrivals(cell, served_s, prompt_s, bench.quick))
-            after = _bare_s(engine)
-            loaded.append(_Loaded(cell=cell, records=records, bare_s=(before + after) / 2))
-            before = after
-    return _Round(seen=seen, singles=(short, long), loaded=tuple(loaded))
-
-
-def _arrivals(cell: _Cell, served_s: float, prompt_s: float, quick: bool) -> list[Arrival]:
-    """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law.
-
-    A request takes its own steps and waits for the prompts of the others.
-    """
-    rate = cell.streams / (cell.output * served_s + cell.streams * prompt_s)
-    return sample(
-        Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=rate),
-            prompt=Lengths.fixed(cell.prompt),
-            output=Lengths.fixed(cell.output),
-            requests=max(8, round(rate * (0.2 if quick else CELL_S))),
-            seed=cell.prompt,
-        )
-    )
-
-
 def _bare_s(engine: steps.Engine) -> NDArray[np.float64]:
     """Seconds of a decoding step of each of `STREAMS` without a server."""
-    rounds = [steps.Round(batch=batch, prompt=CELLS[0].prompt, output=BARE_STEPS) for batch in STREAMS]
+    rounds = [steps.Round(batch=batch, prompt=PROMPT, output=BARE_STEPS) for batch in STREAMS]
     return np.array([next(engine.samples((each,), ())).seconds for each in rounds])
 
 
 def _prompt_token_s(rounds: Sequence[_Round]) -> float:
     """What each prompt token adds to a request's way, told from requests alone."""
-    short_s, long_s = (
-        statistics.median(one.way_s(prompt, one.singles[i]) for one in rounds)
-        for i, prompt in enumerate((SHORT, LONG))
-    )
+    short_s, long_s = (statistics.median(one.way_s[i] for one in rounds) for i in range(2))
     return max(0.0, (long_s - short_s) / (LONG - SHORT))
 
 
@@ -292,7 +254,7 @@ def _ways(rounds: Sequence[_Round], prompt_token_s: float) -> dict[int, float]:
         (n, s - prompt_token_s * loaded.cell.prompt)
         for one in rounds
         for loaded in one.loaded
-        for n, s in loaded.ways(one.seen)
+        for n, s in loaded.ways
     ]
     streams, weights = _about([n for n, _ in seen])
     found = nonnegative(weights, np.array([s for _, s in seen]))
@@ -305,7 +267,7 @@ def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
     Server and client take cores, caches and the interpreter from the engine. The tokens of a few
     streams are sent by a core that the step leaves free; those of many make it wait.
     """
-    seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess(one.seen)]
+    seen = [row for one in rounds for row in one.excess()]
     streams, weights = _about([n for n, _, _ in seen])
     came = np.array([float(came) for _, came, _ in seen])
     found = nonnegative(np.column_stack((weights, came)), np.array([more for _, _, more in seen]))
@@ -378,6 +340,7 @@ def _front(
         created=0,
     )
     app = build_app(Gateway(served=served, start_engine=partial(Distant, line, limits, stats, standing)))
+    stand_aside()
     with bind("127.0.0.1", 0) as sock:
         run(app, sock, drain_s=1.0, on_ready=partial(tell.send, url_of(sock)))
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate.stopwatch import typical
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
@@ -99,28 +100,12 @@ class Steps:
         """Run every composition once more."""
         self._visits.append([sample for engine in self._engines for sample in engine.samples()])
 
-    def samples(self) -> list[StepSample]:
-        """Seconds of each composition: the median over the visits so far."""
+    def samples(self, visits: Sequence[int]) -> list[StepSample]:
+        """Seconds of each composition, of these visits."""
         return [
-            replace(same[0], seconds=statistics.median(sample.seconds for sample in same))
+            replace(same[0], seconds=typical([sample.seconds for sample in same], visits))
             for same in zip(*self._visits, strict=True)
         ]
-
-
-class Reference:
-    """One step of many small operators, whose seconds are kept to tell later how fast the machine is."""
-
-    def __init__(self, bench: Bench) -> None:
-        self._engine = Engine(bench, synthetic(6, hidden=256, sparse=True))
-        self._readings: list[float] = []
-
-    def visit(self) -> None:
-        """Run it a few times more."""
-        self._readings.append(next(self._engine.samples(ROUNDS[1:2], ())).seconds)
-
-    def seconds(self) -> float:
-        """The median over the visits so far."""
-        return statistics.median(self._readings)
 
 
 class Engine:

@@ -1,10 +1,11 @@
 """How long a call takes on a device, told from the noise of a shared machine.
 
-A machine is quicker in one second than in the next: neighbours, clocks, other programs.
-What is to be compared is therefore visited in turns, a little each time, and a reading is
-the median of the visits, since neighbours on a shared host slow whole visits down; within a
-visit it is the median too, which a single interruption does not move. Knows nothing of what
-is measured.
+A machine is quicker in one moment than in the next: neighbours, clocks, other programs.
+What is to be compared is therefore visited in turns, a little each time. A reading is the
+mean of the visits without their extremes: where visits are either quick or slow, a median
+would be the one or the other by chance, and steps that consist of many calls feel the mean.
+Within a visit it is the median, which a single interruption does not move. Knows nothing of
+what is measured.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ FEW = 8
 Call = Callable[[], object]
 
 
+def typical(readings: Sequence[float], chosen: Sequence[int] | None = None) -> float:
+    """The mean of readings, all or those chosen, less the smallest and the largest of four or more."""
+    ranked = sorted(readings if chosen is None else [readings[place] for place in chosen])
+    return statistics.fmean(ranked[1:-1] if len(ranked) >= 4 else ranked)
+
+
 class Stopwatch:
     """Times calls one after the other, each a little at every visit, about `budget_s`."""
 
@@ -41,11 +48,11 @@ class Stopwatch:
         for call, readings in zip(self._calls, self._readings, strict=True):
             readings.append(self._visit(call, readings[-1] if readings else None))
 
-    def seconds(self) -> list[float]:
-        """Seconds of one call of each: the median over the visits so far."""
-        return [statistics.median(readings) for readings in self._readings]
+    def seconds(self, visits: Sequence[int] | None = None) -> list[float]:
+        """Seconds of one call of each, of all visits or of these."""
+        return [typical(readings, visits) for readings in self._readings]
 
-    def host_s(self) -> list[float] | None:
+    def host_s(self, visits: Sequence[int] | None = None) -> list[float] | None:
         """Seconds of the host in one call of each, where it does not wait for the device; else None."""
         return None
 
@@ -92,8 +99,8 @@ class QueueStopwatch(Stopwatch):
             self._host_readings[place].append(host_s)
             self._readings[place].append(host_s if graph is None else self._replayed(graph))
 
-    def host_s(self) -> list[float] | None:
-        return [statistics.median(readings) for readings in self._host_readings]
+    def host_s(self, visits: Sequence[int] | None = None) -> list[float] | None:
+        return [typical(readings, visits) for readings in self._host_readings]
 
     def _captured(self, call: Call) -> torch.cuda.CUDAGraph:
         """Some calls, one after the other."""
