@@ -67,16 +67,16 @@ def _queued_s(
     host: Number = 0.0
     device: Number = 0.0
     last: Number = 0.0
+    within = samples.one_call(operators)
     for op in operators:
         work, launch = parts_s(op, chip, footprint_bytes)
-        host = host + op.repeat * launch
+        host = host + (0.0 if any(op is other for other in within) else op.repeat * launch)
         if op.name in LAST:
             last = last + op.repeat * work
         else:
             device = device + op.repeat * work
     if samples.replayed(operators):
-        gaps = samples.overhead.get("replayed_operator", 0.0) * sum(op.repeat for op in operators)
-        return Timing(seconds=device + last + gaps, busy_s=device + last)
+        return Timing(seconds=device + last + samples.gaps_s(operators), busy_s=device + last)
     return Timing(seconds=np.maximum(host, device) + last, busy_s=device + last)
 
 

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from tongyun.cloud.engine.replay import Replays
 
 GREEDY = SamplingOptions(temperature=0.0)
-WARM_PROMPTS = (8, 16, 32, 64, 128, 256, 512)
-"""Prompts that an engine on a GPU runs before it is asked for any: of each size one kernel or another."""
+WARM_PROMPTS = ((0, 8), (0, 16), (0, 32), (0, 64), (0, 128), (0, 256), (0, 512), (64, 448))
+"""What an engine on a GPU runs before it is asked for anything, as sequences that decode and tokens of a
+prompt beside them: each takes one kernel or another for the first time."""
 KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -133,15 +134,16 @@ class TorchExecutor:
         if self._replays is None:
             return
         self._replays.prepare()
-        most = self.cache.blocks * self.cache.block_tokens
-        for tokens in WARM_PROMPTS:
-            if tokens <= most:
-                blocks = tuple(range(-(-tokens // self.cache.block_tokens)))
-                asked = Request(id="", prompt=(0,) * tokens, output_tokens=1)
-                piece = Piece(
-                    request=asked, start=0, length=tokens, samples=True, history=asked.prompt, blocks=blocks
-                )
-                self.execute(Batch(pieces=(piece,)))
+        for decoding, tokens in WARM_PROMPTS:
+            if tokens <= self.cache.blocks * self.cache.block_tokens:
+                lengths = (1,) * decoding + (tokens,)
+                self.execute(Batch(pieces=tuple(self._of_nobody(length) for length in lengths)))
+
+    def _of_nobody(self, tokens: int) -> Piece:
+        """A prompt that nobody asked for, in the first blocks, which nobody has yet."""
+        asked = Request(id="", prompt=(0,) * tokens, output_tokens=1)
+        blocks = tuple(range(-(-tokens // self.cache.block_tokens)))
+        return Piece(request=asked, start=0, length=tokens, samples=True, history=asked.prompt, blocks=blocks)
 
     def execute(self, batch: Batch) -> StepResult:
         """Run one step. The duration covers everything from index tensors to chosen tokens.

@@ -144,8 +144,7 @@ def _engine(
         attention=attending,
         passes=passing,
     )
-    host_s = watch.host_s(calm)
-    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], host_s)
+    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], watch.host_s(calm))
     known += sampling.logit_byte(*drawn)
     return bare, known + _rests(replace(bare, overhead=known), whole.samples(calm_whole))
 

@@ -33,8 +33,8 @@ TERMS = (
 )
 QUEUED = ("step", "operator", "sparse_layer", "sequence", "token")
 """Those of a device with a queue, which does not wait for what is written and shares nothing with threads."""
-REPLAYED = ("replayed_step", "replayed_operator")
-"""Of its captured steps, in place of `step`, `operator` and `sparse_layer`."""
+REPLAYED = ("replayed_step", "replayed_operator", "replayed_sparse_layer")
+"""Of its captured steps, in place of the first three."""
 
 
 def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -> tuple[OverheadSample, ...]:
@@ -49,8 +49,7 @@ def overheads(samples: Sequence[StepSample], chip: Chip, precision: Precision) -
         rests.append((sample.seconds - known_s) * weight)
         counts = _counts(operators, sample.shape)
         if known is not None and known.replayed(operators):
-            once, each = (counts[term] for term in QUEUED[:2])
-            counts |= dict.fromkeys(QUEUED[:3], 0.0) | dict(zip(REPLAYED, (once, each), strict=True))
+            counts |= {to: counts.pop(term) for to, term in zip(REPLAYED, QUEUED, strict=False)}
         rows.append([counts.get(term, 0.0) * weight for term in terms])
     found = zip(terms, nonnegative(np.array(rows), np.array(rests)).tolist(), strict=True)
     return tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in found if s > 0)

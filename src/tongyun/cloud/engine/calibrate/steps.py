@@ -89,6 +89,8 @@ class Steps:
         # Wide enough for threads to share the products, and for weights to leave the inner caches.
         wide = [] if bench.quick else [synthetic(8, hidden=width) for width in (128, 256, 512)]
         wide += [] if bench.quick else [synthetic(6, hidden=256, sparse=True)]
+        # What a host does for each operator adds up over the layers of deep models.
+        wide += [synthetic(28)] if bench.queued and not bench.quick else []
         few, many = (1, 3) if bench.quick else (2, 10)
         shapes = [synthetic(layers, sparse=sparse) for sparse in (False, True) for layers in (few, many)]
         self._engines = [Engine(bench, config) for config in shapes + wide]
