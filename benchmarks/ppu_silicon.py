@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from silicon_kernels import SPILT, block_tiling, launched_early, library_chip, library_tiling, rows_again
-from silicon_tables import CHIPS, VERSIONS, families, installed, read, routed_rows
+from silicon_rows import CHIPS, VERSIONS, families, read
+from silicon_tables import installed, routed_rows
 from tongyun.chip.ppu.emit import attention, experts, rows
 from tongyun.chip.ppu.emit.builder import Builder
 from tongyun.chip.ppu.emit.mapper import BLOCK, Matmul, Tiling, splits

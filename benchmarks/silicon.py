@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from silicon_tables import BARS, CHIPS, ENGINES, ODD, Case, gather, installed
+from silicon_rows import CHIPS, ENGINES, Case
+from silicon_tables import BARS, ODD, gather, installed
 from tongyun.chip.silicon import FITTED, Library, Silicon, library, silicon, tables
 
 Array = NDArray[np.float64]

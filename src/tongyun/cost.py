@@ -113,7 +113,17 @@ def host_s(chip: Chip, shape: StepShape, operators: Iterable[Operator]) -> Numbe
     if samples is None:
         return 0.0
     each, further, woken = (samples.overhead.get(what, 0.0) for what in ("sequence", "token", "shared_step"))
-    return each * shape.sequences + further * (shape.tokens - shape.sequences) + woken * shared(operators)
+    operators = tuple(operators)
+    # The chip's own figure is that of a step which the host queues.
+    other = (
+        samples.overhead.get("replayed_step", 0.0) - chip.step_host_s if samples.replayed(operators) else 0.0
+    )
+    return (
+        other
+        + each * shape.sequences
+        + further * (shape.tokens - shape.sequences)
+        + woken * shared(operators)
+    )
 
 
 def sources_of(operators: tuple[Operator, ...], chip: Chip) -> frozenset[Source]:

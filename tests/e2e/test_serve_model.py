@@ -59,7 +59,7 @@ def url(model: Path) -> Iterator[str]:
 
 def gauge(url: str, name: str) -> float:
     page = httpx.get(f"{url}/metrics").text
-    return float(next(line for line in page.splitlines() if line.startswith(f"tongyun_{name} ")).split()[1])
+    return float(next(line for line in page.splitlines() if line.startswith(f"tongyun_{name} ")).split()[-1])
 
 
 def test_greedy_answers_agree_however_they_are_asked(url: str, model: Path) -> None:

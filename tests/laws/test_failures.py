@@ -168,6 +168,22 @@ def test_a_table_by_which_nothing_fails_changes_nothing(
     assert run(rarely, relay, sites).play(load) == list(records)
 
 
+@given(loads(), pools, st.integers(0, 3))
+@settings(max_examples=60)
+def test_however_often_somebody_looks_the_same_happens(
+    load: list[Request], built: Callable[[], tuple[Front | Relay, list[Site]]], seed: int
+) -> None:
+    found = []
+    for looks in (0, 90):
+        together, sites = built()
+        running = run(replace(OFTEN, retries=2), together, sites, seed=seed)
+        for tick in range(looks):
+            together.at(tick * 0.31 + 0.01, lambda: None)
+        records = running.play(load)
+        found.append((records, running.kept(records)))
+    assert found[0] == found[1]
+
+
 def one(request_id: str = "r", output_tokens: int = 30, arrival_s: float = 0.0) -> Request:
     return Request(id=request_id, prompt=tuple(range(40)), output_tokens=output_tokens, arrival_s=arrival_s)
 
@@ -254,6 +270,16 @@ def test_what_an_engine_had_cached_is_gone() -> None:
     cached = {record.id: record.cached_tokens for record in running.play(load)}
     assert cached["b"] == cached["d"] == 36
     assert cached["a"] == cached["c"] == 0
+
+
+def test_who_was_torn_and_found_nobody_did_not_end_before_its_tokens_came() -> None:
+    """Torn after the last request had ended."""
+    front, sites = one_pool(2)
+    running = run(script(OutageSpec(at_s=0.5, node=0)), front, sites)
+    records = running.play([one("a"), one("b", 2)])
+    whole(records, [one("a"), one("b", 2)])
+    torn = next(record for record in records if record.id == "a")
+    assert torn.output_tokens > 1 and torn.ended_s >= 0.5
 
 
 def test_time_down_is_told_and_taken_from_availability() -> None:

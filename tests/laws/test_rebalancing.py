@@ -230,8 +230,6 @@ def test_two_pools_each_place_their_own(tmp_path: Path) -> None:
         ("drift_s = 2.0\n", "drift, which says how much, is missing"),
         (SHARE, "move_share is of weights that move after a window"),
         (WINDOW + SHARE.replace("0.2", "1.0"), "move_share: accepted: above 0 and below 1"),
-        (WINDOW + "[failures]\nchip_mtbf_hours = 100\nchip_repair_hours = 1\n", "not beside failures"),
-        (WINDOW + "[migration]\n", "not beside failures, autoscale or migration"),
     ],
 )
 def test_what_cannot_be_combined_is_refused(tmp_path: Path, more: str, says: str) -> None:

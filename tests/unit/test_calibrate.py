@@ -126,7 +126,7 @@ def test_the_digest_follows_the_kernels(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_the_stopwatch_reads_seconds_of_one_call() -> None:
     calls: list[str] = []
-    watch = Stopwatch([lambda: time.sleep(0.002), lambda: calls.append("now")], torch.device("cpu"))
+    watch = Stopwatch([lambda: time.sleep(0.002), lambda: calls.append("now")])
     watch.visit()
     watch.visit()
     slow, quick = watch.seconds()

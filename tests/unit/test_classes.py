@@ -41,15 +41,6 @@ batch = 24
 """
 
 
-POOLS = """replicas = 2
-role = "prefill"
-
-[[pool]]
-replicas = 1
-role = "decode"
-"""
-
-
 def fleet(place: Path, old: str = "", new: str = "") -> Path:
     assert old in FLEET
     file = place / "fleet.toml"
@@ -127,7 +118,6 @@ def test_moves_are_told_in_both_outputs(tmp_path: Path) -> None:
         ("ttft_ms = 300", "ttft = 300", "ttft_ms"),
         ("above_steps = 25000", "above_steps = 40", "give and take at once"),
         ("interval_ms = 100", "interval_ms = 0", "from 1"),
-        ("replicas = 2", POOLS, "one mixed pool"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, old: str, new: str, says: str) -> None:

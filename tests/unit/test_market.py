@@ -250,8 +250,8 @@ def test_what_does_not_fit_says_by_how_many_bytes(file: Path) -> None:
         play(MARKET.replace("host_gb = 128", "host_gb = 60"))
 
 
-def test_the_twin_and_flags_of_a_plain_fleet_are_refused(file: Path) -> None:
-    with pytest.raises(InputError, match="several of them"):
+def test_what_is_for_a_fleet_of_one_model_is_refused(file: Path) -> None:
+    with pytest.raises(InputError, match="a fleet of one model"):
         read_fleet(file)
     done = CliRunner().invoke(build(), ["simulate", "--fleet", str(file), "--tp", "2", *LOAD])
     assert "--fleet says that" in str(done.exception)

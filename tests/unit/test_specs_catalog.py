@@ -21,8 +21,8 @@ from tongyun.specs import (
     loads,
     names,
 )
+from tongyun.specs.contents import facts
 from tongyun.specs.figure import Corner
-from tongyun.specs.form import facts
 from tongyun.specs.schema import SCHEMAS
 from tongyun.units import DType, Source
 

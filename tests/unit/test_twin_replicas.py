@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tests.laws.test_autoscale import rule
 from tests.laws.test_failures import CHIP, OFTEN, script, site
-from tests.unit.test_twin import CONFIG, HAND_OVER_S, Price, Reader, loops
+from tests.unit.test_twin import CONFIG, HAND_OVER_S, Price, Reader
 
 from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.clock import VirtualClock
@@ -68,15 +68,22 @@ def one_pool(failures: FailureSpec | None, rules: tuple[AutoscaleSpec, ...], *, 
     return build
 
 
-def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...]) -> Build:
+def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False) -> Build:
     def build(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
-        pools = loops(2, kind), loops(2, kind)
-        relay = Relay(pools, (LeastLoad(), LeastLoad()), lambda _: HAND_OVER_S, watches=watches)
+        config = replace(CONFIG, blocks=50 if moving else CONFIG.blocks)
+        pools = [
+            [EngineLoop(Scheduler(config), kind(Price()), VirtualClock()) for _ in range(2)] for _ in range(2)
+        ]
+        routers = LeastLoad(), RoundRobin() if moving else LeastLoad()
+        relay = Relay((pools[0], pools[1]), routers, lambda _: HAND_OVER_S, watches=watches)
         sites = [site("prefill", 2), site("decode", 2)]
-        running = Upkeep(failures=failures, autoscale=rules).attach(relay, sites, CHIP, told=lost)
-        return AtWork(front=relay, running=running, mover=None, changing=None)
+        mover = Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4) if moving else None
+        running = Upkeep(failures=failures, autoscale=rules).attach(
+            relay, sites, CHIP, mover=mover, told=lost
+        )
+        return AtWork(front=relay, running=running, mover=mover, changing=None)
 
     return build
 
@@ -89,6 +96,7 @@ FLEETS = {
     "scaled": one_pool(None, (SCALED,), moving=False),
     "all": one_pool(outages("mixed"), (SCALED,), moving=True),
     "decode fails": two_pools(outages("decode"), ()),
+    "decode fails and moves": two_pools(outages("decode"), (replace(SCALED, pool="decode"),), moving=True),
     "prefill fails": two_pools(outages("prefill"), (replace(SCALED, pool="decode"),)),
 }
 
@@ -152,14 +160,22 @@ drift_s = 0.5
 window_s = 0.2
 
 [[pool]]
-replicas = 1
+replicas = 2
 tp = 1
 ep = 8
 dp = 8
+
+[migration]
+
+[failures]
+[[failures.event]]
+at_s = 0.3
+instance = "mixed-1"
+for_s = 0.5
 """
 
 
-def test_experts_are_placed_anew_at_the_moments_of_the_simulation(tmp_path: Path) -> None:
+def test_experts_are_placed_anew_beside_a_failure_at_the_moments_of_the_simulation(tmp_path: Path) -> None:
     file = tmp_path / "fleet.toml"
     file.write_text(EXPERTS)
     _, fleet = read_fleet(file)
@@ -194,6 +210,8 @@ def test_experts_are_placed_anew_at_the_moments_of_the_simulation(tmp_path: Path
         logs.append(one.changing.log)
     assert moments[0] == moments[1]
     assert len(logs[1]) > 1 and logs[0][: len(logs[1])] == logs[1]
+    assert len({one.moved_bytes / one.experts for one in logs[1]}) == 2
+    same(work[0], replace(work[1], mover=None))
 
 
 def same(twin: AtWork, simulated: AtWork) -> None:

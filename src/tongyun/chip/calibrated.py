@@ -13,13 +13,20 @@ What each kind of sample means:
     passes    operators without products over [rows, width]
     overhead  seconds that one of `what` adds: a step, a step shared by threads, an
               operator, a sparse layer, a sequence, a further token of a sequence, a byte
-              written, a byte of logits
+              written, a byte of logits; `host_…`: see below
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts,
 fitted to their samples. What does not fit the caches depends on the footprint of the whole
 step: a byte of weights waits longer the more of them there are, and less the more rows a
 product has to hide it behind; a byte of keys and values waits on top of its arithmetic.
+
+A GPU works off a queue that the host fills. Its samples are seconds of the GPU, taken with
+weights that no cache holds, and `host_…` are seconds that the host takes to queue one call of
+a kind. Neither waits for the other before a step's last operators: see `roofline.steps_s`. A
+decoding step that the engine has captured takes the host's time no more: it has a
+`replayed_step`, a `replayed_operator` for each operator and a `replayed_sparse_layer` for each
+router in place of all that.
 """
 
 from __future__ import annotations
@@ -47,6 +54,9 @@ from tongyun.units import DType, Number
 Array = NDArray[np.float64]
 SHARED_MULTIPLY_ADDS = 1e5
 """From how many multiply-adds the engine's kernels share a product among threads."""
+HOST = "host_"
+"""What names of the host's seconds for a kind of operator begin with."""
+EXPERTS_REST = ("experts_activation", "experts_down")
 CACHED_BYTES = 2e6
 """Keys and values that any outer cache holds: samples within tell arithmetic, not memory."""
 
@@ -64,10 +74,49 @@ class Measured:
     stall: Stall
     passes: Mapping[str, Linear]
     overhead: Mapping[str, float]
+    replays: bool = False
+    """Whether the engine captures decoding steps."""
 
-    def launch_s(self, op: Operator, usual_s: float) -> float:
+    @property
+    def queued(self) -> bool:
+        """Whether the device works off a queue that the host fills."""
+        return any(what.startswith(HOST) for what in self.overhead)
+
+    def replayed(self, operators: Iterable[Operator]) -> bool:
+        """Whether these are of a captured step: nothing but decoding."""
+        attending = [op for op in operators if op.kind is Kind.ATTENTION]
+        decoding = [bool(np.all(np.asarray(_queries(op)) <= 1)) for op in attending]
+        return self.replays and bool(decoding) and all(decoding)
+
+    def gaps_s(self, operators: Iterable[Operator]) -> float:
+        """What a captured step has between its operators, and what a sparse layer has beside them."""
+        each, sparse = (self.overhead.get(f"replayed_{what}", 0.0) for what in ("operator", "sparse_layer"))
+        return sum(op.repeat * (each + sparse * (op.name == "router")) for op in operators)
+
+    def one_call(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
+        """Operators whose host's part is in another's: decoding, where its kernel has prompts beside it."""
+        attending = [op for op in operators if op.kind is Kind.ATTENTION]
+        single = [op for op in attending if np.all(np.asarray(_queries(op)) <= 1)]
+        return tuple(single) if self.replays and len(single) < len(attending) else ()
+
+    def launch_s(self, op: Operator, usual_s: float) -> Number:
         """What an operator costs however small it is; a router brings its sparse layer's share."""
-        return usual_s + (self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0)
+        sparse_s = self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0
+        return usual_s + sparse_s + self._host_s(op)
+
+    def _host_s(self, op: Operator) -> Number:
+        """The host's seconds to queue an operator."""
+        if op.kind is Kind.ATTENTION:
+            one, each = (self.overhead.get(HOST + kind, 0.0) for kind in ("decode", "prompt"))
+            # An engine that captures steps has one kernel for all prompts, others queue them one by one.
+            calls = 1.0 if self.replays else np.asarray(op.groups, dtype=np.float64)
+            return np.where(_queries(op) > 1, each * calls, one)
+        # One call does all that experts do.
+        if op.name in EXPERTS_REST:
+            return 0.0
+        kinds = {Kind.MATMUL: "matmul", Kind.GROUPED_MATMUL: "experts"}
+        kind = kinds.get(op.kind) or _pass_name(op)
+        return self.overhead.get(HOST + kind, 0.0)
 
     def work_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         """Seconds of one execution without its launch; None for what this machine has no sample of.
@@ -114,8 +163,12 @@ class Measured:
         many = None if self.prefill is None else self.prefill(*counts)
         if one is None or many is None:
             return one if many is None else many
-        queries = op.m / np.maximum(op.n * np.asarray(op.groups, dtype=np.float64), TINY)
-        return np.where(queries > 1, many, one) + kv_bytes * self.stall(footprint_bytes)
+        return np.where(_queries(op) > 1, many, one) + kv_bytes * self.stall(footprint_bytes)
+
+
+def _queries(op: Operator) -> Number:
+    """New tokens of a sequence, as attention has them."""
+    return op.m / np.maximum(op.n * np.asarray(op.groups, dtype=np.float64), TINY)
 
 
 def _pass_name(op: Operator) -> str:
@@ -162,33 +215,41 @@ def measured(chip: Chip) -> Measured | None:
     products: dict[DType, list[MatmulSample]] = defaultdict(list)
     for s in samples.matmul:
         products[s.dtype].append(s)
-    decode = _attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= CACHED_BYTES])
+    overhead = {s.what: s.seconds / s.count for s in samples.overhead}
+    # A GPU's memory is what all of its samples wait for, and there is no cache to tell apart.
+    queued = any(what.startswith(HOST) for what in overhead)
+    most = np.inf if queued else CACHED_BYTES
+    decode = _attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= most])
     return Measured(
         matmul={dtype: Products.through(rows) for dtype, rows in products.items()},
-        grouped=_grouped(samples.grouped_matmul),
+        grouped=_grouped(samples.grouped_matmul, queued),
         waiting=Waiting.through(samples.memory),
         decode=decode,
         prefill=_attention([s for s in samples.attention if s.queries > 1]),
-        stall=_stall([s for s in samples.attention if s.queries == 1], decode),
+        stall=_stall([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) > most], decode),
         passes=_passes(samples.passes),
-        overhead={s.what: s.seconds / s.count for s in samples.overhead},
+        overhead=overhead,
+        replays=bool(samples.machine.get("replays", False)),
     )
 
 
-def _grouped(samples: Iterable[GroupedMatmulSample]) -> dict[DType, tuple[float, Surface]]:
+def _grouped(samples: Iterable[GroupedMatmulSample], queued: bool) -> dict[DType, tuple[float, Surface]]:
     at: dict[DType, list[GroupedMatmulSample]] = defaultdict(list)
     for s in samples:
         at[s.dtype].append(s)
     found = {}
     for dtype, rows in at.items():
-        call_s = _call_s(rows)
+        call_s = _call_s(rows, 0.95 if queued else 0.5)
         points = [(s.n * s.k, s.m / s.groups, max(s.seconds - call_s, TINY) / s.groups) for s in rows]
         found[dtype] = call_s, Surface.through(points)
     return found
 
 
-def _call_s(samples: list[GroupedMatmulSample]) -> float:
-    """What a call costs apart from its groups: (g₂·t₁ − g₁·t₂)/(g₂ − g₁) of the smallest, at one row each."""
+def _call_s(samples: list[GroupedMatmulSample], most: float) -> float:
+    """What a call costs apart from its groups: (g₂·t₁ − g₁·t₂)/(g₂ − g₁) of the smallest, at one row each.
+
+    At most this part of the quickest call: on a GPU nearly all of it may be, as groups run side by side.
+    """
     size = min(s.n * s.k for s in samples)
     ones = sorted((s for s in samples if s.n * s.k == size), key=lambda s: (s.m / s.groups, s.groups))
     pairs = [(a, b) for a, b in pairwise(ones) if a.m * b.groups == b.m * a.groups]
@@ -198,14 +259,14 @@ def _call_s(samples: list[GroupedMatmulSample]) -> float:
         if b.groups > a.groups
     ]
     least = min(s.seconds for s in samples)
-    return min(max(fixed[0], 0.0), least / 2) if fixed else 0.0
+    return min(max(fixed[0], 0.0), most * least) if fixed else 0.0
 
 
 def _stall(samples: Iterable[AttentionSample], decode: Linear | None) -> Stall:
     """What decoding takes beyond its arithmetic, for each byte of keys and values, by how many there are."""
     points = [(0.5 * CACHED_BYTES, 0.0), (CACHED_BYTES, 0.0)]
     for s in samples:
-        if decode is not None and _kv_bytes(s) > CACHED_BYTES:
+        if decode is not None:
             rest_s = s.seconds - float(decode(*_counts(s)))
             points.append((_kv_bytes(s), max(rest_s, 0.0) / _kv_bytes(s)))
     return Stall.through(points)

@@ -17,13 +17,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tongyun.chip.calibrated import measured
+from tongyun.chip.calibrated import Measured, measured
 from tongyun.chip.collective import collective_s
 from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
 from tongyun.model.graph import COLLECTIVES, Kind, Operator
 from tongyun.specs import Chip
 from tongyun.units import DType, Number
+
+LAST = ("head", "logits_gather", "sample")
+"""Of a step: what is between the last layer and the chosen tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,9 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     """Seconds that the operators of one rank take, each `repeat` times, one after the other."""
     operators = tuple(operators)
     footprint = streamed_bytes(operators)
+    samples = measured(chip)
+    if samples is not None and samples.queued:
+        return _queued_s(operators, chip, samples, footprint)
     total: Number = 0.0
     busy: Number = 0.0
     for op in operators:
@@ -48,7 +54,33 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     return Timing(seconds=total, busy_s=busy)
 
 
-def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, float]:
+def _queued_s(
+    operators: tuple[Operator, ...], chip: Chip, samples: Measured, footprint_bytes: Number
+) -> Timing:
+    """Seconds where the host queues a step's operators and the device works them off.
+
+        t = max(Σ host, Σ device of all but the last) + Σ device of the last
+
+    The last are those that the chosen tokens wait for when the host has nothing more to queue. Of a
+    captured step the host queues nothing: it takes what the device does.
+    """
+    host: Number = 0.0
+    device: Number = 0.0
+    last: Number = 0.0
+    within = samples.one_call(operators)
+    for op in operators:
+        work, launch = parts_s(op, chip, footprint_bytes)
+        host = host + (0.0 if any(op is other for other in within) else op.repeat * launch)
+        if op.name in LAST:
+            last = last + op.repeat * work
+        else:
+            device = device + op.repeat * work
+    if samples.replayed(operators):
+        return Timing(seconds=device + last + samples.gaps_s(operators), busy_s=device + last)
+    return Timing(seconds=np.maximum(host, device) + last, busy_s=device + last)
+
+
+def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, Number]:
     """Seconds of one execution, as its work (or way over the links) and its launch."""
     modelled = kernels(chip)
     if modelled is not None:
@@ -58,7 +90,7 @@ def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, 
     return work_s(op, chip, footprint_bytes), launch_s(op, chip)
 
 
-def launch_s(op: Operator, chip: Chip) -> float:
+def launch_s(op: Operator, chip: Chip) -> Number:
     """What an operator costs however small it is."""
     samples = measured(chip)
     return chip.kernel_launch_s if samples is None else samples.launch_s(op, chip.kernel_launch_s)

@@ -75,7 +75,7 @@ def read_fleet(
     from tongyun.units import Source
 
     if find_market(path) is not None:
-        raise InputError(f"{path}: model: several of them are played by `tongyun simulate` alone")
+        raise InputError(f"{path}: model: there are several; accepted: a fleet of one model")
     spec = find_fleet(path)
     find_router(spec.router)
     drafts = spec.drafts

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PPU, CHIP = "ppu", "zhenwu-810e"
 """The device that is a simulated chip."""
 ROUTER = "least-load"
+BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +60,12 @@ class ServeOptions:
     replicas: int = 1
     """Engines, each a process with the whole model."""
     router: str = ROUTER
+    migrate: bool = False
+    """Whether running requests move between the engines."""
 
 
 def build_gateway(options: ServeOptions) -> Gateway:
     """Begin to load the model, in a process for each replica, and put the gateway together; nothing runs."""
-    from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ask import Served
     from tongyun.cloud.gateway.classes import Classes
@@ -74,7 +76,7 @@ def build_gateway(options: ServeOptions) -> Gateway:
 
     directory = find_model(options.model)
     router = _router(options)
-    engines = [EngineProcess(partial(build_engine, options, directory)) for _ in range(options.replicas)]
+    engines = _engines(options, directory)
     try:
         tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
         # A request has to run wherever it is sent: the caches of like engines may differ in what was free.
@@ -93,11 +95,25 @@ def build_gateway(options: ServeOptions) -> Gateway:
     )
     return Gateway(
         served=served,
-        start_engine=_start(engines, router),
+        start_engine=_start(engines, router, migrate=options.migrate),
         api_key=options.api_key,
         body_bytes=options.body_bytes,
         classes=Classes(priorities=options.priorities),
     )
+
+
+def _engines(options: ServeOptions, directory: Path) -> list[EngineProcess]:
+    """A process for each replica, which begins to build it."""
+    from tongyun.cloud.engine.apart import EngineProcess
+    from tongyun.cloud.engine.carry import Windows
+    from tongyun.model.config import ModelConfig
+
+    count, build = options.replicas, partial(build_engine, options, directory)
+    if not options.migrate:
+        return [EngineProcess(build) for _ in range(count)]
+    # Keys and values are of at most four bytes.
+    windows = Windows(count, 4 * ModelConfig.load(directory).kv_elements * BLOCK_TOKENS)
+    return [EngineProcess(build, (windows, index)) for index in range(count)]
 
 
 def _apart(options: ServeOptions) -> Gateway:
@@ -115,6 +131,10 @@ def _router(options: ServeOptions) -> Router:
 
     if options.replicas < 1:
         raise InputError(f"--replicas {options.replicas}: accepted: 1 or more")
+    if options.migrate and options.replicas < 2:
+        raise InputError(
+            "--migrate: requests move from one replica to another; accepted with --replicas 2 or more"
+        )
     if options.replicas > 1 and options.device == PPU:
         raise InputError(
             "--replicas: several simulated chips would take this machine's cores from each other, "
@@ -123,13 +143,15 @@ def _router(options: ServeOptions) -> Router:
     return find_router(options.router)
 
 
-def _start(engines: Sequence[EngineProcess], router: Router) -> StartEngine:
+def _start(engines: Sequence[EngineProcess], router: Router, *, migrate: bool) -> StartEngine:
     """What begins to run the engine behind the gateway: a process, or several that are one to it."""
     from tongyun.cloud.engine.replicas import Replicas
+    from tongyun.cloud.sched.migrate import MigrationPolicy
 
     if len(engines) == 1:
         return engines[0].connect
-    return partial(Replicas, [engine.connect for engine in engines], router)
+    policy = MigrationPolicy() if migrate else None
+    return partial(Replicas, [engine.connect for engine in engines], router, policy=policy)
 
 
 def build_engine(options: ServeOptions, directory: Path) -> EngineLoop:
@@ -174,6 +196,7 @@ def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | P
             threads=options.threads,
             kv_dtype=options.kv_dtype,
             kv_bytes=options.kv_bytes,
+            block_tokens=BLOCK_TOKENS,
             sharers=options.replicas,
         ),
     )
@@ -248,6 +271,9 @@ def serve(
     router: Annotated[
         str, typer.Option(help="Who is given a request: round-robin, least-load, prefix or freeness.")
     ] = ROUTER,
+    migrate: Annotated[
+        bool, typer.Option("--migrate", help="Move running requests from full replicas to free ones.")
+    ] = False,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
     class_: Annotated[
@@ -306,6 +332,7 @@ def serve(
         aging_s=class_aging,
         replicas=replicas,
         router=router,
+        migrate=migrate,
     )
     run_server(
         lambda key: _apart(replace(options, api_key=key)),
@@ -354,6 +381,7 @@ OF_A_MODEL = (
     "threads",
     "replicas",
     "router",
+    "migrate",
     "class_",
     "class_aging",
 )

@@ -90,7 +90,7 @@ def _find(name: str) -> tuple[str, Any]:
 
 def _as_object(kind: str, spec: Any) -> dict[str, Any]:
     """A spec for programs: SI values, the SI unit beside each figure."""
-    from tongyun.specs.form import facts, texts
+    from tongyun.specs.contents import facts, texts
 
     if kind == "models":
         name, raw = spec
@@ -143,8 +143,8 @@ def _human(figure: Figure | None, unit: str) -> str:
 def _letters(spec: Spec) -> str:
     """The kinds of source a spec rests on, as letters; `LEGEND` says which is which."""
     from tongyun.report import SOURCE_STYLE
+    from tongyun.specs.contents import facts
     from tongyun.specs.figure import KINDS
-    from tongyun.specs.form import facts
 
     used = {figure.source for _, figure, _ in facts(spec)}
     return " ".join(f"[{SOURCE_STYLE[source]}]{source.value[0]}[/]" for source in KINDS if source in used)
@@ -354,7 +354,7 @@ def _spec_parts(kind: str, spec: Any) -> Iterator[Any]:
 
     from tongyun.report import column, source_tag, table
     from tongyun.specs import find
-    from tongyun.specs.form import texts
+    from tongyun.specs.contents import texts
 
     if kind == "models":
         name, raw = spec
@@ -380,8 +380,8 @@ def _figures_table(spec: Spec) -> Any:
     from rich.markup import escape
 
     from tongyun.report import column, source_tag, table
-    from tongyun.specs.figure import LABELS
-    from tongyun.specs.form import facts, written
+    from tongyun.specs.contents import facts
+    from tongyun.specs.figure import LABELS, written
 
     rows = []
     for key, figure, dimension in facts(spec):

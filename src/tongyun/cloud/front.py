@@ -5,7 +5,7 @@ Knows no pools that pass requests on, no workload and no price.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from tongyun.cloud.agenda import Agenda
@@ -38,11 +38,20 @@ class Fronts(Protocol):
     def next_s(self) -> float | None:
         """When something happens next besides steps; None where nothing does."""
 
+    def check(self, request: Request) -> None:
+        """RequestError where nobody could ever run it; reads limits only, so any thread may ask."""
+
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that ends in one pool goes on in another."""
+
     def again(self, request: Request) -> None:
         """Give a request that an engine lost to one that is up, at this moment."""
 
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine of a front that failed, and what it was handing over."""
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a front has lost, with what others had done for it."""
 
     def give_up(self) -> list[Torn]:
         """Take back what is held."""
@@ -52,6 +61,9 @@ class Fronts(Protocol):
 
     def records(self, names: Iterable[str]) -> list[RequestRecord]:
         """Of these requests, those that ended."""
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
 
 
 class Front:
@@ -104,6 +116,14 @@ class Front:
         self.advance(request.arrival_s)
         self._place(request)
 
+    def check(self, request: Request) -> None:
+        """RequestError if its engines, which are equal, could never run it."""
+        self.instances[0].loop.check(request)
+
+    def goes_on(self, request_id: str) -> bool:
+        """Never: there is one pool."""
+        return False
+
     def open(self, index: int) -> None:
         """Let an engine be given requests, those held first."""
         self._turn(index, True)
@@ -131,6 +151,11 @@ class Front:
         """As `tear`; `pool` is this one."""
         assert pool is self
         return self.tear(index)
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """As it is: nobody else had it."""
+        assert pool is self
+        return torn
 
     def again(self, request: Request) -> None:
         """Give a request that an engine lost to one that is up, at this moment."""
@@ -171,6 +196,11 @@ class Front:
     def records(self, _names: Iterable[str]) -> list[RequestRecord]:
         """Of all requests that ended, engine after engine."""
         return [record for one in self.instances for record in one.result().records]
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop records of requests that have ended, but for these."""
+        for one in self.instances:
+            one.forget(but)
 
     def waiting(self) -> tuple[Request, ...]:
         """Requests that are held, in the order in which they came."""

@@ -5,8 +5,8 @@ about meanwhile, until little is left. Only for the last copy it pauses. Blocks 
 target first; where they run out, or the request ends or is preempted, the move is called off and
 nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
 all it has, one after the other. One that fails takes along what it was sending; what was on its way to
-it goes back, to be computed again. Whether to move is the policy's to say; knows no price but the
-function it is given.
+it goes back, to be computed again. In a pool that only decodes, who waits takes along what was handed
+over. Whether to move is the policy's to say; knows no price but the function it is given.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Move(NamedTuple):
     source: int
     target: int
     outcome: str
-    """`migrated` with its keys and values; `rescheduled` while it waited, without any; `called off`,
-    and it stayed; `recomputed`: its blocks at the target were given to others during the last copy, or
-    the target failed and it went back; `torn`: the source failed during the last copy."""
+    """`migrated` while it decoded; `rescheduled` while it waited; `called off`, and it stayed; `recomputed`:
+    its blocks at the target were given to others during the last copy, or the target failed and it went
+    back; `torn`: the source failed during the last copy."""
     tokens: int
     """Keys and values copied, in tokens, those of moves called off included."""
     stages: int
@@ -91,12 +91,12 @@ class _Flight:
 
 
 class Mover:
-    """Carries a policy out on the engines behind a front."""
+    """Carries a policy out on the engines behind a front, which may be one of several."""
 
     def __init__(self, front: Front, policy: MigrationPolicy, copy_s: Callable[[int], float]) -> None:
         """`copy_s`: seconds for the keys and values of so many tokens from one engine to another."""
         self.log: list[Move] = []
-        self._front, self._policy, self._copy_s = front, policy, copy_s
+        self.front, self._policy, self._copy_s = front, policy, copy_s
         self._flights: dict[str, _Flight] = {}
         self._ticking = False
         front.roused = self._wake
@@ -108,7 +108,7 @@ class Mover:
             if flight.source not in engines and flight.target not in engines:
                 continue
             self._engines[flight.target].single.scheduler.give_up(flight.request_id)
-            passage = self._front.between.pop(flight.request_id, None)
+            passage = self.front.between.pop(flight.request_id, None)
             if passage is None:
                 self._end(flight, "called off", now_s, 0.0)
             elif flight.source in engines:
@@ -130,7 +130,7 @@ class Mover:
         tick = int(now_s / self._policy.interval_s) + 1
         # A product rounded down would be the same tick again.
         moment_s = max(tick * self._policy.interval_s, now_s)
-        self._front.at(moment_s, lambda: self._tick(tick, moment_s))
+        self.front.at(moment_s, lambda: self._tick(tick, moment_s))
 
     def _tick(self, tick: int, now_s: float) -> None:
         while self._reschedule(now_s):
@@ -141,13 +141,13 @@ class Mover:
         if any(one.in_flight for one in self._engines) or self._flights:
             later = tick + 1
             moment_s = later * self._policy.interval_s
-            self._front.at(moment_s, lambda: self._tick(later, moment_s))
+            self.front.at(moment_s, lambda: self._tick(later, moment_s))
         else:
             self._ticking = False
 
     @property
     def _engines(self) -> list[Instance]:
-        return self._front.instances
+        return self.front.instances
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Who gives and who takes; from one that has failed nothing can be had."""
@@ -173,7 +173,8 @@ class Mover:
         if head.id in self._flights or not self._reserve(target, head.id, head.tokens):
             return False
         flight = self._begin(head.id, source, target)
-        self._depart(flight, 0, max(now_s, self._clock_s(source)))
+        flight.copied = head.handed
+        self._depart(flight, head.handed, max(now_s, self._clock_s(source)))
         return True
 
     # ── those who decode ─────────────────────────────────────────────────────────────
@@ -193,7 +194,7 @@ class Mover:
         flight.stages += 1
         flight.copied = computed
         moment_s = from_s + self._copy_s(missing)
-        self._front.at(moment_s, lambda: self._copied(flight, moment_s))
+        self.front.at(moment_s, lambda: self._copied(flight, moment_s))
 
     def _copied(self, flight: _Flight, now_s: float) -> None:
         if not self._under_way(flight):
@@ -221,14 +222,14 @@ class Mover:
     def _depart(self, flight: _Flight, missing: int, now_s: float) -> None:
         """Take the request from its engine, and let it arrive when the last tokens are copied."""
         flight.left_s = now_s
-        self._front.between[flight.request_id] = self._engines[flight.source].depart(flight.request_id)
+        self.front.between[flight.request_id] = self._engines[flight.source].depart(flight.request_id)
         moment_s = now_s + self._copy_s(missing)
-        self._front.at(moment_s, lambda: self._land(flight, moment_s))
+        self.front.at(moment_s, lambda: self._land(flight, moment_s))
 
     def _land(self, flight: _Flight, now_s: float) -> None:
         if not self._under_way(flight):
             return
-        passage = self._front.between.pop(flight.request_id, None)
+        passage = self.front.between.pop(flight.request_id, None)
         if passage is None:
             # Its reader has gone.
             self._engines[flight.target].single.scheduler.give_up(flight.request_id)
@@ -277,7 +278,7 @@ class Mover:
         for index in (flight.source, flight.target):
             one = self._engines[index]
             one.moves -= 1
-            one.ended_s = max(one.ended_s, self._front.now_s)
+            one.ended_s = max(one.ended_s, self.front.now_s)
         self.log.append(
             Move(
                 moment_s,
@@ -291,7 +292,7 @@ class Mover:
             )
         )
         if outcome != "called off":
-            self._drain(flight.source, self._front.now_s)
+            self._drain(flight.source, self.front.now_s)
 
 
 def play_migrating(

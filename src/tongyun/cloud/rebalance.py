@@ -3,16 +3,18 @@
 At the end of every window a pool's experts are placed anew by what was counted in it, on all of its
 replicas alike. Their weights take time: steps stand still for it, or go on beside it at a price of
 their own. A step under way ends at the old price, and no leap crosses a moment at which the price
-changes. Decides when; who goes where and what it takes are a `Balance`'s to say.
+changes. A replica that has no weights at that moment gets them later where they then belong, with all
+others that it starts with. Decides when; who goes where and what it takes are a `Balance`'s to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from tongyun.cloud.ending import Ending
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import DecodeCosts, SimulatedExecutor
 from tongyun.cloud.front import Fronts
@@ -29,7 +31,7 @@ class Rebalanced:
     experts: int
     """Copies that went to a rank without one, over layers and ranks of a replica."""
     moved_bytes: float
-    """Of all replicas."""
+    """Of all replicas that had weights."""
     seconds: float
     """Until the last weights had come."""
     standing: bool
@@ -48,8 +50,8 @@ class Balance(Protocol):
     def drift(self) -> None:
         """Other experts are picked from now on."""
 
-    def place(self, moment_s: float) -> Rebalanced | None:
-        """A window ends: send experts where its counts say; None where all stay."""
+    def place(self, moment_s: float, replicas: int) -> Rebalanced | None:
+        """A window ends: send experts where its counts say, on so many replicas; None where all stay."""
 
     def arrived(self) -> None:
         """All that was sent is there, and computes."""
@@ -66,11 +68,17 @@ class Placed:
     loops: Sequence[EngineLoop]
     executors: Sequence[SimulatedExecutor]
     groups: int
+    there: Callable[[int], bool] = lambda _: True
+    """Whether the replica of that number has its weights."""
+
+    @property
+    def replicas(self) -> int:
+        """That have their weights."""
+        return sum(1 for _ in self._held())
 
     def stand(self, seconds: float) -> None:
         """A replica's engines end their steps, wait for one another and then for so long."""
-        for first in range(0, len(self.loops), self.groups):
-            replica = self.loops[first : first + self.groups]
+        for replica in self._held():
             begin_s = max(loop.clock.now() for loop in replica)
             for loop in replica:
                 loop.clock.wait_until(begin_s + seconds)
@@ -80,14 +88,20 @@ class Placed:
     def go_on(self, begin_s: float, seconds: float) -> None:
         """Steps go on beside weights on their way, at a price of their own."""
         self.reprice()
-        for loop in self.loops:
-            if loop.tape is not None:
-                loop.tape.moved(begin_s, begin_s + seconds, False)
+        for replica in self._held():
+            for loop in replica:
+                if loop.tape is not None:
+                    loop.tape.moved(begin_s, begin_s + seconds, False)
 
     def reprice(self) -> None:
         price = self.balance.price()
         for executor in self.executors:
             executor.reprice(price)
+
+    def _held(self) -> Iterator[Sequence[EngineLoop]]:
+        for number, first in enumerate(range(0, len(self.loops), self.groups)):
+            if self.there(number):
+                yield self.loops[first : first + self.groups]
 
     @property
     def computed(self) -> int:
@@ -99,12 +113,21 @@ class Rebalancing:
     """Pools whose experts change during a run; `log` says when and how."""
 
     def __init__(
-        self, fleet: Fronts, pools: Sequence[Placed], *, drift_s: float | None, window_s: float | None
+        self,
+        fleet: Fronts,
+        pools: Sequence[Placed],
+        *,
+        drift_s: float | None,
+        window_s: float | None,
+        ending: Ending | None = None,
     ) -> None:
+        """`ending` is said by who plays, where somebody else than this does."""
         self.log: list[Rebalanced] = []
+        self._ending = Ending(fleet) if ending is None else ending
+        self._over = self._ending.watch()
         self._fleet, self._pools = fleet, tuple(pools)
         self._counted = [0] * len(self._pools)
-        self._closing, self._places = False, window_s is not None
+        self._places = window_s is not None
         for every_s, action in ((drift_s, self._drift), (window_s, self._place)):
             if every_s is not None:
                 self._again(every_s, 1, action)
@@ -115,7 +138,7 @@ class Rebalancing:
         for request in requests:
             names.append(request.id)
             self._fleet.send(request)
-        self._closing = True
+        self._ending.closing = True
         self._fleet.advance(float("inf"))
         return tuple(self._fleet.records(names))
 
@@ -128,7 +151,7 @@ class Rebalancing:
         self._fleet.at(number * every_s, partial(self._act, every_s, number, action))
 
     def _act(self, every_s: float, number: int, action: Callable[[float], None]) -> None:
-        if self._closing and not self._fleet.in_flight:
+        if self._over():
             return
         # Picks and counts are of the tokens before this moment.
         for index, pool in enumerate(self._pools):
@@ -145,7 +168,7 @@ class Rebalancing:
 
     def _place(self, now_s: float) -> None:
         for pool in self._pools:
-            done = pool.balance.place(now_s)
+            done = pool.balance.place(now_s, pool.replicas)
             if done is None:
                 continue
             self.log.append(done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from heapq import heappop, heappush
 
@@ -55,6 +55,12 @@ class Relay:
         """Requests in either pool, between them, and held before them."""
         return self.first.in_flight + self.second.in_flight + len(self._under_way)
 
+    def check(self, request: Request) -> None:
+        """RequestError where a pool could never run its part."""
+        self.first.check(prefill_part(request))
+        if request.output_tokens > 1:
+            self.second.check(decode_part(request, 0.0))
+
     def send(self, request: Request) -> None:
         """Give a request, in order of arrival."""
         if self._agenda:
@@ -79,16 +85,23 @@ class Relay:
 
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed, with what it was handing over."""
-        torn = pool.tear(index)
+        torn = [self.whole(pool, one) for one in pool.tear(index)]
         if pool is self.second:
-            return [self._from_first(one) for one in torn]
+            return torn
         # Ended there, not yet arrived: keys and values that are gone before they were read.
         sent = {name for name, record in pool.instances[index].records.items() if record is not None}
-        leaving = [request for _, _, request in self._under_way if request.id in sent]
-        self._under_way = sorted(entry for entry in self._under_way if entry[2].id not in sent)
+        # In the order of their moments: a heap's own tells how often somebody has looked.
+        under_way = sorted(self._under_way)
+        leaving = [request for _, _, request in under_way if request.id in sent]
+        self._under_way = [entry for entry in under_way if entry[2].id not in sent]
         leaving += self.second.unhold(lambda request: request.id in sent)
-        whole = [one._replace(request=self._whole.pop(one.request.id)) for one in torn]
-        return whole + [self._from_first(handed(request)) for request in leaving]
+        return torn + [self._from_first(handed(request)) for request in leaving]
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a pool has lost, as the request that was sent."""
+        if pool is self.second:
+            return self._from_first(torn)
+        return torn._replace(request=self._whole.pop(torn.request.id))
 
     def give_up(self) -> list[Torn]:
         """Take back what is held before either pool."""
@@ -114,6 +127,11 @@ class Relay:
     def records(self, names: Iterable[str]) -> list[RequestRecord]:
         """Of these requests in their order, those that ended: one record for both pools."""
         return list(joined(names, *self.results()))
+
+    def forget(self, but: Collection[str]) -> None:
+        """Drop records of requests that have ended, but for these."""
+        for front in self.fronts:
+            front.forget(but)
 
     def abort(self, request_id: str) -> bool:
         """End a request wherever it is; false if it is not in flight."""

@@ -67,6 +67,11 @@ class Replica:
         return sum(one.moves for one in self.instances)
 
     @property
+    def equipped(self) -> bool:
+        """Whether it has its weights: one that drains may serve again with them."""
+        return self.state in (State.UP, State.DRAINING)
+
+    @property
     def free_s(self) -> float:
         """When its engines have ended the step they are in."""
         return max(one.loop.clock.now() for one in self.instances)

@@ -29,6 +29,8 @@ class _Story:
     first_s: float | None = None
     cached_tokens: int = 0
     tries: int = 0
+    torn_s: float = 0.0
+    """When it was last."""
 
 
 class Retries:
@@ -57,6 +59,7 @@ class Retries:
         """Send each of these again, which a replica of that name has lost, or lose it."""
         for one in torn:
             story = self._note(one)
+            story.torn_s = moment_s
             if story.tries < self._most:
                 story.tries += 1
                 self.retries += 1
@@ -68,8 +71,9 @@ class Retries:
     def give_up(self, moment_s: float) -> None:
         """What is held now is lost: no engine will be up any more."""
         for one in self._fleet.give_up():
-            ended_s = max(moment_s, one.request.arrival_s)
-            self._lose(one.request, self._note(one), ended_s, "no instance came up again")
+            story = self._note(one)
+            ended_s = max(moment_s, one.request.arrival_s, story.torn_s)
+            self._lose(one.request, story, ended_s, "no instance came up again")
 
     def forget(self, but: Collection[str]) -> None:
         """Drop what requests felt that are not among these."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from tongyun.cloud.agenda import Agenda
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Request
+from tongyun.errors import RequestError, unknown
 
 
 class Several:
@@ -41,6 +42,17 @@ class Several:
         self._sent[id(fleet)].append(request.id)
         fleet.send(request)
 
+    def check(self, request: Request) -> None:
+        """RequestError if its model's fleet could never run it, or there is none."""
+        name = request.model or ""
+        if name not in self._of:
+            raise RequestError(unknown("model", name, self._of), param="model")
+        self._of[name].check(request)
+
+    def goes_on(self, request_id: str) -> bool:
+        """Whether a request that ends in one pool goes on in another."""
+        return any(fleet.goes_on(request_id) for fleet in self._fleets)
+
     def advance(self, until_s: float) -> None:
         """Every engine to `until_s`, by way of all that happens until then."""
         self._agenda.advance(until_s, self._all_to)
@@ -56,7 +68,11 @@ class Several:
 
     def lose(self, pool: Front, index: int) -> list[Torn]:
         """Take what is in flight from an engine that failed, and what it was handing over."""
-        return next(fleet for fleet in self._fleets if pool in fleet.fronts).lose(pool, index)
+        return self._with(pool).lose(pool, index)
+
+    def whole(self, pool: Front, torn: Torn) -> Torn:
+        """What a front has lost, with what others had done for it."""
+        return self._with(pool).whole(pool, torn)
 
     def give_up(self) -> list[Torn]:
         """Take back what is held."""
@@ -70,9 +86,18 @@ class Several:
         """Of all requests that ended, fleet after fleet."""
         return [record for fleet in self._fleets for record in fleet.records(self._sent[id(fleet)])]
 
+    def forget(self, but: Collection[str]) -> None:
+        """Drop what is remembered of requests that have ended, but for these."""
+        for fleet in self._fleets:
+            fleet.forget(but)
+            self._sent[id(fleet)] = [name for name in self._sent[id(fleet)] if name in but]
+
     def _all_to(self, until_s: float) -> None:
         for fleet in self._fleets:
             fleet.advance(until_s)
+
+    def _with(self, pool: Front) -> Fronts:
+        return next(fleet for fleet in self._fleets if pool in fleet.fronts)
 
     def _fleet_of(self, request: Request) -> Fronts:
         return self._of[request.model or ""]

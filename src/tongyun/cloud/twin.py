@@ -22,7 +22,6 @@ from tongyun.cloud.engine.loop import Turn
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
 from tongyun.cloud.front import Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.relay import Relay, decode_part, prefill_part
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import ServiceError
 
@@ -61,8 +60,8 @@ class Twin:
         grace_s: float = 0.0,
         client_s: float = 0.0,
     ) -> None:
-        """`start` puts the fleet together, whose engines tell every step to the watch of the first pool or of
-        the second, and who is lost to the third.
+        """`start` puts the fleet together, whose engines tell every step to the watch of first pools or of
+        second ones, and who is lost to the third.
 
         A step waits `grace_s` before it is simulated, for requests that had arrived when it
         began and are still being read. `client_s` is what a client and HTTP take for a first
@@ -76,7 +75,7 @@ class Twin:
         self._grace_s = grace_s + self._way_s
         # Held by whoever moves the engines or looks at them.
         self._moving = Lock()
-        self._paced = start((self._first, self._decoded), self._lost)
+        self._paced = start((self._first, self._rest), self._lost)
         self._fleet = self._paced.front
         self._coming: list[tuple[float, int, Request]] = []
         self._done_s = 0.0
@@ -104,7 +103,7 @@ class Twin:
         """
         # Made-up tokens end nothing.
         request = replace(request, stop_token_ids=frozenset())
-        self._check(request)
+        self._fleet.check(request)
         with self._changed:
             if self._failure is not None:
                 raise ServiceError(f"the twin has stopped: {self._failure}") from self._failure
@@ -218,20 +217,17 @@ class Twin:
             self._paced.forget(left)
 
     def _first(self, done: Turn) -> None:
-        if isinstance(self._fleet, Relay):
-            self._prefilled(done, self._fleet)
-        else:
-            self._decoded(done)
+        """A step of a first pool: what ends there goes on in the second, if there is one and one token was
+        not all."""
+        self._push(done.moment_s, [self._going_on(event) for event in done.events()])
 
-    def _decoded(self, done: Turn) -> None:
+    def _going_on(self, event: TokenEvent) -> TokenEvent:
+        if event.finish is None or not self._fleet.goes_on(event.request_id):
+            return event
+        return event._replace(finish=None)
+
+    def _rest(self, done: Turn) -> None:
         self._push(done.moment_s, done.events())
-
-    def _prefilled(self, done: Turn, relay: Relay) -> None:
-        """A step of the first pool: what ends there goes on in the second, unless one token was all."""
-        self._push(
-            done.moment_s,
-            [e._replace(finish=None) if relay.goes_on(e.request_id) else e for e in done.events()],
-        )
 
     def _lost(self, record: RequestRecord) -> None:
         """A request has no engine any more, and gets none."""
@@ -265,10 +261,3 @@ class Twin:
         # A reader that went away (its event loop closed) must not stop the others.
         except Exception:
             _log.exception("the reader of the twin's events failed")
-
-    def _check(self, request: Request) -> None:
-        """RequestError where a pool could never run its part; reads limits only, so any thread may ask."""
-        first, *rest = (front.instances[0].loop for front in self._fleet.fronts)
-        first.check(prefill_part(request) if rest else request)
-        if rest and request.output_tokens > 1:
-            rest[0].check(decode_part(request, 0.0))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tongyun.cloud.engine.loop import Turn
-from tongyun.cloud.front import Front
+from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.migration import Mover, Moves
@@ -35,7 +35,7 @@ Watch = Callable[[Turn], None] | None
 class AtWork:
     """Engines that have not begun, and who changes them."""
 
-    front: Front | Relay
+    front: Fronts
     running: Running | None
     """Where replicas come and go."""
     mover: Mover | None
@@ -52,9 +52,7 @@ class AtWork:
 
     def forget(self, but: Collection[str]) -> None:
         """Drop what is remembered of requests that have ended, but for these."""
-        for front in self.front.fronts:
-            for one in front.instances:
-                one.forget(but)
+        self.front.forget(but)
         if self.running is not None:
             self.running.retries.forget(but)
         if self.mover is not None:
@@ -86,13 +84,14 @@ def put_to_work(
     front = _front(fleet, pools, router, chip, watches)
     mover = None
     if fleet.migration is not None:
-        assert isinstance(front, Front)
-        mover = Mover(front, migration_policy(fleet.migration, fleet.classes), fleet.hand_over(chip))
+        # Where prompts are computed elsewhere, those that decode are moved.
+        policy, copy_s = migration_policy(fleet.migration, fleet.classes), fleet.hand_over(chip, first=-1)
+        mover = Mover(front.fronts[-1], policy, copy_s)
     running = changing = None
     if fleet.upkeep is not None:
         running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, mover=mover, told=told)
     if fleet.experts is not None and fleet.experts.spec.during:
-        changing = rebalancing(fleet.experts, front, pools, chip, fleet.question, seed)
+        changing = rebalancing(fleet.experts, front, pools, chip, fleet.question, seed, running)
     return AtWork(front=front, running=running, mover=mover, changing=changing)
 
 

@@ -122,7 +122,7 @@ class Fleet:
     aging_s: float | None = None
     """Seconds of waiting that outweigh one step of priority; None: strict."""
     migration: MigrationSpec | None = None
-    """How running requests move between the replicas of the one pool, if they do."""
+    """How running requests move between the replicas of the pool that decodes, if they do."""
     upkeep: Upkeep | None = None
     """Failures and autoscaling."""
     experts: ExpertLoads | None = None
@@ -221,8 +221,9 @@ class Fleet:
             for pool in self.pools
         ]
 
-    def hand_over(self, chip: Chip) -> Callable[[int], float]:
-        """Seconds for the keys and values of so many tokens from one replica to another.
+    def hand_over(self, chip: Chip, *, first: int = 0) -> Callable[[int], float]:
+        """Seconds for the keys and values of so many tokens from one replica to another, of the pools from
+        the `first` on.
 
         Every rank sends its share at once, when the prompt is computed, and the side whose
         ranks hold more sets the pace: latency + bytes / (achieved · bandwidth), over the
@@ -233,7 +234,7 @@ class Fleet:
         if link is None:
             raise InputError(f"{chip.name}: no links between replicas; keys and values cannot be handed over")
         model, precision = question.model, question.precision
-        parts = [slice_of(model, pool.plan.shard) for pool in self.pools]
+        parts = [slice_of(model, pool.plan.shard) for pool in self.pools[first:]]
         rate = link.bytes_per_s * link.achieved
 
         def seconds(tokens: int) -> float:
@@ -297,7 +298,7 @@ class Fleet:
             ),
             classes=grouped(records, lambda record: record.priority_class, limits),
             models=grouped(records, lambda record: record.model, limits),
-            moves=work.moves(self._token_bytes(self.pools[0]) * self.pools[0].plan.shard.tp),
+            moves=work.moves(self._token_bytes(self.pools[-1]) * self.pools[-1].plan.shard.tp),
             rebalanced=None if work.changing is None else work.changing.placements,
             recording=None if recorder is None else recorder.recording(records),
         )

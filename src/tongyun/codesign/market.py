@@ -17,11 +17,11 @@ from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grou
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.several import Several
-from tongyun.cloud.simulate import play
 from tongyun.cloud.workload import Arrival, requests
+from tongyun.codesign.at_work import AtWork
 from tongyun.codesign.fleet import Fleet, Played
 from tongyun.codesign.replicas import Pool
-from tongyun.codesign.runs import Ended, Run, dedicated, shared
+from tongyun.codesign.runs import Ended, Run, ToldTo, dedicated, shared
 from tongyun.codesign.sharing import Sharing
 from tongyun.codesign.space import Question
 from tongyun.codesign.upkeep import Kept, Upkeep
@@ -157,41 +157,53 @@ class Market:
         """
         if not arrivals:
             raise InputError("the load is empty: nothing to simulate")
-        runs = self._runs(router, chip)
+        runs, work = self.put_to_work(router, chip=chip, seed=seed)
         if schedule is not None:
             for run in runs:
                 run.tell(schedule)
-        several = Several({name: run.front for run in runs for name in run.models})
         # One range of tokens for all, so that a request does not depend on the others' models.
         vocabulary = min(one.question.model.vocab for one in self.models.values())
         load = requests(self.named(arrivals, seed=seed), vocabulary=vocabulary, seed=seed)
-        if self.upkeep is None:
-            return self._summed(runs, play(load, several), None, chip)
-        sites = [site for run in runs for site in run.sites]
-        running = self.upkeep.attach(several, sites, chip, seed=seed)
-        records = running.play(load)
-        return self._summed(runs, records, running.kept(records), chip)
+        records = work.play(load)
+        kept = None if work.running is None else work.running.kept(records)
+        return self._summed(runs, records, kept, chip)
+
+    def put_to_work(
+        self, router: Callable[[], Router], *, chip: Chip, seed: int = 0, told: ToldTo | None = None
+    ) -> tuple[list[Run], AtWork]:
+        """All pools, and the whole of them with what its file lets happen; the same for who plays a load and
+        for who answers requests at its pace."""
+        runs = self._runs(router, chip, told)
+        several = Several({name: run.front for run in runs for name in run.models})
+        running = None
+        if self.upkeep is not None:
+            sites = [site for run in runs for site in run.sites]
+            lost = None if told is None else told.lost
+            running = self.upkeep.attach(several, sites, chip, seed=seed, told=lost)
+        return runs, AtWork(front=several, running=running, mover=None, changing=None)
 
     def fleet(self, name: str, pools: tuple[Pool, ...]) -> Fleet:
         """The pools as if they were one model's."""
         question = replace(self.models[name].question, chips=sum(pool.chips for pool in pools))
         return Fleet(question=question, pools=pools, prefix_caching=self.prefix_caching)
 
-    def _runs(self, router: Callable[[], Router], chip: Chip) -> list[Run]:
+    def _runs(self, router: Callable[[], Router], chip: Chip, told: ToldTo | None) -> list[Run]:
         """Of all parts in their order; shared pools are called that, with a number if there are several."""
         sharing = [part for part in self.parts if part.shared]
         runs: list[Run] = []
         for part in self.parts:
             number = f"-{sharing.index(part) + 1}" if part.shared and len(sharing) > 1 else ""
-            runs += self._runs_of(part, f"shared{number}", router, chip)
+            runs += self._runs_of(part, f"shared{number}", router, chip, told)
         return runs
 
-    def _runs_of(self, part: Part, label: str, router: Callable[[], Router], chip: Chip) -> list[Run]:
+    def _runs_of(
+        self, part: Part, label: str, router: Callable[[], Router], chip: Chip, told: ToldTo | None
+    ) -> list[Run]:
         fleets = {name: self.fleet(name, part.pools) for name in part.models}
         if not part.shared:
-            return [dedicated(name, fleet, router, chip) for name, fleet in fleets.items()]
+            return [dedicated(name, fleet, router, chip, told) for name, fleet in fleets.items()]
         slos = {name: self.models[name].slo for name in part.models}
-        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip), label)]
+        return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip), label, told)]
 
     def _summed(
         self, runs: Sequence[Run], records: Sequence[RequestRecord], kept: Kept | None, chip: Chip

@@ -7,7 +7,7 @@ the pace. Moments are the simulation's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,11 +17,13 @@ from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.front import Front
 from tongyun.cloud.rebalance import Placed, Rebalanced, Rebalancing
 from tongyun.cloud.relay import Relay
+from tongyun.cloud.replica import Replica
 from tongyun.cloud.sched.experts import Placement, moves, placed_anew
 from tongyun.codesign.experts import ExpertLoads, busiest
 from tongyun.codesign.places import domain_of
 from tongyun.codesign.replicas import Engines, Pool
 from tongyun.codesign.space import Question
+from tongyun.codesign.upkeep import Running
 from tongyun.errors import InputError
 from tongyun.model.steps import weight_bytes
 from tongyun.specs import Chip
@@ -98,10 +100,11 @@ class PoolBalance:
         self._drifts += 1
         self._now = self._loads.drifted(self._now, self._drifts)
 
-    def place(self, moment_s: float) -> Rebalanced | None:
-        """Send experts; nothing while others are still on their way, or where nothing was counted."""
+    def place(self, moment_s: float, replicas: int) -> Rebalanced | None:
+        """Send experts; nothing while others are still on their way, or where nothing was counted or
+        nobody has any."""
         counts, self._counts = self._counts, np.zeros_like(self._counts)
-        if self._coming is not None or not counts.any():
+        if self._coming is not None or not counts.any() or not replicas:
             return None
         copies = self._loads.spec.redundant or 0
         after = [
@@ -116,7 +119,7 @@ class PoolBalance:
             moment_s=moment_s,
             role=self._pool.role,
             experts=traffic.experts,
-            moved_bytes=traffic.experts * self._expert_bytes * shard.expert_tp * self._pool.plan.replicas,
+            moved_bytes=traffic.experts * self._expert_bytes * shard.expert_tp * replicas,
             seconds=traffic.seconds(self._expert_bytes, self._chip, self._share),
             standing=self._standing,
             crowding_before=self._crowding(self._placed),
@@ -157,15 +160,32 @@ def rebalancing(
     chip: Chip,
     question: Question,
     seed: int,
+    running: Running | None = None,
 ) -> Rebalancing:
-    """A fleet that has not begun, with experts that change as its file says."""
+    """A fleet that has not begun, with experts that change as its file says; `running` are its replicas,
+    where they come and go."""
     placed = [
         Placed(
             balance=PoolBalance(loads, one.pool, one.table, chip, question, seed),
             loops=one.loops,
             executors=one.executors,
             groups=one.pool.plan.shard.dp,
+            there=_always if running is None else _equipped(running.of(front)),
         )
-        for one in pools
+        for one, front in zip(pools, fleet.fronts, strict=True)
     ]
-    return Rebalancing(fleet, placed, drift_s=loads.spec.drift_s, window_s=loads.spec.window_s)
+    return Rebalancing(
+        fleet,
+        placed,
+        drift_s=loads.spec.drift_s,
+        window_s=loads.spec.window_s,
+        ending=None if running is None else running.ending,
+    )
+
+
+def _always(_number: int) -> bool:
+    return True
+
+
+def _equipped(replicas: Sequence[Replica]) -> Callable[[int], bool]:
+    return lambda number: replicas[number].equipped

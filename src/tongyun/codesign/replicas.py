@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
@@ -57,11 +55,6 @@ class Engines:
             self.loops, recorder.pool(self.pool.role, len(self.loops), blocks), strict=True
         ):
             loop.tape = tape
-
-    @property
-    def shortest_s(self) -> float:
-        """Seconds of a step in which one request decodes its first token."""
-        return float(self.table.decode(1, np.array([1]))[0, 0])
 
     def joules(self, chip: Chip, busy_s: Sequence[float], duration_s: float) -> float:
         """Of the pool's chips over that time, of which its engines spent `busy_s` in steps."""

@@ -17,8 +17,9 @@ from tongyun.cloud.sched.affinity import ByModel
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.schedule import Schedule
+from tongyun.codesign.at_work import Watch
 from tongyun.codesign.fleet import Fleet
-from tongyun.codesign.sharing import Sharing
+from tongyun.codesign.sharing import Sharing, Words
 from tongyun.codesign.upkeep import Kept, Site
 from tongyun.specs import Chip
 from tongyun.units import Source
@@ -28,6 +29,17 @@ Joules = Callable[[Results, float], float]
 """Of chips, given what happened in each of their pools and the time of the whole run."""
 Busy = Callable[[Results], tuple[float, float]]
 """Joules and chip-seconds of steps alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldTo:
+    """Who hears of every step, which is taken by itself then."""
+
+    words: Words
+    watches: tuple[Watch, Watch]
+    """Of first pools, and of second ones."""
+    lost: Callable[[RequestRecord], None]
+    """And of requests that are."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +52,8 @@ class Run:
     joules: Joules
     busy: Busy
     sources: frozenset[Source]
+    shortest_s: float
+    """Seconds of a step in which one request decodes its first token."""
     shared: bool = False
 
     @property
@@ -92,9 +106,12 @@ class Ended:
         return joules + self.idle_w * max(self.held_chip_s - busy_s, 0.0)
 
 
-def dedicated(name: str, fleet: Fleet, router: Callable[[], Router], chip: Chip) -> Run:
+def dedicated(
+    name: str, fleet: Fleet, router: Callable[[], Router], chip: Chip, told: ToldTo | None = None
+) -> Run:
     """A model on pools of its own."""
-    engines = [fleet.engines(pool, chip) for pool in fleet.pools]
+    words = None if told is None else told.words[name]
+    engines = [fleet.engines(pool, chip, words=words) for pool in fleet.pools]
     hand_over_s = fleet.hand_over(chip) if len(engines) == 2 else None
 
     def handed_s(request: Request) -> float:
@@ -108,18 +125,20 @@ def dedicated(name: str, fleet: Fleet, router: Callable[[], Router], chip: Chip)
 
     return Run(
         models=(name,),
-        front=_front([one.loops for one in engines], (router(), LeastLoad()), handed_s),
+        front=_front([one.loops for one in engines], (router(), LeastLoad()), handed_s, told),
         sites=tuple(replace(site, role=f"{name}/{site.role}") for site in fleet.sites()),
         joules=joules,
         busy=lambda results: _both(one.busy(each) for one, each in zip(engines, results, strict=True)),
         sources=frozenset().union(*(one.table.sources for one in engines)),
+        shortest_s=min(one.table.shortest_s for one in engines),
     )
 
 
-def shared(sharing: Sharing, label: str) -> Run:
+def shared(sharing: Sharing, label: str, told: ToldTo | None = None) -> Run:
     """Models that take turns on the same pools, which go by `label`."""
     tables: dict[object, StepTable] = {}
-    engines = [sharing.engines(pool, tables) for pool in sharing.pools]
+    words = None if told is None else told.words
+    engines = [sharing.engines(pool, tables, words) for pool in sharing.pools]
 
     def joules(results: Results, duration_s: float) -> float:
         return sum(
@@ -128,11 +147,12 @@ def shared(sharing: Sharing, label: str) -> Run:
 
     return Run(
         models=tuple(sharing.fleets),
-        front=_front([one.loops for one in engines], (ByModel(), ByModel()), sharing.hand_over()),
+        front=_front([one.loops for one in engines], (ByModel(), ByModel()), sharing.hand_over(), told),
         sites=tuple(sharing.site(one, label) for one in engines),
         joules=joules,
         busy=lambda results: _both(one.busy(each) for one, each in zip(engines, results, strict=True)),
         sources=frozenset().union(sharing.sources(), *(table.sources for table in tables.values())),
+        shortest_s=min(table.shortest_s for table in tables.values()),
         shared=True,
     )
 
@@ -146,7 +166,9 @@ def _front(
     pools: Sequence[Sequence[Engine]],
     routers: tuple[Router, Router],
     hand_over_s: Callable[[Request], float],
+    told: ToldTo | None,
 ) -> Front | Relay:
+    watches = (None, None) if told is None else told.watches
     if len(pools) == 1:
-        return Front(pools[0], routers[0])
-    return Relay((pools[0], pools[1]), routers, hand_over_s)
+        return Front(pools[0], routers[0], watch=watches[0])
+    return Relay((pools[0], pools[1]), routers, hand_over_s, watches=watches)

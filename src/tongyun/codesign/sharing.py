@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tongyun.cloud.engine.shared import SharedLoop, Switching, Tenant
-from tongyun.cloud.engine.simulated import LeapingExecutor
+from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import Slo
@@ -30,6 +30,8 @@ from tongyun.model.steps import kv_bytes, weight_bytes
 from tongyun.specs import Chip, SharingSpec
 from tongyun.units import GB, Source
 
+Words = Mapping[str, Sequence[int]]
+"""By model, the tokens that its engines make up."""
 LIMIT_S = 0.1
 """Between tokens, where a model has no limit: what a turn is measured by then (the published system's)."""
 
@@ -40,7 +42,7 @@ class SharedPool:
 
     pool: Pool
     loops: tuple[SharedLoop, ...]
-    executors: tuple[LeapingExecutor, ...]
+    executors: tuple[SimulatedExecutor, ...]
     """Of every model on every replica."""
 
     def busy(self, results: Sequence[Simulated]) -> tuple[float, float]:
@@ -155,10 +157,13 @@ class Sharing:
             host_bytes=sum(weight_bytes(model, plan.shard, precision) for model, precision in models),
         )
 
-    def engines(self, pool: Pool, tables: dict[object, StepTable]) -> SharedPool:
-        """A pool's replicas, each with a scheduler for every model; equal models share their prices."""
+    def engines(self, pool: Pool, tables: dict[object, StepTable], words: Words | None = None) -> SharedPool:
+        """A pool's replicas, each with a scheduler for every model; equal models share their prices.
+
+        With each model's `words`, every step is taken by itself and can be told.
+        """
         replicas = range(pool.plan.replicas)
-        tenants = [self._tenants(pool, tables) for _ in replicas]
+        tenants = [self._tenants(pool, tables, words) for _ in replicas]
         start, host_bytes = self.spec.start, self.host_bytes
         switching = Switching(
             bytes_per_s=self.link_bytes_per_s,
@@ -182,8 +187,8 @@ class Sharing:
         )
 
     def _tenants(
-        self, pool: Pool, tables: dict[object, StepTable]
-    ) -> dict[str, tuple[Tenant, LeapingExecutor]]:
+        self, pool: Pool, tables: dict[object, StepTable], words: Words | None
+    ) -> dict[str, tuple[Tenant, SimulatedExecutor]]:
         tenants = {}
         for name, fleet in self.fleets.items():
             question, limits = fleet.question, fleet.limits(self.chip, pool.plan)
@@ -197,7 +202,9 @@ class Sharing:
                     max_step_tokens=limits.max_step_tokens,
                     max_context_tokens=limits.max_context_tokens,
                 )
-            executor = LeapingExecutor(tables[key], vocabulary=question.model.vocab)
+            kind = LeapingExecutor if words is None else SimulatedExecutor
+            own = None if words is None else words[name]
+            executor = kind(tables[key], vocabulary=question.model.vocab, words=own)
             slo = self.slos[name]
             tenant = Tenant(
                 scheduler=Scheduler(limits),

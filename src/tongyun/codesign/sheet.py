@@ -10,7 +10,7 @@ from html import escape
 
 from tongyun.report import quantity
 from tongyun.specs import ChipSpec, Figure, PriceSpec
-from tongyun.specs.form import facts
+from tongyun.specs.contents import facts
 from tongyun.units import Source
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tongyun.cloud.cold_start import ColdStarts, FromHost, FromNeighbour, FromStorage, Way
+from tongyun.cloud.ending import Ending
 from tongyun.cloud.failures import Failures, Outage, Part
-from tongyun.cloud.front import Fronts
+from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.migration import Mover
 from tongyun.cloud.replica import Replica, State
@@ -25,8 +26,6 @@ from tongyun.units import HOUR_S, Source
 
 HELD = frozenset({State.UP, State.LOADING, State.DRAINING})
 """What is paid for where replicas are scaled; elsewhere every chip is, down or not."""
-MOST_LOOKS = 10_000
-"""Looks in a row at requests that wait while no engine works, all having arrived; then they are lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,9 +224,10 @@ class Running:
         self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, mover: Mover | None = None
     ) -> None:
         self.fleet, self.replicas, self.retries, self._mover = fleet, tuple(replicas), retries, mover
-        self.failures = Failures(fleet, retries, over=self.over, changed=self._cancel, struck=self._call_off)
+        self.ending = Ending(fleet)
+        self._over = self.ending.watch()
+        self.failures = Failures(fleet, retries, over=self._over, changed=self._cancel, struck=self._call_off)
         self._starts: dict[tuple[Way, float], ColdStarts] = {}
-        self._closing, self._waited = False, 0
 
     def scale(self, site: Site, rule: AutoscaleSpec, way: Way) -> None:
         """Put a pool under a rule; pools that load over one way share it."""
@@ -252,7 +252,7 @@ class Running:
             starts,
             rank_bytes=site.coming_bytes(rule),
             interval_s=rule.interval_s,
-            over=self.over,
+            over=self._over,
         )
 
     def play(self, requests: Iterable[Request]) -> list[RequestRecord]:
@@ -261,19 +261,15 @@ class Running:
         for request in requests:
             names.append(request.id)
             self.fleet.send(request)
-        self._closing = True
+        self.ending.closing = True
         self.fleet.advance(float("inf"))
         ended_s = max(one.ended_s for front in self.fleet.fronts for one in front.instances)
         self.retries.give_up(ended_s)
         return [*self.retries.whole(self.fleet.records(names)), *self.retries.lost.values()]
 
-    def over(self) -> bool:
-        """Whether all have arrived and nobody is left, or who is left has waited in vain for long."""
-        if not self._closing:
-            return False
-        held = sum(front.held for front in self.fleet.fronts)
-        self._waited = self._waited + 1 if held == self.fleet.in_flight else 0
-        return not self.fleet.in_flight or self._waited > MOST_LOOKS
+    def of(self, pool: Front) -> list[Replica]:
+        """A pool's, in the order of its engines."""
+        return [one for one in self.replicas if one.pool is pool]
 
     def kept(self, records: Sequence[RequestRecord]) -> Kept:
         """The account of a run that is over."""
@@ -311,9 +307,10 @@ class Running:
     def _call_off(self, replicas: Sequence[Replica], now_s: float) -> None:
         """Moves to and from what has failed; who was under way from there is sent again, or lost."""
         if self._mover is not None:
-            of = {index: replica.name for replica in replicas for index in replica.engines}
+            pool = self._mover.front
+            of = {index: one.name for one in replicas if one.pool is pool for index in one.engines}
             for engine, torn in self._mover.strike(of, now_s):
-                self.retries.judge([torn], of[engine], now_s)
+                self.retries.judge([self.fleet.whole(pool, torn)], of[engine], now_s)
 
     def _cancel(self, replica: Replica, now_s: float) -> None:
         for starts in self._starts.values():

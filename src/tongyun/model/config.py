@@ -108,6 +108,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     weight_dtype: str = "bfloat16"
 
+    @property
+    def kv_elements(self) -> int:
+        """Keys and values of one token over all layers: 2 · layers · K · d."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
     @classmethod
     def load(cls, path: Path, *, name: str | None = None) -> ModelConfig:
         """Read a `config.json`, or the directory that holds one."""

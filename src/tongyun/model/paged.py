@@ -7,6 +7,8 @@ owns a block is decided elsewhere; the cache only reads and writes the blocks a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,7 @@ from tongyun.model.kernels.attention import Layout
 
 def block_bytes(config: ModelConfig, block_tokens: int, dtype: torch.dtype) -> int:
     """Bytes of one block over all layers: 2 × layers × K × d × tokens × element size."""
-    elements = 2 * config.layers * config.kv_heads * config.head_dim * block_tokens
-    return elements * dtype.itemsize
+    return config.kv_elements * block_tokens * dtype.itemsize
 
 
 class PagedCache:
@@ -32,9 +33,11 @@ class PagedCache:
         block_tokens: int = 16,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        spare: int = 0,
     ) -> None:
-        self.blocks, self.block_tokens = blocks, block_tokens
-        shape = (config.layers, blocks, config.kv_heads, block_tokens, config.head_dim)
+        """`spare` blocks lie behind the others: a place for what nobody will read."""
+        self.blocks, self.block_tokens, self.spare = blocks, block_tokens, spare
+        shape = (config.layers, blocks + spare, config.kv_heads, block_tokens, config.head_dim)
         # Zeros, not empty: a masked position still multiplies what is stored there, and 0 × NaN is NaN.
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -47,6 +50,17 @@ class PagedCache:
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (blocks, K, block tokens, d) each."""
         return self._layers[index]
+
+    def read_blocks(self, blocks: Sequence[int]) -> Tensor:
+        """A copy of what these blocks hold, (2, layers, as many, K, block tokens, d): keys, then values."""
+        index = torch.tensor(blocks, device=self.keys.device)
+        return torch.stack((self.keys[:, index], self.values[:, index]))
+
+    def write_blocks(self, blocks: Sequence[int], contents: Tensor) -> None:
+        """Give as many blocks what was read, here or from a cache of the same layout."""
+        index = torch.tensor(blocks, device=self.keys.device)
+        keys, values = contents.to(self.keys.device)
+        self.keys[:, index], self.values[:, index] = keys, values
 
 
 class PagedAttend:

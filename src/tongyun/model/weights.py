@@ -266,9 +266,9 @@ def _empty(config: ModelConfig, ops: TorchOps | None, activation_dtype: torch.dt
 
 
 def _fill(model: Qwen3, weights: Mapping[str, Tensor], device: str) -> Qwen3:
-    tied = {"head.weight": weights["embedding.weight"]} if model.config.tied else {}
-    moved = {name: tensor.to(device) for name, tensor in {**weights, **tied}.items()}
-    model.load_state_dict(moved, strict=True, assign=True)
+    moved = {name: tensor.to(device) for name, tensor in weights.items()}
+    tied = {"head.weight": moved["embedding.weight"]} if model.config.tied else {}
+    model.load_state_dict({**moved, **tied}, strict=True, assign=True)
     model.frequency = model.frequency.to(device)
     return model.requires_grad_(False).eval()
 

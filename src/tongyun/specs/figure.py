@@ -143,3 +143,22 @@ LABELS: Mapping[str, str] = {
     "per_cycle": "/cycle", "bytes_per_cycle": "B/cycle",
 }  # fmt: skip
 """How a unit key is written for people."""
+
+
+def written(figure: Figure, dimension: Dimension) -> tuple[str, dict[str, float]]:
+    """The unit in which a figure reads best and gives exactly itself back, and its numbers in it."""
+    bounds = {"low": figure.low, "high": figure.high} if figure.has_range else {}
+    values = {"": figure.value, **bounds}
+    ranked = []
+    for index, unit in enumerate(dimension.units):
+        scaled = {key: _short(dimension.within(value, unit)) for key, value in values.items()}
+        if all(dimension.si(scaled[key], unit) == value for key, value in values.items()):
+            awkward = not 1 <= scaled[""] < 1000
+            long = any(len(repr(number)) > 8 for number in scaled.values())
+            ranked.append((awkward, long, index, unit, scaled))
+    *_, unit, scaled = min(ranked, key=lambda candidate: candidate[:3])
+    return unit, {unit: scaled.pop(""), **scaled}
+
+
+def _short(value: float) -> float:
+    return int(value) if value.is_integer() and abs(value) < 1e15 else value

@@ -71,13 +71,8 @@ class FleetSpec:
             yield f"class: '{twice}' is there twice"
         if self.class_aging_s is not None and not self.classes:
             yield "class_aging_s says how [[class]] tables age, and there is none"
-        if self.migration is not None and [pool.role for pool in self.pool] != ["mixed"]:
-            yield "migration: requests move between replicas of one mixed pool; leave it out or make it one"
         if self.cache is not None and not self.prefix_caching:
             yield "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
-        changes = self.experts is not None and self.experts.during
-        if changes and (self.failures is not None or self.autoscale or self.migration is not None):
-            yield "experts: window_s and drift_s: not beside failures, autoscale or migration; leave one out"
         roles = [pool.role for pool in self.pool]
         if sorted(roles) not in (["mixed"], ["decode", "prefill"]):
             yield f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 from tongyun.errors import SpecError, unknown
-from tongyun.specs.figure import KINDS, Dimension, Figure
+from tongyun.specs.figure import KINDS, Dimension, Figure, written
 from tongyun.units import DType, Source
 
 T = TypeVar("T")
 Scalar = str | int | float | bool
 
-_DTYPES = tuple(dtype.value for dtype in DType)
+DTYPES = tuple(dtype.value for dtype in DType)
 
 
 @dataclass(frozen=True)
@@ -226,25 +226,6 @@ class Fact:
         return {**written(value, self.dimension)[1], "kind": value.source.value, "source": value.reference}
 
 
-def written(figure: Figure, dimension: Dimension) -> tuple[str, dict[str, float]]:
-    """The unit in which a figure reads best and gives exactly itself back, and its numbers in it."""
-    bounds = {"low": figure.low, "high": figure.high} if figure.has_range else {}
-    values = {"": figure.value, **bounds}
-    ranked = []
-    for index, unit in enumerate(dimension.units):
-        scaled = {key: _short(dimension.within(value, unit)) for key, value in values.items()}
-        if all(dimension.si(scaled[key], unit) == value for key, value in values.items()):
-            awkward = not 1 <= scaled[""] < 1000
-            long = any(len(repr(number)) > 8 for number in scaled.values())
-            ranked.append((awkward, long, index, unit, scaled))
-    *_, unit, scaled = min(ranked, key=lambda candidate: candidate[:3])
-    return unit, {unit: scaled.pop(""), **scaled}
-
-
-def _short(value: float) -> float:
-    return int(value) if value.is_integer() and abs(value) < 1e15 else value
-
-
 @dataclass(frozen=True)
 class ByDType:
     """A table of figures by data type."""
@@ -254,8 +235,8 @@ class ByDType:
     def read(self, raw: object, where: Where) -> dict[DType, Figure]:
         fields = table(raw, where)
         for key in fields:
-            if key not in _DTYPES:
-                raise (where / key).wrong(unknown("data type", key, _DTYPES))
+            if key not in DTYPES:
+                raise (where / key).wrong(unknown("data type", key, DTYPES))
         if not fields:
             raise where.wrong("expected at least one data type")
         return {DType(key): self.fact.read(value, where / key) for key, value in fields.items()}
@@ -300,52 +281,6 @@ class OneOrMore(Sections):
         if isinstance(raw, dict):
             return (Section(self.schema).read(raw, where),)
         return super().read(raw, where)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Measured rows: `columns` (exactly the sample's fields, in order) and `rows` of plain SI values."""
-
-    schema: type[Any]
-
-    def read(self, raw: object, where: Where) -> tuple[Any, ...]:
-        fields = table(raw, where)
-        columns = [f.name for f in dataclasses.fields(self.schema)]
-        for key in fields:
-            if key not in ("columns", "rows"):
-                raise (where / key).wrong(unknown("key", key, ("columns", "rows")))
-        if fields.get("columns") != columns:
-            raise (where / "columns").wrong(f"expected {columns}, got {shown(fields.get('columns'))}")
-        rows = fields.get("rows")
-        if not isinstance(rows, list):
-            raise (where / "rows").wrong(f"expected a list of rows, got {shown(rows)}")
-        return tuple(self._row(row, where / "rows" / i) for i, row in enumerate(rows))
-
-    def _row(self, row: object, where: Where) -> Any:
-        fields = dataclasses.fields(self.schema)
-        if not isinstance(row, list) or len(row) != len(fields):
-            raise where.wrong(f"expected {len(fields)} values, got {shown(row)}")
-        cells = zip(fields, row, strict=True)
-        return self.schema(**{f.name: _cell(str(f.type), cell, where / f.name) for f, cell in cells})
-
-    def plain(self, value: tuple[Any, ...]) -> dict[str, Any]:
-        columns = [f.name for f in dataclasses.fields(self.schema)]
-        return {"columns": columns, "rows": [[getattr(v, c) for c in columns] for v in value]}
-
-
-def _cell(kind: str, raw: object, where: Where) -> object:
-    if kind == "str":
-        return text(raw, where)
-    if kind == "DType":
-        return DType(Text(_DTYPES).read(raw, where))
-    if kind == "int":
-        return Whole().read(raw, where)
-    if kind == "Cached":
-        return 0 if raw == 0 and type(raw) is int else Whole().read(raw, where)
-    value = number(raw, where)
-    if value == 0:
-        raise where.wrong("expected a number above 0")
-    return value
 
 
 @dataclass(frozen=True)
@@ -402,36 +337,6 @@ def read_fields(schema: type[T], raw: Mapping[str, object], where: Where) -> T:
     if problem is not None and (found := problem()) is not None:
         raise where.wrong(found)
     return filled
-
-
-def facts(value: Any, key: str = "") -> Iterator[tuple[str, Figure, Dimension]]:
-    """Every figure under a spec with its dotted key and dimension, in the order of the schema."""
-    for f in dataclasses.fields(value):
-        item, form = getattr(value, f.name), f.metadata["form"]
-        name = f"{key}.{f.name}" if key else f.name
-        if item is None:
-            continue
-        if isinstance(form, Fact):
-            yield name, item, form.dimension
-        elif isinstance(form, ByDType):
-            for dtype, figure in item.items():
-                yield f"{name}.{dtype}", figure, form.fact.dimension
-        elif isinstance(form, Section):
-            yield from facts(item, name)
-
-
-def texts(value: Any) -> dict[str, Any]:
-    """What a spec says in words and whole numbers, by dotted key; figures and samples are left out."""
-    said: dict[str, Any] = {}
-    for f in dataclasses.fields(value):
-        item, form = getattr(value, f.name), f.metadata["form"]
-        if item is None:
-            continue
-        if isinstance(form, Text | Texts | Whole | Scalars):
-            said[f.name] = form.plain(item)
-        elif isinstance(form, Section):
-            said.update({f"{f.name}.{key}": inner for key, inner in texts(item).items()})
-    return said
 
 
 def plain_fields(value: Any) -> dict[str, Any]:

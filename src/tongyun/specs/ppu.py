@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from tongyun.specs.contents import facts
 from tongyun.specs.figure import (
     BANDWIDTH,
     BYTES,
@@ -24,7 +25,7 @@ from tongyun.specs.figure import (
     Corner,
     Figure,
 )
-from tongyun.specs.form import ByDType, Fact, Section, Text, Texts, facts, has
+from tongyun.specs.form import ByDType, Fact, Section, Text, Texts, has
 from tongyun.units import DType, Source
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from tongyun.specs.contents import facts
 from tongyun.specs.figure import (
     BANDWIDTH,
     BANDWIDTH_DENSITY,
@@ -27,20 +28,10 @@ from tongyun.specs.figure import (
     Figure,
 )
 from tongyun.specs.fleet import FleetSpec
-from tongyun.specs.form import (
-    ByDType,
-    Fact,
-    Samples,
-    Scalar,
-    Scalars,
-    Section,
-    Text,
-    Texts,
-    facts,
-    has,
-)
+from tongyun.specs.form import ByDType, Fact, Scalar, Scalars, Section, Text, Texts, has
 from tongyun.specs.market import MarketSpec
 from tongyun.specs.ppu import PpuSpec
+from tongyun.specs.rows import Samples
 from tongyun.specs.samples import (
     AttentionSample,
     CollectiveSample,

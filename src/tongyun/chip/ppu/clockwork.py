@@ -4,7 +4,8 @@
 A core runs until its next request to shared memory. Whose is served next is given, as a run on another chip
 wrote it down, or it is the earliest, of equal ones the lower core's. What a product, a move or a pass over
 elements takes when nothing cuts it short is worked out once, and not each time it runs. `microcode` says
-what a row means, `rates` what a chip's numbers are.
+what a row means, `rates` what a chip's numbers are. One file, because numba's cache does not see changes in
+another: a formula apart could be changed and the loop run as before.
 """
 
 from __future__ import annotations

@@ -61,6 +61,16 @@ def _computed(fn: Any, a: Any, b: Any) -> Any:  # noqa: PLR0911 - one answer a f
     return np.int64(a < b)
 
 
+@njit(cache=True, error_model="numpy", forceinline=True)
+def _hand(signal: Any, end: Any, ring: Any, put: Any) -> None:
+    """Hand on a row's tokens, which are good from its end on."""
+    while signal:
+        bit = (signal & 31) - 1
+        ring[bit, put[bit] & _TOKENS - 1] = end
+        put[bit] += 1
+        signal >>= 5
+
+
 @njit(cache=True, error_model="numpy")
 def walk(
     begin: Any, code: Any, starts: Any, values: Any, rates: Any, speakers: Any, cores: Any, asks: Any,
@@ -121,12 +131,7 @@ def walk(
             f[engine] = start
             end = max(end, d[engine])
             d[engine] = end
-            signal = row[3]
-            while signal:
-                bit = (signal & 31) - 1
-                ring[s, bit, put[s, bit] & _TOKENS - 1] = end
-                put[s, bit] += 1
-                signal >>= 5
+            _hand(row[3], end, ring[s], put[s])
             at += 1
         hope = _NEVER
         while True:
@@ -191,12 +196,7 @@ def walk(
             f[engine] = start + ticks
             end = max(d[engine], start + ticks + latency)
             d[engine] = end
-            signal = row[3]
-            while signal:
-                bit = (signal & 31) - 1
-                ring[s, bit, put[s, bit] & _TOKENS - 1] = end
-                put[s, bit] += 1
-                signal >>= 5
+            _hand(row[3], end, ring[s], put[s])
             at += 1
         places[s], now[s], wish[s] = at, clock, hope
     return max(latest, done.max())

@@ -1,10 +1,10 @@
 """An engine and those who ask it, in two processes with a line between them.
 
 Threads of one process take turns at the interpreter: a gateway that sends the tokens of a
-step would hold up the next. What goes over the line is a request or an abort one way, and
-a step's events with the engine's state the other, one message a step. Knows no HTTP and no
-text; what the engine is made of, the caller says with a function that a fresh interpreter
-can import.
+step would hold up the next. What goes over the line is a request, an abort or a letter about a
+request that moves one way, and a step's events and letters with the engine's state the other, one
+message a step. Knows no HTTP and no text; what the engine is made of, the caller says with a
+function that a fresh interpreter can import.
 """
 
 from __future__ import annotations
@@ -20,16 +20,20 @@ from multiprocessing.process import BaseProcess
 from threading import Thread
 from typing import NamedTuple
 
-from tongyun.cloud.engine.live import LiveEngine, Sink, Standing
+from tongyun.cloud.engine.carry import Carrier, Windows
+from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
+from tongyun.cloud.engine.live import Item, LiveEngine, Sink, Standing
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import SchedulerConfig
-from tongyun.cloud.sched.migrate import Traveller
+from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import InputError, RequestError, ServiceError, TongyunError
 
 Start = Callable[[Sink], LiveEngine]
+Seat = tuple[Windows, int]
+"""Memory that engines share, and whose number of them one has."""
 
 
 class _Report(NamedTuple):
@@ -41,63 +45,78 @@ class _Report(NamedTuple):
     room: tuple[int, ...]
     """Of a `Room`, plain as well."""
     taken: int
+    head: Movable | None
     failure: str | None
+    letters: Sequence[Up]
+    """Said after the events."""
 
 
 # ── at the engine ────────────────────────────────────────────────────────────────────
 
 
+class Attendant:
+    """An engine at the far end of a line: does with it what comes, and says what it reports."""
+
+    def __init__(self, line: Connection, start: Start) -> None:
+        self._line = line
+        # The engine's thread reports, and the line's does where the engine takes nothing any more.
+        self._speaking = threading.Lock()
+        # A report may come before the name below is bound: the first work arrives after it.
+        self.engine = start(lambda events: self._report(events, self.engine.collect()))
+
+    def give(self, item: Item) -> None:
+        """Give the engine what came over the line."""
+        try:
+            if isinstance(item, str):
+                self.engine.abort(item)
+            elif isinstance(item, Request):
+                self.engine.submit(item)
+            elif isinstance(item, Traveller):
+                self.engine.resume(item)
+            else:
+                self.engine.tell(item)
+        # The other end checked it, so it is the engine that takes nothing any more.
+        except TongyunError as error:
+            if isinstance(item, Arrive):
+                item = item.traveller
+            request = item.request if isinstance(item, Traveller) else item
+            assert isinstance(request, Request)
+            self._report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
+
+    def _report(self, events: Sequence[TokenEvent], letters: Sequence[Up] = ()) -> None:
+        engine = self.engine
+        failure = None if engine.failure is None else str(engine.failure)
+        room, taken, head = engine.standing
+        plain = [tuple(event) for event in events]
+        with self._speaking:
+            self._line.send(_Report(plain, engine.stats(), tuple(room), taken, head, failure, letters))
+
+
 def attend(line: Connection, start: Start) -> None:
     """Run an engine for the other end of the line, until that closes it or is gone."""
-
-    # The engine's thread reports, and this one does where the engine takes nothing any more.
-    speaking = threading.Lock()
-
-    def report(events: Sequence[TokenEvent]) -> None:
-        failure = None if engine.failure is None else str(engine.failure)
-        room, taken = engine.standing
-        plain = [tuple(event) for event in events]
-        with speaking:
-            line.send(_Report(plain, engine.stats(), tuple(room), taken, failure))
-
-    # A report may come before the name below is bound: the first work arrives after it.
-    engine = start(report)
+    attendant = Attendant(line, start)
     try:
         while (item := line.recv()) is not None:
-            if isinstance(item, str):
-                engine.abort(item)
-            else:
-                _submit(engine, item, report)
+            attendant.give(item)
     except (EOFError, OSError):
         pass
-    engine.close()
+    attendant.engine.close()
     # Its end tells the other side that nothing more will come.
     line.close()
 
 
-def _submit(engine: LiveEngine, item: Request | Traveller, report: Sink) -> None:
-    try:
-        if isinstance(item, Request):
-            engine.submit(item)
-        else:
-            engine.resume(item)
-    # The other end checked it, so it is the engine that takes nothing any more.
-    except TongyunError as error:
-        request = item if isinstance(item, Request) else item.request
-        report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
-
-
-def _run(line: Connection, build: Callable[[], EngineLoop]) -> None:
+def _run(line: Connection, build: Callable[[], EngineLoop], seat: Seat | None) -> None:
     """The life of an engine's process: build it or say why not, then attend."""
     # Ctrl-C reaches every process of a terminal; the gateway says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         loop = build()
+        carrier = None if seat is None else Carrier(loop, *seat)
     except TongyunError as error:
         _tell(line, (error.exit_code, str(error)))
         return
     if _tell(line, (loop.scheduler.config, loop.stats(), Standing(loop.room(), 0))):
-        attend(line, partial(LiveEngine, loop))
+        attend(line, partial(LiveEngine, loop, carrier=carrier))
 
 
 def _tell(line: Connection, what: object) -> bool:
@@ -133,6 +152,8 @@ class Distant:
         self._sends = 0
         self._closing = False
         self._failure: ServiceError | None = None
+        self.reads: Callable[[Sequence[Up]], None] | None = None
+        """Who is told the letters, on the thread of the sink and after it."""
         self._thread = Thread(target=self._listen, name="tongyun-line", daemon=True)
         self._thread.start()
 
@@ -145,7 +166,16 @@ class Distant:
         """As `submit`, for a request that ran elsewhere: what it knows is computed again, and it goes on."""
         self._send(traveller.request, traveller, len(traveller.history))
 
-    def _send(self, request: Request, item: Request | Traveller, known: int) -> None:
+    def tell(self, letter: Down) -> None:
+        """Say something of a move; as `resume` where that is a request that arrives."""
+        if isinstance(letter, Arrive):
+            traveller = letter.traveller
+            self._send(traveller.request, letter, len(traveller.history))
+            return
+        with self._lock:
+            self._say(letter)
+
+    def _send(self, request: Request, item: Request | Traveller | Arrive, known: int) -> None:
         self._limits.check(request)
         with self._lock:
             if self._failure is not None:
@@ -182,6 +212,11 @@ class Distant:
             )
 
     @property
+    def head(self) -> Movable | None:
+        """Who waits and is admitted next, after the latest step; told where requests move."""
+        return self._standing.head
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the engine before its time; None while it lives."""
         return self._failure
@@ -194,22 +229,29 @@ class Distant:
                 self._say(None)
         self._thread.join()
 
-    def _say(self, item: Request | Traveller | str | None) -> None:
+    def _say(self, item: Item | None) -> None:
         # Of an engine that is gone the listener learns as well, and it tells everybody.
         _tell(self._line, item)
 
     def _listen(self) -> None:
         try:
             while True:
-                report: _Report = self._line.recv()
-                self._stats = report.stats
-                with self._lock:
-                    self._standing = Standing(Room._make(report.room), report.taken)
-                    while len(self._sent) > self._sends - report.taken:
-                        self._sent.popleft()
-                self._pass_on([TokenEvent._make(event) for event in report.events], report.failure)
+                self._hear(self._line.recv())
         except (EOFError, OSError):
             self._ended()
+
+    def _hear(self, report: _Report) -> None:
+        self._stats = report.stats
+        with self._lock:
+            self._standing = Standing(Room._make(report.room), report.taken, report.head)
+            while len(self._sent) > self._sends - report.taken:
+                self._sent.popleft()
+        self._pass_on([TokenEvent._make(event) for event in report.events], report.failure)
+        if report.letters and self.reads is not None:
+            gone = {one.traveller.request.id for one in report.letters if isinstance(one, Departed)}
+            with self._lock:
+                self._in_flight -= gone
+            self.reads(report.letters)
 
     def _pass_on(self, events: Sequence[TokenEvent], failure: str | None) -> None:
         if failure is not None:
@@ -234,12 +276,13 @@ class Distant:
 class EngineProcess:
     """An engine that is being built in a process of its own; `ready` waits for it, `connect` uses it."""
 
-    def __init__(self, build: Callable[[], EngineLoop]) -> None:
-        """`build` runs there: a function of a module, or a `partial` of one with arguments that pickle."""
+    def __init__(self, build: Callable[[], EngineLoop], seat: Seat | None = None) -> None:
+        """`build` runs there: a function of a module, or a `partial` of one with arguments that pickle. With
+        a `seat`, requests move between this engine and the others that share its windows."""
         context = multiprocessing.get_context("spawn")
         self._line, there = context.Pipe()
         self._process: BaseProcess = context.Process(
-            target=_run, args=(there, build), name="tongyun-engine", daemon=True
+            target=_run, args=(there, build, seat), name="tongyun-engine", daemon=True
         )
         self._process.start()
         # Ours alone keeps the line open: where the engine dies, we read its end.

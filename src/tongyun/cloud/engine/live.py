@@ -14,15 +14,20 @@ from dataclasses import replace
 from threading import Condition, Thread
 from typing import NamedTuple
 
+from tongyun.cloud.engine.carry import Carrier
+from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
 from tongyun.cloud.engine.loop import EngineLoop, StepError
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
 from tongyun.cloud.sched.freeness import Room
-from tongyun.cloud.sched.migrate import Traveller
+from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.errors import RequestError, ServiceError
 
 Sink = Callable[[Sequence[TokenEvent]], None]
-"""Called once a step with what happened; with nothing where the engine has failed."""
+"""Called once a step with what happened; with nothing where the engine has failed or has letters alone."""
+
+Item = Request | Traveller | str | Down
+"""What an engine is given; a string aborts the request of that name."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,17 +38,21 @@ class Standing(NamedTuple):
     room: Room
     taken: int
     """Requests that the scheduler has been given since the start: later ones are not in the room yet."""
+    head: Movable | None = None
+    """Who waits and is admitted next, where requests move."""
 
 
 class LiveEngine:
     """A running engine. Every method may be called from any thread; the sink may not `drain` or `close`."""
 
-    def __init__(self, loop: EngineLoop, sink: Sink) -> None:
+    def __init__(self, loop: EngineLoop, sink: Sink, carrier: Carrier | None = None) -> None:
+        """With a `carrier`, requests move to and from other engines."""
         self._loop = loop
         self._sink = sink
+        self._carrier = carrier
         self._changed = Condition()
-        # All below belong to whoever holds `_changed`. A string in the inbox is an abort.
-        self._inbox: deque[Request | Traveller | str] = deque()
+        # All below belong to whoever holds `_changed`.
+        self._inbox: deque[Item] = deque()
         self._in_flight: set[str] = set()
         self._draining = False
         self._closing = False
@@ -51,6 +60,7 @@ class LiveEngine:
         self._stats = loop.stats()
         self._taken = 0
         self._standing = Standing(loop.room(), self._taken)
+        self._letters: list[Up] = []
         self._thread = Thread(target=self._run, name="tongyun-engine", daemon=True)
         self._thread.start()
 
@@ -68,7 +78,22 @@ class LiveEngine:
         self._loop.check(traveller.request)
         self._take(traveller.request.id, traveller)
 
-    def _take(self, request_id: str, item: Request | Traveller) -> None:
+    def tell(self, letter: Down) -> None:
+        """Have a letter read before the next step; as `resume` with a request that arrives."""
+        if isinstance(letter, Arrive):
+            self._take(letter.traveller.request.id, letter)
+            return
+        with self._changed:
+            self._inbox.append(letter)
+            self._changed.notify_all()
+
+    def collect(self) -> list[Up]:
+        """What the engine has to say of moves, after what the sink is being told."""
+        with self._changed:
+            letters, self._letters = self._letters, []
+            return letters
+
+    def _take(self, request_id: str, item: Request | Traveller | Arrive) -> None:
         with self._changed:
             if self._failure is not None:
                 raise ServiceError(f"the engine has stopped: {self._failure}") from self._failure
@@ -90,7 +115,7 @@ class LiveEngine:
     def stats(self) -> EngineStats:
         """The state after the latest step; requests still in the queue count as waiting."""
         with self._changed:
-            queued = sum(not isinstance(item, str) for item in self._inbox)
+            queued = sum(isinstance(item, Request | Traveller | Arrive) for item in self._inbox)
             return replace(self._stats, waiting=self._stats.waiting + queued)
 
     @property
@@ -141,27 +166,35 @@ class LiveEngine:
             except StepError as error:
                 _log.error("%s", error, exc_info=error.__cause__)
                 events += error.events
+        if self._carrier is not None:
+            self._carrier.clear() if closing else self._carrier.work()
         self._report(events)
         return not closing
 
-    def _take_in(self, items: list[Request | Traveller | str]) -> list[TokenEvent]:
+    def _take_in(self, items: list[Item]) -> list[TokenEvent]:
         events: list[TokenEvent] = []
         for item in items:
+            self._taken += isinstance(item, Request | Traveller | Arrive)
             if isinstance(item, str):
                 events += self._loop.abort(item)
-                continue
-            self._taken += 1
-            if isinstance(item, Request):
+            elif isinstance(item, Request):
                 self._loop.add(item)
-            else:
+            elif isinstance(item, Traveller):
                 self._loop.arrive(item)
+            elif self._carrier is not None:
+                self._carrier.tell(item)
         return events
 
     def _report(self, events: list[TokenEvent]) -> None:
+        carrier = self._carrier
+        letters = [] if carrier is None else carrier.collect()
+        head = None if carrier is None else self._loop.scheduler.head()
         with self._changed:
             self._stats = self._loop.stats()
-            self._standing = Standing(self._loop.room(), self._taken)
-        if not events and self._failure is None:
+            self._standing = Standing(self._loop.room(), self._taken, head)
+            self._letters += letters
+            self._in_flight -= {one.traveller.request.id for one in letters if isinstance(one, Departed)}
+        if not events and not letters and self._failure is None:
             return
         try:
             self._sink(events)

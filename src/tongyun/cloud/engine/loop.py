@@ -178,6 +178,10 @@ class EngineLoop:
         """For who moves requests between engines, between two steps."""
         return self._scheduler
 
+    @property
+    def executor(self) -> Executor:
+        return self._executor
+
     def room(self) -> Room:
         """Blocks and places there are, and those that are asked for."""
         return self._scheduler.room()

@@ -84,6 +84,21 @@ class Foresight(Protocol):
         """The next `count` tokens of a request of which `known` are known, prompt included."""
 
 
+@runtime_checkable
+class Portable(Protocol):
+    """An executor whose KV blocks can be taken elsewhere, between two steps."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, all layers."""
+
+    def read_blocks(self, blocks: Sequence[int], out: memoryview) -> None:
+        """Write their contents to `out`, which has exactly their bytes."""
+
+    def write_blocks(self, blocks: Sequence[int], contents: memoryview) -> None:
+        """Give as many blocks the contents that were read elsewhere."""
+
+
 class Clock(Protocol):
     """Wall or virtual time, in seconds from an arbitrary start."""
 
@@ -201,6 +216,23 @@ def total(parts: Iterable[Switched]) -> Switched:
     return whole
 
 
+PAUSES_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Bounds by which `MoveStats` counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoveStats:
+    """Requests that were moved between engines since the start, in the words of `cloud.migration.Move`."""
+
+    outcomes: Mapping[str, int]
+    nbytes: int
+    """Keys and values copied, those of moves called off included."""
+    downtime_s: float
+    """Of those migrated, summed: from the end of a request's last step to the beginning of its next."""
+    downtimes: tuple[int, ...]
+    """How many of these lasted no longer than each of `PAUSES_S`, and how many there are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Gauges of this moment and counters since the start."""
@@ -234,11 +266,13 @@ class EngineStats:
     """Those of the prefix hits that lay in each memory behind the cache, the fastest first."""
     switched: Mapping[str, Switched] = field(default_factory=dict)
     """By model, where several share the engine."""
+    moves: MoveStats | None = None
+    """Of several engines whose running requests move."""
 
 
 def summed(parts: Sequence[EngineStats]) -> EngineStats:
     """Of several engines together; there must be one."""
-    apart = ("finished", "tier_hit_tokens", "switched")
+    apart = ("finished", "tier_hit_tokens", "switched", "moves")
     numbers = {
         one.name: sum(getattr(part, one.name) for part in parts)
         for one in fields(EngineStats)

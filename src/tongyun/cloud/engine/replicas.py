@@ -3,7 +3,8 @@
 The router is the policy that a simulated fleet asks. It is told what is in flight here, and the
 blocks of each engine's latest report with those added that were sent since. A replica that ends is given
 nothing more; what it had goes on at another, with the tokens that were streamed as a part of what
-is computed there first, once: a request whose second engine ends too ends with it. Knows no process.
+is computed there first, once: a request whose second engine ends too ends with it. With a policy, running
+requests move between those that live (`moves`). Knows no process.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import logging
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
+from tongyun.cloud.engine.letters import Arrive, Down, Up
 from tongyun.cloud.engine.live import Sink
+from tongyun.cloud.engine.moves import Mover
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
 from tongyun.cloud.sched.freeness import Load, Room
-from tongyun.cloud.sched.migrate import Traveller
+from tongyun.cloud.sched.migrate import MigrationPolicy, Movable, Traveller
 from tongyun.cloud.sched.prefix import row
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import Remembering, Router
@@ -41,6 +44,13 @@ class Replica(Protocol):
     def stats(self) -> EngineStats: ...
 
     def room(self) -> Room: ...
+
+    def tell(self, letter: Down) -> None: ...
+
+    reads: Callable[[Sequence[Up]], None] | None
+
+    @property
+    def head(self) -> Movable | None: ...
 
     @property
     def failure(self) -> BaseException | None: ...
@@ -65,6 +75,10 @@ class Flight:
     @property
     def streamed(self) -> int:
         return len(self.known) - len(self.request.prompt)
+
+    @property
+    def movable(self) -> Movable:
+        return Movable(self.request.id, self.request.priority, self.streamed > 0, len(self.known))
 
 
 @dataclass
@@ -94,7 +108,14 @@ class Seat:
 class Replicas:
     """A gateway's `Engine`. The sink is called on the threads of the replicas, in order for each request."""
 
-    def __init__(self, starts: Sequence[Callable[[Sink], Replica]], router: Router, sink: Sink) -> None:
+    def __init__(
+        self,
+        starts: Sequence[Callable[[Sink], Replica]],
+        router: Router,
+        sink: Sink,
+        *,
+        policy: MigrationPolicy | None = None,
+    ) -> None:
         self._router, self._sink = router, sink
         # Seats, flights and the router belong to whoever holds it; it is taken before a replica's own.
         self._lock = threading.RLock()
@@ -102,6 +123,16 @@ class Replicas:
         self._seats = [Seat() for _ in starts]
         self._buried: set[int] = set()
         self._engines = [start(partial(self._heard, index)) for index, start in enumerate(starts)]
+        self._mover: Mover | None = None
+        # Who found no place, until the sink is told.
+        self._stranded: list[TokenEvent] = []
+        self._closing = threading.Event()
+        if policy is not None:
+            self._mover = Mover(self, policy)
+            for index, engine in enumerate(self._engines):
+                engine.reads = partial(self._read, index)
+            watch = partial(self._watch, self._mover, policy.interval_s)
+            threading.Thread(target=watch, name="tongyun-moves", daemon=True).start()
 
     def submit(self, request: Request) -> None:
         """Give a request to the replica that the router names; RequestError if it could never run or its id
@@ -121,7 +152,8 @@ class Replicas:
 
     def stats(self) -> EngineStats:
         """Of all together; those that ended keep what they counted and hold nothing."""
-        return summed([self._stats(engine) for engine in self._engines])
+        whole = summed([self._stats(engine) for engine in self._engines])
+        return whole if self._mover is None else replace(whole, moves=self._mover.stats)
 
     @staticmethod
     def _stats(engine: Replica) -> EngineStats:
@@ -138,12 +170,13 @@ class Replicas:
 
     def close(self) -> None:
         """Abort what is left and wait for the ends of all."""
+        self._closing.set()
         for engine in self._engines:
             engine.close()
 
     # ── giving ───────────────────────────────────────────────────────────────────────
 
-    def _up(self) -> list[int]:
+    def up(self) -> list[int]:
         """The replicas that live; what a router counts on at one that has ended is forgotten."""
         up = []
         for index, engine in enumerate(self._engines):
@@ -156,15 +189,16 @@ class Replicas:
                     self._router.forget(index)
         return up
 
-    def _load(self, index: int) -> Load:
+    def load(self, index: int) -> Load:
+        """What one has to do."""
         seat, engine = self._seats[index], self._engines[index]
         return Load(len(seat.flights), seat.prompt_tokens, engine.room, seat.classes, engine=index)
 
     def _place(self, flight: Flight) -> None:
         """Give a request to one that is up; another, where that ends at this very moment."""
         request = flight.request
-        while up := self._up():
-            flight.at = up[self._router.choose(request, [self._load(index) for index in up])]
+        while up := self.up():
+            flight.at = up[self._router.choose(request, [self.load(index) for index in up])]
             engine = self._engines[flight.at]
             # Its first token may come before the call returns.
             self._enter(flight)
@@ -226,3 +260,67 @@ class Replicas:
         except (RequestError, ServiceError):
             return False
         return True
+
+    # ── moving ───────────────────────────────────────────────────────────────────────
+
+    def _watch(self, mover: Mover, interval_s: float) -> None:
+        """Look at intervals who should give and who take, until the end."""
+        while not self._closing.wait(interval_s):
+            with self._lock:
+                mover.tick()
+
+    def _read(self, index: int, letters: Sequence[Up]) -> None:
+        assert self._mover is not None
+        with self._lock:
+            self._mover.read(index, letters)
+            ended, self._stranded = self._stranded, []
+        if ended:
+            self._sink(ended)
+
+    def head(self, index: int) -> Movable | None:
+        """Who is admitted next at one, after its latest report."""
+        head = self._engines[index].head
+        return None if head is None or head.id not in self._seats[index].flights else head
+
+    def decoding(self, index: int) -> Iterable[Movable]:
+        """Those of one that have been given a token."""
+        flights = self._seats[index].flights.values()
+        return (flight.movable for flight in flights if flight.streamed and not flight.aborted)
+
+    def tell(self, index: int, letter: Down) -> None:
+        """Say something of a move to one."""
+        self._engines[index].tell(letter)
+
+    def hand_over(self, target: int, letter: Arrive) -> bool:
+        """Make a request the target's that has left another; false where it takes nothing, and the request
+        goes on elsewhere."""
+        request_id = letter.traveller.request.id
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return False
+        self._leave(flight)
+        flight.at = target
+        # Its next token may come before the call returns.
+        self._enter(flight)
+        try:
+            self._engines[target].tell(letter)
+        except (RequestError, ServiceError):
+            self.take_back(target, request_id)
+            return False
+        if flight.aborted:
+            self._engines[target].abort(request_id)
+        return True
+
+    def take_back(self, index: int, request_id: str) -> None:
+        """Have a request of one go on wherever there is room for it; with none it ends."""
+        flight = self._flights.get(request_id)
+        if flight is None or flight.at != index:
+            return
+        self._leave(flight)
+        try:
+            if flight.aborted:
+                raise ServiceError("aborted on its way")
+            self._place(flight)
+        except (RequestError, ServiceError) as error:
+            finish = Finish.ABORT if flight.aborted else Finish.ERROR
+            self._stranded.append(TokenEvent(request_id, None, 0.0, finish, error=str(error)))

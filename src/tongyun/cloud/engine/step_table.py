@@ -144,6 +144,11 @@ class StepTable:
         """Seconds and joules, [2, steps], of steps in which so many decode behind these tokens in all."""
         return self._row(sequences).take(self._place(sequences, context_tokens), axis=1)
 
+    @property
+    def shortest_s(self) -> float:
+        """Seconds of a step in which one request decodes its first token."""
+        return float(self.decode(1, np.array([1]))[0, 0])
+
     def _place(self, sequences: int, context_tokens: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.rint(context_tokens / sequences / GRAIN).astype(np.intp)
 

@@ -13,21 +13,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from tongyun.cloud.engine.protocol import StepResult, TokenScore
-from tongyun.cloud.sched.request import Batch, Piece
+from tongyun.cloud.sched.request import Batch, Piece, Request
 from tongyun.errors import InputError, unknown
 from tongyun.model.kernels import TorchOps, choose_ops
 from tongyun.model.kernels.attention import Layout, lay_out
+from tongyun.model.kernels.device import DeviceOps
 from tongyun.model.options import SamplingOptions
 from tongyun.model.paged import PagedAttend, PagedCache, block_bytes
 from tongyun.model.qwen3 import Qwen3
 from tongyun.model.sampling import Draw, sample
 from tongyun.model.weights import load_model
 
+if TYPE_CHECKING:
+    from tongyun.cloud.engine.replay import Replays
+
 GREEDY = SamplingOptions(temperature=0.0)
+WARM_PROMPTS = ((0, 8), (0, 16), (0, 32), (0, 64), (0, 128), (0, 256), (0, 512), (64, 448))
+"""What an engine on a GPU runs before it is asked for anything, as sequences that decode and tokens of a
+prompt beside them: each takes one kernel or another for the first time."""
 KV_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -63,6 +71,9 @@ def choose_engine_ops(options: ExecutorOptions) -> TorchOps:
         # PyTorch's idle threads spin for a while after each operation, on the cores that
         # native kernels use next; what is left to PyTorch is too small to share out.
         torch.set_num_threads(1 if ops.name == "native" else threads)
+    else:
+        # cuDNN plans attention anew for every shape, and contexts have a new one every few steps.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return ops
 
 
@@ -82,8 +93,16 @@ def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
         block_tokens=options.block_tokens,
         dtype=dtype,
         device=options.device,
+        spare=spare_blocks(options.device),
     )
-    return TorchExecutor(model, cache)
+    executor = TorchExecutor(model, cache)
+    executor.prepare()
+    return executor
+
+
+def spare_blocks(device: str) -> int:
+    """Blocks of a cache on a device that no request has: one where steps are captured."""
+    return 0 if torch.device(device).type == "cpu" else 1
 
 
 def _free_bytes(device: str) -> int:
@@ -108,6 +127,23 @@ class TorchExecutor:
     def __init__(self, model: Qwen3, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.keys.device
+        self._replays = _replays(model, cache)
+
+    def prepare(self) -> None:
+        """Do now what would hold up the first steps: capture those that decode, compile for others."""
+        if self._replays is None:
+            return
+        self._replays.prepare()
+        for decoding, tokens in WARM_PROMPTS:
+            if tokens <= self.cache.blocks * self.cache.block_tokens:
+                lengths = (1,) * decoding + (tokens,)
+                self.execute(Batch(pieces=tuple(self._of_nobody(length) for length in lengths)))
+
+    def _of_nobody(self, tokens: int) -> Piece:
+        """A prompt that nobody asked for, in the first blocks, which nobody has yet."""
+        asked = Request(id="", prompt=(0,) * tokens, output_tokens=1)
+        blocks = tuple(range(-(-tokens // self.cache.block_tokens)))
+        return Piece(request=asked, start=0, length=tokens, samples=True, history=asked.prompt, blocks=blocks)
 
     def execute(self, batch: Batch) -> StepResult:
         """Run one step. The duration covers everything from index tensors to chosen tokens.
@@ -122,9 +158,31 @@ class TorchExecutor:
             torch.cuda.synchronize(self.device)
         return StepResult(tokens=tokens, duration_s=time.perf_counter() - begun, scores=scores)
 
+    @property
+    def block_bytes(self) -> int:
+        """Of one block, keys and values of all layers."""
+        return self.cache.bytes // self.cache.keys.shape[1]
+
+    def read_blocks(self, blocks: Sequence[int], out: memoryview) -> None:
+        """Write what these blocks hold to `out`."""
+        with torch.inference_mode():
+            contents = self.cache.read_blocks(blocks)
+            self._raw(out).copy_(contents.flatten())
+
+    def write_blocks(self, blocks: Sequence[int], contents: memoryview) -> None:
+        """Give these blocks what was read from others, of a cache of the same layout."""
+        with torch.inference_mode():
+            shape = (2, self.cache.keys.shape[0], len(blocks), *self.cache.keys.shape[2:])
+            self.cache.write_blocks(blocks, self._raw(contents).view(shape))
+
+    def _raw(self, memory: memoryview) -> torch.Tensor:
+        return torch.frombuffer(memory, dtype=self.cache.keys.dtype)
+
     def _step(self, pieces: Sequence[Piece]) -> tuple[dict[str, int], dict[str, TokenScore] | None]:
         if not pieces:
             return {}, None
+        if self._replays is not None and all(piece.length == 1 and piece.samples for piece in pieces):
+            return choose_tokens(self._replays.logits(pieces), pieces, self.model.ops.argmax)
         layout = lay_out(
             [(p.start, p.length, p.blocks) for p in pieces], self.cache.block_tokens, self.device
         )
@@ -146,6 +204,15 @@ class TorchExecutor:
         if len(sampling) == len(hidden_TD):
             return hidden_TD
         return hidden_TD[layout.rows_P1[1:][sampling].long() - 1]
+
+
+def _replays(model: Qwen3, cache: PagedCache) -> Replays | None:
+    """Captured steps, where this model's can be on this device."""
+    if cache.keys.device.type != "cuda" or not isinstance(model.ops, DeviceOps) or not model.ops.fused:
+        return None
+    from tongyun.cloud.engine.replay import Replays, replays
+
+    return Replays(model, cache) if replays(model, cache) else None
 
 
 def choose_tokens(

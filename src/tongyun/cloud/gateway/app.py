@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
 from tongyun import __version__
-from tongyun.cloud.gateway.ask import Served, ask_chat, ask_completion
+from tongyun.cloud.gateway.ask import Served, ask_chat, ask_completion, find
 from tongyun.cloud.gateway.bridge import Bridge
 from tongyun.cloud.gateway.classes import HEADER, Classes
 from tongyun.cloud.gateway.exchange import Ask, Exchange
@@ -38,6 +38,12 @@ class Gateway:
     headers: Mapping[str, str] = field(default_factory=dict)
     """Said with every answer."""
     classes: Classes = field(default_factory=Classes)
+    others: tuple[Served, ...] = ()
+    """Models behind the endpoint besides `served`, where the engine tells them apart."""
+
+    @property
+    def models(self) -> tuple[Served, ...]:
+        return self.served, *self.others
 
 
 def build_app(gateway: Gateway) -> FastAPI:
@@ -55,16 +61,16 @@ def build_app(gateway: Gateway) -> FastAPI:
     app.add_middleware(Guard, api_key=gateway.api_key, body_bytes=gateway.body_bytes, headers=gateway.headers)
     _add_faults(app, meters)
     _add_generation(app, gateway, meters)
-    _add_models(app, gateway.served)
+    _add_models(app, gateway.models)
     _add_state(app, meters)
     _add_schemas(app)
     return app
 
 
 def _add_generation(app: FastAPI, gateway: Gateway, meters: Meters) -> None:
-    served, classes = gateway.served, gateway.classes
+    models, classes = gateway.models, gateway.classes
 
-    def reply(ask: Ask, body: Body, request: Request) -> Reply:
+    def reply(ask: Ask, served: Served, body: Body, request: Request) -> Reply:
         name, priority = classes.of(request.headers.get(HEADER), body.service_tier)
         if name is not None:
             ask = replace(ask, priority=priority, priority_class=name)
@@ -75,12 +81,14 @@ def _add_generation(app: FastAPI, gateway: Gateway, meters: Meters) -> None:
     @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
     async def completions(request: Request) -> Response:
         body = read_completion(await request.body())
-        return reply(await ask_completion(body, served), body, request)
+        served = find(body.model, models)
+        return reply(await ask_completion(body, served), served, body, request)
 
     @app.post("/v1/chat/completions", openapi_extra=_documented(ChatBody))
     async def chat_completions(request: Request) -> Response:
         body = read_chat(await request.body())
-        return reply(await ask_chat(body, served), body, request)
+        served = find(body.model, models)
+        return reply(await ask_chat(body, served), served, body, request)
 
 
 def _documented(body: type[CompletionBody] | type[ChatBody]) -> dict[str, object]:
@@ -104,8 +112,8 @@ def _add_schemas(app: FastAPI) -> None:
     app.openapi = with_bodies  # type: ignore[method-assign]
 
 
-def _add_models(app: FastAPI, served: Served) -> None:
-    def card(name: str) -> dict[str, object]:
+def _add_models(app: FastAPI, models: Sequence[Served]) -> None:
+    def card(name: str, served: Served) -> dict[str, object]:
         return {
             "id": name,
             "object": "model",
@@ -117,14 +125,13 @@ def _add_models(app: FastAPI, served: Served) -> None:
         }
 
     @app.get("/v1/models")
-    async def models() -> dict[str, object]:
-        return {"object": "list", "data": [card(name) for name in served.names]}
+    async def every() -> dict[str, object]:
+        return {"object": "list", "data": [card(name, one) for one in models for name in one.names]}
 
     # Hub ids hold a slash.
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, object]:
-        served.check(name)
-        return card(name)
+        return card(name, find(name, models))
 
 
 def _add_state(app: FastAPI, meters: Meters) -> None:

@@ -34,15 +34,18 @@ class Served:
     answer_tokens: int | None = None
     """Of a chat that names no limit; None: as many as the context leaves."""
 
-    def check(self, name: str) -> None:
-        """`model_not_found` unless `name` is ours."""
-        if name not in self.names:
-            raise Refused(404, unknown("model", name, self.names), param="model", code="model_not_found")
+
+def find(name: str, models: Sequence[Served]) -> Served:
+    """The model that is called `name`; `model_not_found` where none is."""
+    for one in models:
+        if name in one.names:
+            return one
+    names = [each for one in models for each in one.names]
+    raise Refused(404, unknown("model", name, names), param="model", code="model_not_found")
 
 
 async def ask_completion(body: CompletionBody, served: Served) -> Ask:
     """A completion's ask; every prompt of a list is a prompt of its own."""
-    served.check(body.model)
     prompts = [await _tokens(prompt, served) for prompt in body.prompts]
     echoes = (
         [p if isinstance(p, str) else served.tokenizer.decode(p) for p in body.prompts] if body.echo else []
@@ -59,7 +62,6 @@ async def ask_completion(body: CompletionBody, served: Served) -> Ask:
 
 async def ask_chat(body: ChatBody, served: Served) -> Ask:
     """A chat's ask; without a limit of its own it may fill the context."""
-    served.check(body.model)
     prompt = await asyncio.to_thread(_chat, body.turns, body.chat_template_kwargs or {}, served.tokenizer)
     limit = body.max_completion_tokens or body.max_tokens
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None

@@ -99,4 +99,5 @@ def _request(exchange: Exchange, choice: Choice) -> Request:
         stop_token_ids=ask.stop_token_ids,
         priority=ask.priority,
         priority_class=ask.priority_class,
+        model=ask.model,
     )

@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
-from tongyun.cloud.engine.protocol import EngineStats
+from tongyun.cloud.engine.protocol import PAUSES_S, EngineStats, MoveStats
 from tongyun.cloud.gateway.exchange import Exchange
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -105,3 +110,23 @@ class _EngineCollector:
         )
         for name, text, value in (*counters, *(simulated if now.chip_s else ())):
             yield CounterMetricFamily(f"tongyun_{name}", text, value=float(value))
+        if now.moves is not None:
+            yield from _moves(now.moves)
+
+
+def _moves(now: MoveStats) -> Iterable[Metric]:
+    """Of engines whose running requests move."""
+    counted = CounterMetricFamily(
+        "tongyun_moves", "Moves of requests between engines, by what became of them.", labels=("outcome",)
+    )
+    for outcome, count in now.outcomes.items():
+        counted.add_metric((outcome,), count)
+    yield counted
+    yield CounterMetricFamily("tongyun_moved_bytes", "Keys and values copied by moves.", value=now.nbytes)
+    bounds = [*(f"{bound:g}" for bound in PAUSES_S), "+Inf"]
+    yield HistogramMetricFamily(
+        "tongyun_move_downtime_seconds",
+        "Pause of a request that was moved while it decoded.",
+        buckets=list(zip(bounds, now.downtimes, strict=True)),
+        sum_value=now.downtime_s,
+    )

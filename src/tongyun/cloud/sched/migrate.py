@@ -25,6 +25,8 @@ class Movable(NamedTuple):
     """It has keys and values of all tokens but the last; else it waits and has none."""
     tokens: int
     """Known so far, prompt and output."""
+    handed: int = 0
+    """Of one that waits: tokens whose keys and values came with it and go where it goes."""
 
 
 class Traveller(NamedTuple):

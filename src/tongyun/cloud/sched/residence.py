@@ -68,7 +68,8 @@ class Residence:
 
     def away(self, model: str) -> int:
         """Blocks in host memory: of those that are held now, for a request may end while they are."""
-        return min(self._away[model], self._pools[model].used)
+        gone = self._away[model]
+        return min(gone, self._pools[model].used) if gone else 0
 
     def here(self, model: str) -> int:
         """Blocks in the memory, cached ones included."""
@@ -81,7 +82,12 @@ class Residence:
         sizes = self._footprints
         weights = sum(sizes[model].weights for model in self.resident)
         working = sizes[self._active].working if self._active is not None else 0.0
-        return weights + working + sum(self.here(model) * size.block for model, size in sizes.items())
+        blocks = 0.0
+        for model, pool in self._pools.items():
+            # Of many models few have any.
+            if pool.blank < pool.total:
+                blocks += self.here(model) * sizes[model].block
+        return weights + working + blocks
 
     @property
     def away_bytes(self) -> float:

@@ -137,14 +137,24 @@ class Scheduler:
         """Keep nothing for that request any more."""
         self._residents.give_up(request_id)
 
+    def reserved(self, request_id: str) -> Series[int]:
+        """The blocks that are kept for it, in order; none once they went to others."""
+        return self._residents.reserved.get(request_id, ())
+
+    def held(self, request_id: str) -> Series[int]:
+        """The blocks of a request in flight, in order; a live list."""
+        return self._sequences[request_id].blocks
+
     def movable(self, request_id: str) -> Movable | None:
         """A request that decodes or waits, as it is now; None where it is not here or in prefill."""
         seq = self._sequences.get(request_id)
-        if seq is None or seq.state is State.PREFILLING or seq.request.handed_tokens:
+        if seq is None or seq.state is State.PREFILLING:
             return None
         self.settle()
-        request = seq.request
-        return Movable(request.id, request.priority, seq.state is State.DECODING, len(seq.history))
+        request, decodes = seq.request, seq.state is State.DECODING
+        # Who was admitted once has what was handed over in its blocks, or has lost it.
+        handed = 0 if seq.admitted else request.handed_tokens
+        return Movable(request.id, request.priority, decodes, len(seq.history), handed)
 
     def movables(self) -> list[Movable]:
         """Requests that decode, the best-ranked first."""

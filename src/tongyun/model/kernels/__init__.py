@@ -121,15 +121,19 @@ def choose_ops(kernels: str | None = None, device: str = "cpu", threads: int | N
     """The operations `kernels` names (`torch`, `native` or `auto`); None takes TONGYUN_KERNELS, else auto.
 
     `auto` is native on a CPU where the kernels can be built, and says once why where
-    they cannot; `native` raises there instead. On a GPU it is PyTorch. `threads` are
-    those of the native kernels; PyTorch's own are set through PyTorch.
+    they cannot; `native` raises there instead. On a GPU it is PyTorch, as `DeviceOps` uses it.
+    `threads` are those of the native kernels; PyTorch's own are set through PyTorch.
     """
     kernels = kernels or os.environ.get("TONGYUN_KERNELS") or "auto"
     if kernels not in CHOICES:
         raise InputError(unknown("kernels", kernels, CHOICES))
     if kernels == "native" and device != "cpu":
         raise InputError(f"native kernels run on a CPU, not on '{device}'")
-    if kernels == "torch" or device != "cpu":
+    if device != "cpu":
+        from tongyun.model.kernels.device import DeviceOps
+
+        return DeviceOps()
+    if kernels == "torch":
         return TorchOps()
     from tongyun.model.kernels.build import BuildFailed, load_kernels
     from tongyun.model.kernels.native import NativeOps

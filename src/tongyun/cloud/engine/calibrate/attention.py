@@ -31,14 +31,17 @@ HEADS = (
     Heads(queries=16, keys=2, width=128),
 )
 DECODES = tuple((batch, 1, context) for batch in (1, 4, 16, 32) for context in (15, 63, 255, 1023))
+DECODES_QUEUED = tuple((64, 1, context) for context in (63, 255, 1023))
+"""On a GPU too: there it is large batches that take time."""
 PREFILLS = tuple((1, queries, context) for queries in (8, 32, 128, 512) for context in (0, 512))
 QUICK = ((1, 1, 63), (8, 1, 63), (1, 64, 0))
 
 
 def attention(bench: Bench) -> Iterator[Probe[AttentionSample]]:
     """Storing the step's keys and values and attending, for one layer."""
+    shapes = DECODES + (DECODES_QUEUED if bench.queued else ()) + PREFILLS
     for heads in HEADS if not bench.quick else HEADS[:1]:
-        for batch, queries, context in DECODES + PREFILLS if not bench.quick else QUICK:
+        for batch, queries, context in shapes if not bench.quick else QUICK:
             yield Probe(
                 call=_call(bench, heads, batch, queries, context),
                 sample=partial(_sample, bench.kv_type, heads, batch, queries, context),

@@ -36,6 +36,7 @@ DECISIVE = (
     "kv",
     "activations",
     "quick",
+    "replays",
 )
 """A calibration is stale when one of these differs."""
 

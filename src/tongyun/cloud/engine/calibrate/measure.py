@@ -25,11 +25,13 @@ from tongyun.cloud.engine.calibrate import (
     steps,
 )
 from tongyun.cloud.engine.calibrate.bench import Bench, Probe
+from tongyun.cloud.engine.calibrate.hosts import hosts
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.pace import LOOP, PACE, SERVED_PACE, Pace
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
-from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch
+from tongyun.cloud.engine.calibrate.stopwatch import stopwatch
 from tongyun.cloud.engine.torch_executor import ExecutorOptions, choose_engine_ops, default_threads
+from tongyun.model.kernels.device import DeviceOps
 from tongyun.specs import ChipSpec
 from tongyun.specs.samples import OverheadSample
 from tongyun.units import DType
@@ -75,6 +77,7 @@ class Setting:
             "kv": bench.kv_type.value,
             "activations": bench.activation_type.value,
             "quick": self.quick,
+            **({"replays": True} if isinstance(bench.ops, DeviceOps) and bench.ops.fused else {}),
         }
 
 
@@ -101,8 +104,8 @@ def measure(setting: Setting, tell: Tell, *, patience_s: float = 0.0) -> ChipSpe
         )
         tell("serving", ENGINE_SHARE)
         paces = {PACE: pace.taken()}
-        around, served = serving.serving(bench, pace)
-        paces |= {SERVED_PACE: pace.taken(), LOOP: pace.quickest_s}
+        around, served, paces[SERVED_PACE] = serving.serving(bench, pace)
+        paces[LOOP] = pace.quickest_s
     tell("done", 1.0)
     machine = {**bare.machine, **paces}
     return chip_spec(replace(bare, machine=machine, overhead=extra + around, served=served))
@@ -120,7 +123,8 @@ def _engine(
         list(passes.passes(bench)),
         list(sampling.drawing(bench)),
     ]
-    watch = Stopwatch([probe.call for kind in kinds for probe in kind], bench.device)
+    probes = [probe for kind in kinds for probe in kind]
+    watch = stopwatch([p.call for p in probes], bench.device, waiting=[p.waits for p in probes])
     whole = steps.Steps(bench)
 
     def operators() -> None:
@@ -140,7 +144,9 @@ def _engine(
         attention=attending,
         passes=passing,
     )
-    return bare, _rests(bare, whole.samples(calm_whole)) + sampling.logit_byte(*drawn)
+    known = hosts([*matmul, *grouped, *attending, *reading, *passing, *drawn], watch.host_s(calm))
+    known += sampling.logit_byte(*drawn)
+    return bare, known + _rests(replace(bare, overhead=known), whole.samples(calm_whole))
 
 
 def _rests(bare: Readings, whole: list[steps.StepSample]) -> tuple[OverheadSample, ...]:

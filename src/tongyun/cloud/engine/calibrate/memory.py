@@ -22,6 +22,9 @@ ROWS_FOOTPRINTS = tuple(MIB * size for size in (1, 8, 24, 48, 128))
 MATRIX_BYTES = MIB
 """The footprint is cut into matrices of this size, as a model is into layers."""
 COLUMNS = 1024
+QUEUED_FOOTPRINT, QUEUED_MATRIX = 1024 * MIB, 64 * MIB
+"""On a GPU one footprint far beyond its caches: products there are measured so as well. Smaller matrices
+would tell how quickly kernels start."""
 
 
 def bandwidth(bench: Bench) -> Iterator[Probe[MemorySample]]:
@@ -29,18 +32,27 @@ def bandwidth(bench: Bench) -> Iterator[Probe[MemorySample]]:
 
     The reader is `ops.linear`: the engine's own way to stream a matrix.
     """
+    if bench.queued:
+        yield _of(bench, 1, QUEUED_FOOTPRINT, _matrices(bench, QUEUED_FOOTPRINT, QUEUED_MATRIX))
+        return
     sizes = FOOTPRINTS if not bench.quick else FOOTPRINTS[:3]
-    outputs = int(MATRIX_BYTES / (COLUMNS * bench.weight_type.bytes))
-    matrices = [bench.weight(outputs, COLUMNS) for _ in range(sizes[-1] // MATRIX_BYTES)]
+    matrices = _matrices(bench, sizes[-1], MATRIX_BYTES)
     for rows in (1, *ROWS) if not bench.quick else (1, *ROWS[::4]):
-        x_TD = bench.activation(rows, COLUMNS)
         for footprint in sizes:
-            if rows > 1 and footprint not in ROWS_FOOTPRINTS:
-                continue
-            part = matrices[: footprint // MATRIX_BYTES]
-            yield Probe(
-                call=partial(_stream, bench.ops.linear, x_TD, part), sample=partial(_sample, footprint, rows)
-            )
+            if rows == 1 or footprint in ROWS_FOOTPRINTS:
+                yield _of(bench, rows, footprint, matrices[: footprint // MATRIX_BYTES])
+
+
+def _matrices(bench: Bench, footprint: int, each: int) -> list[Tensor]:
+    outputs = int(each / (COLUMNS * bench.weight_type.bytes))
+    return [bench.weight(outputs, COLUMNS) for _ in range(footprint // each)]
+
+
+def _of(bench: Bench, rows: int, footprint: int, matrices: list[Tensor]) -> Probe[MemorySample]:
+    return Probe(
+        call=partial(_stream, bench.ops.linear, bench.activation(rows, COLUMNS), matrices),
+        sample=partial(_sample, footprint, rows),
+    )
 
 
 def _stream(linear: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, matrices: list[Tensor]) -> None:

@@ -1,14 +1,15 @@
 """Measure the products of the model: linear layers and experts, with the engine's own operations.
 
-Every product is taken again and again on one weight matrix, so that a matrix that fits a
+Every product is taken again and again, on a CPU with one weight matrix, so that one that fits a
 cache is read from it, as it is in a model that fits; `memory` says what a larger
-footprint costs. Activations are float32, weights are in the type they are stored in.
+footprint costs. Weights and activations are in the types that the engine has for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -24,34 +25,54 @@ EXPERT_SIZES = ((64, 32), (256, 128), (1024, 256), (2048, 768))
 """Hidden width and width of one expert."""
 EXPERT_ROWS = (1, 2, 3, 4, 6, 8, 16, 32, 128)
 EXPERT_GROUPS = (2, 8)
-MOST_FLOPS = 1.2e9
-"""A larger product than this takes too long to repeat; its rate is that of the largest below."""
+MOST_FLOPS, MOST_FLOPS_QUEUED = 1.2e9, 2e11
+"""A larger product than this takes too long to repeat; its rate is that of the largest below. On a GPU
+smaller ones say nothing of its rate."""
+COLUMNS_QUEUED = 32768
+"""On a GPU of such a matrix too: a head's time is that of reading it, a small matrix's that of a launch."""
 
 
 def linear(bench: Bench) -> Iterator[Probe[MatmulSample]]:
     """`ops.linear` over rows and weight sizes."""
-    sizes = [(n, k) for k in WIDTHS for n in COLUMNS]
+    columns = (*COLUMNS, COLUMNS_QUEUED) if bench.queued else COLUMNS
+    sizes = [(n, k) for k in WIDTHS for n in columns]
     for n, k in sizes if not bench.quick else sizes[::6]:
-        weight_OD = bench.weight(n, k)
+        weights = bench.copies(n, k)
         for m in ROWS if not bench.quick else ROWS[::5]:
-            if 2.0 * m * n * k <= MOST_FLOPS:
-                yield _linear(bench, bench.weight_type, m, weight_OD)
+            if 2.0 * m * n * k <= _most_flops(bench):
+                yield _linear(bench, bench.weight_type, (m, n, k), weights)
+
+
+def _most_flops(bench: Bench) -> float:
+    return MOST_FLOPS_QUEUED if bench.queued else MOST_FLOPS
 
 
 def exact(bench: Bench) -> Iterator[Probe[MatmulSample]]:
     """`ops.linear` where weights are stored as wide as activations are: a few points."""
     if bench.activation_type is not bench.weight_type:
-        weight_OD = bench.activation(*((1024, 1024) if not bench.quick else (128, 128)))
+        width = 1024 if not bench.quick else 128
+        weights = [bench.activation(width, width)]
         for m in (1, 16, 256):
-            yield _linear(bench, bench.activation_type, m, weight_OD)
+            yield _linear(bench, bench.activation_type, (m, width, width), weights)
 
 
-def _linear(bench: Bench, dtype: DType, m: int, weight_OD: Tensor) -> Probe[MatmulSample]:
-    n, k = weight_OD.shape
+def _linear(
+    bench: Bench, dtype: DType, shape: tuple[int, int, int], weights: list[Tensor]
+) -> Probe[MatmulSample]:
+    m, n, k = shape
     return Probe(
-        call=partial(bench.ops.linear, bench.activation(m, k), weight_OD),
+        call=_multiply(bench.ops.linear, bench.activation(m, k), weights),
         sample=lambda seconds: MatmulSample(dtype=dtype, m=m, n=n, k=k, seconds=seconds),
     )
+
+
+def _multiply(
+    linear: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, weights: list[Tensor]
+) -> Callable[[], Tensor]:
+    if len(weights) == 1:
+        return partial(linear, x_TD, weights[0])
+    turns = cycle(weights)
+    return lambda: linear(x_TD, next(turns))
 
 
 def experts(bench: Bench) -> Iterator[Probe[GroupedMatmulSample]]:
@@ -63,7 +84,7 @@ def experts(bench: Bench) -> Iterator[Probe[GroupedMatmulSample]]:
         for groups in EXPERT_GROUPS:
             weights = bench.weight(groups, 2 * width, hidden), bench.weight(groups, hidden, width)
             for rows in EXPERT_ROWS if not bench.quick else EXPERT_ROWS[::4]:
-                if 6.0 * groups * rows * hidden * width <= MOST_FLOPS:
+                if 6.0 * groups * rows * hidden * width <= _most_flops(bench):
                     yield _experts(bench, groups * rows // 2, weights)
 
 

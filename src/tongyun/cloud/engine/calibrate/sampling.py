@@ -19,7 +19,7 @@ def drawing(bench: Bench) -> Iterator[Probe[float]]:
     draws = [Draw(options=GREEDY, seed=0, history=(0,), prompt_tokens=1)] * ROWS
     for vocabulary in VOCABULARIES:
         logits_NV = bench.activation(ROWS, vocabulary).float()
-        yield Probe(call=partial(sample, logits_NV, draws, bench.ops.argmax), sample=float)
+        yield Probe(call=partial(sample, logits_NV, draws, bench.ops.argmax), sample=float, waits=True)
 
 
 def logit_byte(short_s: float, long_s: float) -> tuple[OverheadSample, ...]:

@@ -29,6 +29,7 @@ from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
+from tongyun.cloud.engine.calibrate.loads import PROMPT, Cell, arrivals, cells
 from tongyun.cloud.engine.calibrate.pace import Pace
 from tongyun.cloud.engine.cores import stand_aside
 from tongyun.cloud.engine.live import LiveEngine, Standing
@@ -42,7 +43,7 @@ from tongyun.cloud.load import LoadOptions, measure
 from tongyun.cloud.probe import Target
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.request import Request
-from tongyun.cloud.workload import Arrival, Arrivals, Lengths, Process, Workload, sample
+from tongyun.cloud.workload import Arrival
 from tongyun.model.config import ModelConfig
 from tongyun.model.vocabulary import Vocabulary, byte_characters
 from tongyun.specs.samples import OverheadSample, ServedSample
@@ -54,29 +55,7 @@ TURNS = 2
 """Times that every model is served under every load."""
 GAP_S = 0.08
 Records = tuple[RequestRecord, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Cell:
-    """An open-loop load: about so many requests stream at a time, each to so many tokens."""
-
-    streams: int
-    output: int
-    prompt: int
-    """Prompt tokens; a length that no other load has tells its requests from others."""
-
-
-CELLS = (
-    _Cell(streams=2, output=64, prompt=128),
-    _Cell(streams=5, output=64, prompt=129),
-    _Cell(streams=12, output=64, prompt=130),
-    _Cell(streams=28, output=64, prompt=131),
-    _Cell(streams=2, output=16, prompt=132),
-)
-CELL_S = 2.5
 BARE_STEPS = 64
-AROUND_S, AROUND_TOKEN_S = 3e-4, 9e-5
-"""What serving about adds to a step, and to it for each token: a rate without it would flood small models."""
 STREAMS = (1, 4, 12, 24, 40)
 """Sequences in the steps that are measured without a server, and at which its cost is told."""
 LEAST_SEEN = 20.0
@@ -157,8 +136,9 @@ class _Bytes:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
-def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...]]:
-    """What prompt tokens and coming requests add, and what serving takes by the streams there are."""
+def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...], float]:
+    """What prompt tokens and coming requests add, what serving takes by the streams there are, and the pace
+    of the processors under load."""
     # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=stand_aside) as pool:
@@ -175,21 +155,25 @@ def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple
             for n in STREAMS
             if n in step_s and n in way_s
         ),
+        statistics.fmean(pace for one in rounds for pace in one.paces),
     )
 
 
 def _shapes(bench: Bench) -> list[ModelConfig]:
-    """Steps of many small operators, and steps of shared products: as long as those of small models."""
+    """Steps of many small operators, and steps of shared products: as long as those of small models.
+
+    Shorter ones would give tokens faster than one core can send and another program's take.
+    """
     if bench.quick:
         return [steps.synthetic(4)]
-    return [steps.synthetic(6, hidden=256, sparse=True), steps.synthetic(4, hidden=512)]
+    return [steps.synthetic(12, hidden=256, sparse=True), steps.synthetic(8, hidden=512)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
     """A model under one load."""
 
-    cell: _Cell
+    cell: Cell
     ways: tuple[tuple[int, float], ...]
     """Of each request: tokens of its first step, and seconds outside the engine."""
     gaps: tuple[tuple[int, int, float], ...]
@@ -205,6 +189,8 @@ class _Round:
     way_s: tuple[float, float]
     """Mean seconds that first tokens of short and long prompts, each alone, spent outside the engine."""
     loaded: tuple[_Loaded, ...]
+    paces: tuple[float, ...]
+    """Of the processors, under each load."""
 
     def excess(self) -> list[tuple[int, int, float]]:
         """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
@@ -234,18 +220,20 @@ def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: P
                 s for _, s in put([Arrival(i * GAP_S, prompt, 2) for i in range(count)], prompt)
             )
 
-        def under(cell: _Cell) -> _Loaded:
+        def under(cell: Cell) -> _Loaded:
             step_s = float(np.interp(cell.streams, STREAMS, bare[-1]))
-            ways = put(_arrivals(cell, step_s, prompt_s, bench.quick), cell.prompt)
+            ways = put(arrivals(bench, cell, step_s, prompt_s), cell.prompt)
             return _Loaded(cell=cell, ways=tuple(ways), gaps=tuple(seen.gaps(cell.prompt)))
 
         short, long = (pace.calmly(partial(alone, prompt))[0] for prompt in (SHORT, LONG))
-        prompt_s = next(engine.samples((), (CELLS[0].prompt,))).seconds
-        loaded, bare = [], [pace.calmly(partial(_bare_s, engine))[0]]
-        for cell in CELLS[-1:] if bench.quick else CELLS:
-            loaded.append(pace.calmly(partial(under, cell))[0])
+        prompt_s = next(engine.samples((), (PROMPT,))).seconds
+        loaded, paces, bare = [], [], [pace.calmly(partial(_bare_s, engine))[0]]
+        for cell in cells(bench):
+            calmest, felt = pace.calmly(partial(under, cell))
+            loaded.append(calmest)
+            paces.append(felt)
             bare.append(pace.calmly(partial(_bare_s, engine))[0])
-    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded))
+    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded), paces=tuple(paces))
 
 
 def _ttfts(records: Records) -> list[float]:
@@ -253,27 +241,9 @@ def _ttfts(records: Records) -> list[float]:
     return [r.ttft_s for r in sorted(records, key=lambda r: r.arrival_s) if r.ttft_s is not None]
 
 
-def _arrivals(cell: _Cell, step_s: float, prompt_s: float, quick: bool) -> list[Arrival]:
-    """Poisson arrivals at the rate that keeps about `streams` requests at a time, by Little's law.
-
-    A request takes its own steps and waits for the prompts of the others.
-    """
-    served_s = step_s + AROUND_S + AROUND_TOKEN_S * cell.streams
-    rate = cell.streams / (cell.output * served_s + cell.streams * prompt_s)
-    return sample(
-        Workload(
-            arrivals=Arrivals(process=Process.POISSON, rate_per_s=rate),
-            prompt=Lengths.fixed(cell.prompt),
-            output=Lengths.fixed(cell.output),
-            requests=max(8, round(rate * (0.2 if quick else CELL_S))),
-            seed=cell.prompt,
-        )
-    )
-
-
 def _bare_s(engine: steps.Engine) -> NDArray[np.float64]:
     """Seconds of a decoding step of each of `STREAMS` without a server."""
-    rounds = [steps.Round(batch=batch, prompt=CELLS[0].prompt, output=BARE_STEPS) for batch in STREAMS]
+    rounds = [steps.Round(batch=batch, prompt=PROMPT, output=BARE_STEPS) for batch in STREAMS]
     return np.array([next(engine.samples((each,), ())).seconds for each in rounds])
 
 

@@ -18,7 +18,7 @@ from tongyun.cloud.engine.calibrate.stopwatch import typical
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, StepResult
-from tongyun.cloud.engine.torch_executor import GREEDY, TorchExecutor
+from tongyun.cloud.engine.torch_executor import GREEDY, TorchExecutor, spare_blocks
 from tongyun.cloud.sched.request import Batch, Request
 from tongyun.cloud.sched.scheduler import Scheduler, SchedulerConfig
 from tongyun.model.config import Experts, ModelConfig
@@ -89,6 +89,8 @@ class Steps:
         # Wide enough for threads to share the products, and for weights to leave the inner caches.
         wide = [] if bench.quick else [synthetic(8, hidden=width) for width in (128, 256, 512)]
         wide += [] if bench.quick else [synthetic(6, hidden=256, sparse=True)]
+        # What a host does for each operator adds up over the layers of deep models.
+        wide += [synthetic(28)] if bench.queued and not bench.quick else []
         few, many = (1, 3) if bench.quick else (2, 10)
         shapes = [synthetic(layers, sparse=sparse) for sparse in (False, True) for layers in (few, many)]
         self._engines = [Engine(bench, config) for config in shapes + wide]
@@ -135,8 +137,11 @@ class Engine:
 def executor(bench: Bench, config: ModelConfig) -> TorchExecutor:
     """The real executor on random weights, with a cache of moderate size."""
     model = random_model(config, ops=bench.ops, device=str(bench.device))
-    cache = PagedCache(config, blocks=BLOCKS, dtype=bench.kv_dtype, device=str(bench.device))
-    return TorchExecutor(model, cache)
+    device = str(bench.device)
+    cache = PagedCache(config, blocks=BLOCKS, dtype=bench.kv_dtype, device=device, spare=spare_blocks(device))
+    made = TorchExecutor(model, cache)
+    made.prepare()
+    return made
 
 
 class _Recorder:

@@ -22,6 +22,10 @@ LONG_S = 3e-3
 """A call of this length needs no other before it to warm up the caches."""
 
 MOST_REPEATS = 15
+QUEUED = 24
+"""Calls of a GPU that are captured and replayed together."""
+FEW = 8
+"""Calls by which the host's part is told."""
 
 Call = Callable[[], object]
 
@@ -33,10 +37,10 @@ def typical(readings: Sequence[float], chosen: Sequence[int] | None = None) -> f
 
 
 class Stopwatch:
-    """Times calls on `device`, each a little at every visit; `budget_s` is what one takes at a visit."""
+    """Times calls one after the other, each a little at every visit, about `budget_s`."""
 
-    def __init__(self, calls: Sequence[Call], device: torch.device, *, budget_s: float = 2e-3) -> None:
-        self._calls, self._device, self._budget_s = calls, device, budget_s
+    def __init__(self, calls: Sequence[Call], *, budget_s: float = 2e-3) -> None:
+        self._calls, self._budget_s = calls, budget_s
         self._readings: list[list[float]] = [[] for _ in calls]
 
     def visit(self) -> None:
@@ -48,8 +52,12 @@ class Stopwatch:
         """Seconds of one call of each, of all visits or of these."""
         return [typical(readings, visits) for readings in self._readings]
 
+    def host_s(self, visits: Sequence[int] | None = None) -> list[float] | None:
+        """Seconds of the host in one call of each, where it does not wait for the device; else None."""
+        return None
+
     def _visit(self, call: Call, known_s: float | None) -> float:
-        """Median of a few readings; on a GPU the queue is emptied before and after each."""
+        """Median of a few readings."""
         if known_s is None or known_s < LONG_S:
             call()
         once = self._burst(call, 1) if known_s is None else known_s
@@ -58,13 +66,81 @@ class Stopwatch:
         return statistics.median(self._burst(call, burst) for _ in range(repeats))
 
     def _burst(self, call: Call, times: int) -> float:
-        self._settle()
         begun = time.perf_counter()
         for _ in range(times):
             call()
-        self._settle()
         return (time.perf_counter() - begun) / times
 
-    def _settle(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+
+class QueueStopwatch(Stopwatch):
+    """Times calls that a host puts on a GPU's queue: what each takes of the GPU, and of the host.
+
+    The host's part is what putting calls on an empty queue takes. For the GPU's the calls are
+    captured and replayed, as the engine does with decoding steps: between two events there
+    is then nothing but the GPU's work. A call that reads a result back cannot be captured: its
+    seconds are those of the host, which waits.
+    """
+
+    def __init__(self, calls: Sequence[Call], waiting: Sequence[bool]) -> None:
+        super().__init__(calls)
+        self._waiting = waiting
+        self._host_readings: list[list[float]] = [[] for _ in calls]
+        self._graphs: list[torch.cuda.CUDAGraph | None] = []
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def visit(self) -> None:
+        if not self._graphs:
+            self._graphs = [
+                None if waits else self._captured(call)
+                for call, waits in zip(self._calls, self._waiting, strict=True)
+            ]
+        for place, (call, graph) in enumerate(zip(self._calls, self._graphs, strict=True)):
+            host_s = self._host(call)
+            self._host_readings[place].append(host_s)
+            self._readings[place].append(host_s if graph is None else self._replayed(graph))
+
+    def host_s(self, visits: Sequence[int] | None = None) -> list[float] | None:
+        return [typical(readings, visits) for readings in self._host_readings]
+
+    def _captured(self, call: Call) -> torch.cuda.CUDAGraph:
+        """Some calls, one after the other."""
+        # What is compiled or chosen at the first call is not to be captured.
+        for _ in range(2):
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            for _ in range(QUEUED):
+                call()
+        return graph
+
+    @staticmethod
+    def _host(call: Call) -> float:
+        call()
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(FEW):
+            call()
+        took_s = (time.perf_counter() - begun) / FEW
+        torch.cuda.synchronize()
+        return took_s
+
+    @staticmethod
+    def _replayed(graph: torch.cuda.CUDAGraph) -> float:
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        # Once before, so that the clock runs while the queue is read.
+        graph.replay()
+        first.record()
+        graph.replay()
+        last.record()
+        last.synchronize()
+        return float(first.elapsed_time(last)) / 1e3 / QUEUED
+
+
+def stopwatch(
+    calls: Sequence[Call], device: torch.device, *, waiting: Sequence[bool] | None = None
+) -> Stopwatch:
+    """What times calls on `device`; `waiting` are those that read a result back from it."""
+    if device.type == "cuda":
+        return QueueStopwatch(calls, [False] * len(calls) if waiting is None else waiting)
+    return Stopwatch(calls)
