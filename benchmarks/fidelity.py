@@ -8,16 +8,18 @@ is made before its first request leaves. Levels are shares of the predicted capa
 is itself held against a measurement: what the server ends per second under more than it
 can do. How fast the processors run is sampled all the while, in the calibration and under
 each load, without a look at what is measured: where others slow them down, the calibration
-measures again, for `--patience` seconds in all; and a level is measured again, up to `--tries`
-times, if they were not as fast as when serving was calibrated. The row is the try whose pace
-was nearest to that, and says if none was near.
+measures again, for `--patience` seconds in all. A level is put on in slices of `--slice`
+seconds, until in `--seconds` of them the processors were as fast as when serving was calibrated,
+or `--tries` slices are over. Those slices make the row together; where there are none, the one
+whose pace was nearest does, and the row says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -26,6 +28,7 @@ from tongyun.cli.calibrate import calibrated
 from tongyun.cli.up import Load, deploy, find, put, served
 from tongyun.cloud.engine.calibrate.measure import setting
 from tongyun.cloud.engine.calibrate.pace import LOOP, SERVED_PACE, Pace
+from tongyun.cloud.latency import LatencyReport, RequestRecord, summarise
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.fidelity import Compared, compare, keep
 from tongyun.report import column, quantity, table, to_json
@@ -38,17 +41,13 @@ ALIKE = 0.04
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One model at one level: all its figures both ways."""
+class Slice:
+    """One load, foreseen and sent."""
 
-    model: str
-    level: str
-    rate_per_s: float
-    requests: int
-    figures: tuple[Compared, ...]
+    predicted: tuple[RequestRecord, ...]
+    measured: tuple[RequestRecord, ...]
     pace: float
     """How much slower the processors were meanwhile than when nothing disturbs them."""
-    tries: int
     calibrated: float
     """The same, while serving was calibrated."""
 
@@ -58,8 +57,65 @@ class Row:
         return abs(self.pace / self.calibrated - 1)
 
     @property
+    def figures(self) -> tuple[Compared, ...]:
+        return compared([self])
+
+
+def compared(slices: Sequence[Slice]) -> tuple[Compared, ...]:
+    """The figures of all requests of some slices."""
+    return compare(
+        _report([one.predicted for one in slices]),
+        _report([one.measured for one in slices]),
+    )
+
+
+def _report(runs: Sequence[tuple[RequestRecord, ...]]) -> LatencyReport:
+    seconds = sum(summarise(run).duration_s for run in runs)
+    return summarise([record for run in runs for record in run], duration_s=seconds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model at one level: all its figures both ways."""
+
+    model: str
+    level: str
+    rate_per_s: float
+    slices: tuple[Slice, ...]
+    """Those that were told by their pace."""
+    tries: int
+
+    @property
+    def requests(self) -> int:
+        return sum(len(one.measured) for one in self.slices)
+
+    @property
+    def figures(self) -> tuple[Compared, ...]:
+        return compared(self.slices)
+
+    @property
+    def pace(self) -> float:
+        return statistics.fmean(one.pace for one in self.slices)
+
+    @property
     def alike(self) -> bool:
-        return self.off <= ALIKE
+        return all(one.off <= ALIKE for one in self.slices)
+
+
+def as_dict(row: Row) -> dict[str, object]:
+    """For `--json`, in SI."""
+    return {
+        "model": row.model,
+        "level": row.level,
+        "rate_per_s": row.rate_per_s,
+        "requests": row.requests,
+        "figures": row.figures,
+        "pace": row.pace,
+        "calibrated_pace": row.slices[0].calibrated,
+        "slices": len(row.slices),
+        "tries": row.tries,
+        "alike": row.alike,
+    }
 
 
 def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
@@ -73,32 +129,30 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
     capacity = deployment.capacity_per_s(args.isl, args.osl)
     with served(directory, deployment, spec, port=0) as (url, _), Pace(quickest_s=quickest_s) as pace:
 
+        def sliced(load: Callable[[int], list[Arrival]], seed: int) -> Slice:
+            arrivals = load(seed)
+            predicted = deployment.predict(arrivals, seed=seed).records
+            pace.read()
+            measured = put(url, arrivals, seed=seed, quiet=args.json).records
+            paces = pace.read(), float(machine.get(SERVED_PACE, 1.0))
+            return Slice(predicted=predicted, measured=measured, pace=paces[0], calibrated=paces[1])
+
         def level(name: str, rate_per_s: float, load: Callable[[int], list[Arrival]], first: int) -> Row:
-            rows: list[Row] = []
-            while len(rows) < args.tries and not (rows and rows[-1].alike):
+            tries: list[Slice] = []
+            alike: list[Slice] = []
+            while len(tries) < args.tries and len(alike) * args.slice < args.seconds:
                 # Other prompts each time: the server remembers the prefixes of those before.
-                seed = args.seed + first + 100 * len(rows)
-                arrivals = load(seed)
-                predicted = deployment.predict(arrivals, seed=seed).report
-                pace.read()
-                measured = put(url, arrivals, seed=seed, quiet=args.json).report
-                row = Row(
-                    model=config.name,
-                    level=name,
-                    rate_per_s=rate_per_s,
-                    requests=len(arrivals),
-                    figures=compare(predicted, measured),
-                    pace=pace.read(),
-                    tries=len(rows) + 1,
-                    calibrated=float(machine.get(SERVED_PACE, 1.0)),
-                )
-                print(f"{name}, try {row.tries}: {_errors(row)}", file=sys.stderr)
-                rows.append(row)
-            return min(rows, key=lambda row: row.off)
+                tries.append(sliced(load, args.seed + first + 100 * len(tries)))
+                alike = [one for one in tries if one.off <= ALIKE]
+                print(f"{name}, {len(tries)}: {_errors(tries[-1])}", file=sys.stderr)
+            told = alike or [min(tries, key=lambda one: one.off)]
+            return Row(
+                model=config.name, level=name, rate_per_s=rate_per_s, slices=tuple(told), tries=len(tries)
+            )
 
         for number, share in enumerate(LEVELS):
             rate = share * capacity
-            count = max(args.least, round(args.seconds * rate))
+            count = max(args.least, round(args.slice * rate))
 
             def open_loop(seed: int, rate: float = rate, count: int = count) -> list[Arrival]:
                 load = Load(isl=args.isl, osl=args.osl, rate_per_s=rate, requests=count, seed=seed)
@@ -106,14 +160,14 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
 
             yield level(f"{share:.0%} of capacity", rate, open_loop, number)
         # Everything at once: what the server can do at most.
-        count = min(args.most, max(args.least, round(args.seconds * capacity)))
+        count = min(args.most, max(args.least, round(args.slice * capacity)))
         yield level("at once", capacity, lambda _: [Arrival(0.0, args.isl, args.osl)] * count, len(LEVELS))
 
 
-def _errors(row: Row) -> str:
-    """The errors of a row and the machine's pace, in a line."""
-    errors = (f"{c.name} {c.error:+.1%}" for c in row.figures if c.name in SHOWN)
-    return f"{', '.join(errors)}; machine {row.pace:.2f}"
+def _errors(one: Slice) -> str:
+    """The errors of a slice and the machine's pace, in a line."""
+    errors = (f"{c.name} {c.error:+.1%}" for c in one.figures if c.name in SHOWN)
+    return f"{', '.join(errors)}; machine {one.pace:.2f}, calibrated at {one.calibrated:.2f}"
 
 
 def show(rows: list[Row]) -> None:
@@ -128,7 +182,7 @@ def show(rows: list[Row]) -> None:
                 row.model,
                 row.level,
                 f"{row.requests} at {row.rate_per_s:.3g}/s",
-                f"{row.pace:.2f}, try {row.tries}" + ("" if row.alike else ", not alike"),
+                f"{row.pace:.2f}, {len(row.slices)} of {row.tries}" + ("" if row.alike else ", not alike"),
                 *(
                     f"{quantity(c.predicted, c.unit)} | {quantity(c.measured, c.unit)} | {c.error:+.1%}"
                     for c in cells
@@ -138,7 +192,7 @@ def show(rows: list[Row]) -> None:
     caption = (
         "predicted (simulated on the calibrated machine) | measured (`tongyun serve`, same load) | error\n"
         "machine: how much slower the processors were meanwhile than undisturbed; "
-        f"{rows[0].calibrated:.2f} when serving was calibrated"
+        f"{rows[0].slices[0].calibrated:.2f} when serving was calibrated; slices taken, of those tried"
     )
     Console(width=170).print(table("Predicted and measured", columns, lines, caption=caption))
 
@@ -151,11 +205,10 @@ def main() -> None:
     parser.add_argument("--isl", type=int, default=128)
     parser.add_argument("--osl", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long each level lasts")
-    parser.add_argument("--least", type=int, default=20, help="requests of a level, at least")
+    parser.add_argument("--slice", type=float, default=15.0, help="seconds of one load of a level")
+    parser.add_argument("--least", type=int, default=20, help="requests of a slice, at least")
     parser.add_argument("--most", type=int, default=192, help="requests of the last row, at most")
-    parser.add_argument(
-        "--tries", type=int, default=5, help="of a level, if the machine was not as fast as when calibrated"
-    )
+    parser.add_argument("--tries", type=int, default=8, help="slices of a level, at most")
     parser.add_argument(
         "--patience", type=float, default=120.0, help="seconds for calibrating again what was disturbed"
     )
@@ -169,7 +222,7 @@ def main() -> None:
             keep(row.model, f"{row.level}, {args.isl}+{args.osl} tokens", row.figures)
             rows.append(row)
     if args.json:
-        print(to_json(rows))
+        print(to_json([as_dict(row) for row in rows]))
     else:
         show(rows)
 
