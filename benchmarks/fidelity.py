@@ -27,7 +27,7 @@ from rich.console import Console
 from tongyun.cli.calibrate import calibrated
 from tongyun.cli.up import Load, deploy, find, put, served
 from tongyun.cloud.engine.calibrate.measure import setting
-from tongyun.cloud.engine.calibrate.pace import LOOP, SERVED_PACE, Pace
+from tongyun.cloud.engine.calibrate.pace import Pace, served_pace, undisturbed_s
 from tongyun.cloud.latency import LatencyReport, RequestRecord, summarise
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.fidelity import Compared, compare, keep
@@ -123,19 +123,22 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
     here = setting(device=None, threads=args.threads, kernels=None, quick=False)
     spec, _ = calibrated(here, patience_s=args.patience)
     machine = {} if spec.calibration is None else spec.calibration.machine
-    quickest_s = float(machine[LOOP]) if LOOP in machine else None
     directory, config = find(model, random=model in names("models"))
     deployment = deploy(config, spec, args.isl + args.osl)
     capacity = deployment.capacity_per_s(args.isl, args.osl)
-    with served(directory, deployment, spec, port=0) as (url, _), Pace(quickest_s=quickest_s) as pace:
+    with (
+        served(directory, deployment, spec, port=0) as (url, _),
+        Pace(quickest_s=undisturbed_s(machine)) as pace,
+    ):
 
         def sliced(load: Callable[[int], list[Arrival]], seed: int) -> Slice:
             arrivals = load(seed)
             predicted = deployment.predict(arrivals, seed=seed).records
             pace.read()
             measured = put(url, arrivals, seed=seed, quiet=args.json).records
-            paces = pace.read(), float(machine.get(SERVED_PACE, 1.0))
-            return Slice(predicted=predicted, measured=measured, pace=paces[0], calibrated=paces[1])
+            return Slice(
+                predicted=predicted, measured=measured, pace=pace.read(), calibrated=served_pace(machine)
+            )
 
         def level(name: str, rate_per_s: float, load: Callable[[int], list[Arrival]], first: int) -> Row:
             tries: list[Slice] = []

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +77,10 @@ class Outcome:
     arrivals: list[Arrival]
     prediction: Prediction
     run: LoadRun
+    machine: Mapping[str, object]
+    """What the calibration says of where it was made."""
+    pace: float
+    """How much slower the processors were meanwhile than when nothing disturbs them."""
 
     @property
     def compared(self) -> tuple[Compared, ...]:
@@ -114,6 +118,7 @@ def up(
     directory, config = find(model, random=random)
     from tongyun.cli.calibrate import calibrated
     from tongyun.cloud.engine.calibrate.measure import setting
+    from tongyun.cloud.engine.calibrate.pace import Pace, undisturbed_s
 
     chosen = setting(device=None, threads=threads, kernels=kernels, quick=quick)
     spec, _ = calibrated(chosen, force=force, quiet=json)
@@ -121,16 +126,22 @@ def up(
     deployment = deploy(config, spec, isl + osl)
     begun = time.perf_counter()
     answer, capacity, arrivals, prediction = foresee(deployment, spec, load)
+    machine = {} if spec.calibration is None else spec.calibration.machine
     if not json:
         _tell_plan(answer, deployment.limits.max_sequences, capacity, time.perf_counter() - begun)
     with served(directory, deployment, spec, port=port) as (url, server):
+        with Pace(quickest_s=undisturbed_s(machine)) as pace:
+            run = put(url, arrivals, seed=seed, quiet=json)
+            felt = pace.read()
         outcome = Outcome(
             deployment=deployment,
             answer=answer,
             capacity_per_s=capacity,
             arrivals=arrivals,
             prediction=prediction,
-            run=put(url, arrivals, seed=seed, quiet=json),
+            run=run,
+            machine=machine,
+            pace=felt,
         )
         _keep(outcome, load)
         _tell(outcome, as_json=json)
@@ -341,6 +352,7 @@ def _tell_plan(answer: Answer, most: int, capacity_per_s: float, seconds: float)
 
 
 def _tell(outcome: Outcome, *, as_json: bool) -> None:
+    from tongyun.cloud.engine.calibrate.pace import served_pace
     from tongyun.report import column, console, quantity, source_tag, table, to_json
     from tongyun.units import Source
 
@@ -353,6 +365,10 @@ def _tell(outcome: Outcome, *, as_json: bool) -> None:
     ]
     columns = (column("figure", left=True), column("predicted"), column("measured"), column("error"))
     source = source_tag(frozenset({Source.SIMULATED})) + " beside " + source_tag(frozenset({Source.MEASURED}))
+    source += (
+        f"\nprocessors: {outcome.pace:.2f} times as slow as undisturbed meanwhile, "
+        f"{served_pace(outcome.machine):.2f} when serving was calibrated"
+    )
     title = f"{outcome.deployment.config.name} on this machine, {len(outcome.arrivals)} requests"
     console().print(table(title, columns, rows, caption=source))
 
@@ -364,7 +380,7 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     best = outcome.answer.best
     return {
         "model": outcome.deployment.config.name,
-        "machine": dict(calibration.machine) if calibration else {},
+        "machine": dict(outcome.machine),
         "calibrated": calibration.when if calibration else None,
         "plan": None if best is None else {"plan": best.plan, "figures": best.figures},
         "capacity_requests_per_s": outcome.capacity_per_s,
@@ -378,5 +394,6 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "measured": {c.name: c.measured for c in outcome.compared},
         "error": {c.name: c.error for c in outcome.compared},
         "failed": outcome.run.report.failed,
+        "pace": outcome.pace,
         "sources": {"predicted": "simulated", "measured": "measured"},
     }

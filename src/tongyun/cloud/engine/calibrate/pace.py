@@ -13,7 +13,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import TypeVar
 
@@ -32,6 +32,18 @@ PACE, SERVED_PACE = "pace", "served_pace"
 """Where it keeps how much slower they were: of operators and steps, and of serving."""
 
 T = TypeVar("T")
+
+
+def undisturbed_s(machine: Mapping[str, object]) -> float | None:
+    """What a calibration kept of the loop, for `Pace`; None in one that was made before it did."""
+    kept = machine.get(LOOP)
+    return kept if isinstance(kept, float) else None
+
+
+def served_pace(machine: Mapping[str, object]) -> float:
+    """The pace when serving was calibrated; 1 where it was not kept."""
+    kept = machine.get(SERVED_PACE)
+    return kept if isinstance(kept, float) else 1.0
 
 
 class Pace:
