@@ -57,6 +57,10 @@ class Slice:
         return abs(self.pace / self.calibrated - 1)
 
     @property
+    def seconds(self) -> float:
+        return summarise(self.measured).duration_s
+
+    @property
     def figures(self) -> tuple[Compared, ...]:
         return compared([self])
 
@@ -143,7 +147,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
         def level(name: str, rate_per_s: float, load: Callable[[int], list[Arrival]], first: int) -> Row:
             tries: list[Slice] = []
             alike: list[Slice] = []
-            while len(tries) < args.tries and len(alike) * args.slice < args.seconds:
+            while len(tries) < args.tries and sum(one.seconds for one in alike) < args.seconds:
                 # Other prompts each time: the server remembers the prefixes of those before.
                 tries.append(sliced(load, args.seed + first + 100 * len(tries)))
                 alike = [one for one in tries if one.off <= ALIKE]
