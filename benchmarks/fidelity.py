@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=192, help="requests of the last row, at most")
     parser.add_argument("--tries", type=int, default=8, help="slices of a level, at most")
     parser.add_argument(
-        "--patience", type=float, default=120.0, help="seconds for calibrating again what was disturbed"
+        "--patience", type=float, default=0.0, help="seconds for calibrating again what was disturbed"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int)

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 DISTURBED_CORES = 0.15
 """Kept busy by others while a machine is measured; from here on its user is told."""
-PATIENCE_S = 60.0
 
 
 def calibrate(
@@ -26,8 +25,9 @@ def calibrate(
     kernels: Annotated[str | None, typer.Option(help="torch, native or auto.")] = None,
     quick: Annotated[bool, typer.Option(help="A few points in seconds; too rough to plan with.")] = False,
     patience: Annotated[
-        float, typer.Option(help="Seconds to spend on measuring again what others slowed down.")
-    ] = PATIENCE_S,
+        float,
+        typer.Option(min=0.0, help="Seconds for measuring again what others slowed down; 0: as it comes."),
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine: products, attention, memory, overheads. Kept as `--chip local`."""
@@ -42,7 +42,7 @@ def calibrate(
 
 
 def calibrated(
-    chosen: Setting, *, force: bool = False, quiet: bool = False, patience_s: float = PATIENCE_S
+    chosen: Setting, *, force: bool = False, quiet: bool = False, patience_s: float = 0.0
 ) -> tuple[ChipSpec, Path]:
     """The kept calibration where it still holds for this setting, else a new one, kept."""
     from tongyun.cloud.engine.calibrate.spec import local_path, stale
