@@ -10,16 +10,18 @@ What each kind of sample means:
     memory    products of `rows` rows with matrices of `footprint_bytes` together, again and
               again, all threads
     attention `batch` sequences of `queries` new tokens behind `context` cached ones
-    passes    operators without products over [rows, width]
+    passes    operators without products over [rows, width]; a `choice` of experts comes with
+              each router, a `sum` with each layer of experts
     overhead  seconds that one of `what` adds: a step, a step shared by threads, an
               operator, a sparse layer, a sequence, a further token of a sequence, a byte
               written, a byte of logits; `host_…`: see below
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
-stays, above the largest it grows in proportion. Attention and passes are sums of parts,
-fitted to their samples. What does not fit the caches depends on the footprint of the whole
-step: a byte of weights waits longer the more of them there are, and less the more rows a
-product has to hide it behind; a byte of keys and values waits on top of its arithmetic.
+stays, above the largest it grows in proportion. Attention and passes are sums of parts, fitted
+to their samples, times how far off the samples near by are. What does not fit the caches
+depends on the footprint of the whole step: a byte of weights waits longer the more of them
+there are, and less the more rows a product has to hide it behind; a byte of keys and values
+waits on top of its arithmetic.
 
 A GPU works off a queue that the host fills. Its samples are seconds of the GPU, taken with
 weights that no cache holds, and `host_…` are seconds that the host takes to queue one call of
@@ -40,7 +42,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from tongyun.chip.curves import TINY, Linear, Products, Stall, Surface, Waiting
+from tongyun.chip.curves import TINY, Linear, Products, Ratios, Stall, Surface, Waiting
 from tongyun.model.graph import Kind, Operator, Precision
 from tongyun.specs import Calibration, Chip
 from tongyun.specs.samples import (
@@ -56,9 +58,84 @@ SHARED_MULTIPLY_ADDS = 1e5
 """From how many multiply-adds the engine's kernels share a product among threads."""
 HOST = "host_"
 """What names of the host's seconds for a kind of operator begin with."""
-EXPERTS_REST = ("experts_activation", "experts_down")
+ROUTER, EXPERTS_DOWN = "router", "experts_down"
+EXPERTS_REST = ("experts_activation", EXPERTS_DOWN)
 CACHED_BYTES = 2e6
 """Keys and values that any outer cache holds: samples within tell arithmetic, not memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passing:
+    """An operator without products: a sum of parts, and what samples say of it by width and rows."""
+
+    parts: Linear
+    ratios: Ratios
+
+    @classmethod
+    def through(cls, samples: list[PassSample]) -> Passing:
+        counts = [(1.0, float(s.rows), float(s.rows * s.width)) for s in samples]
+        parts = Linear.fit(counts, [s.seconds for s in samples])
+        pairs = zip(samples, counts, strict=True)
+        return cls(
+            parts=parts,
+            ratios=Ratios.through((s.width, s.rows, s.seconds / float(parts(*n))) for s, n in pairs),
+        )
+
+    def __call__(self, rows: Number, width: float) -> Number:
+        return self.parts(1.0, rows, rows * width) * self.ratios(width, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attending:
+    """Attention, decoding or of prompts: a sum of parts, a wait for keys and values, and what samples
+    say of that sum.
+
+    They say it of the shape of heads that is nearest: by the sequences that decode or the new tokens of a
+    prompt, and the keys that each attends to.
+    """
+
+    parts: Linear
+    stall: Stall
+    widths: tuple[tuple[int, int], ...]
+    """Of each shape: elements of a token's queries, and of its keys."""
+    ratios: tuple[Ratios, ...]
+
+    @classmethod
+    def through(cls, samples: list[AttentionSample], cached_bytes: float) -> Attending | None:
+        """Samples of up to `cached_bytes` of keys and values tell arithmetic, the others the wait."""
+        if not samples:
+            return None
+        within = [s for s in samples if _kv_bytes(s) <= cached_bytes]
+        parts = Linear.fit([_counts(s) for s in within], [s.seconds for s in within])
+        stall = _stall([s for s in samples if _kv_bytes(s) > cached_bytes], parts)
+        points: dict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
+        for s in samples:
+            summed_s = float(parts(*_counts(s))) + _kv_bytes(s) * float(stall(_kv_bytes(s)))
+            level = s.batch if s.queries == 1 else s.queries
+            shape = s.heads * s.head_dim, s.kv_heads * s.head_dim
+            points[shape].append((level, s.context + s.queries, s.seconds / summed_s))
+        widths = tuple(sorted(points))
+        return cls(
+            parts=parts,
+            stall=stall,
+            widths=widths,
+            ratios=tuple(Ratios.through(points[shape]) for shape in widths),
+        )
+
+    def __call__(self, op: Operator, level: Number, footprint_bytes: Number) -> Number:
+        """Seconds of an operator; `level` as above, the footprint that of the step."""
+        kv_bytes = op.read_bytes - op.write_bytes
+        summed = self.parts(1.0, op.m, kv_bytes, op.flops) + kv_bytes * self.stall(footprint_bytes)
+        assert op.attends is not None
+        kept = op.attends
+        each_bytes = kept.key_heads * kept.cached_width * kept.cache.bytes
+        keys = kv_bytes / np.maximum(each_bytes * np.asarray(op.groups, dtype=np.float64), TINY)
+        return summed * self._nearest(op.n * op.k, kept.key_heads * op.k)(level, keys)
+
+    def _nearest(self, queries: int, keys: int) -> Ratios:
+        """The ratios of the shape that differs by the smallest factors."""
+        logs = np.log(np.array(self.widths) / (queries, keys))
+        return self.ratios[int(np.argmin(np.abs(logs).sum(axis=1)))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +146,9 @@ class Measured:
     grouped: Mapping[DType, tuple[float, Surface]]
     """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
     waiting: Waiting
-    decode: Linear | None
-    prefill: Linear | None
-    stall: Stall
-    passes: Mapping[str, Linear]
+    decode: Attending | None
+    prefill: Attending | None
+    passes: Mapping[str, Passing]
     overhead: Mapping[str, float]
     replays: bool = False
     """Whether the engine captures decoding steps."""
@@ -91,7 +167,7 @@ class Measured:
     def gaps_s(self, operators: Iterable[Operator]) -> float:
         """What a captured step has between its operators, and what a sparse layer has beside them."""
         each, sparse = (self.overhead.get(f"replayed_{what}", 0.0) for what in ("operator", "sparse_layer"))
-        return sum(op.repeat * (each + sparse * (op.name == "router")) for op in operators)
+        return sum(op.repeat * (each + sparse * (op.name == ROUTER)) for op in operators)
 
     def one_call(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
         """Operators whose host's part is in another's: decoding, where its kernel has prompts beside it."""
@@ -101,7 +177,7 @@ class Measured:
 
     def launch_s(self, op: Operator, usual_s: float) -> Number:
         """What an operator costs however small it is; a router brings its sparse layer's share."""
-        sparse_s = self.overhead.get("sparse_layer", 0.0) if op.name == "router" else 0.0
+        sparse_s = self.overhead.get("sparse_layer", 0.0) if op.name == ROUTER else 0.0
         return usual_s + sparse_s + self._host_s(op)
 
     def _host_s(self, op: Operator) -> Number:
@@ -131,9 +207,9 @@ class Measured:
 
     def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
-            return self.matmul[dtype](op.m, op.n, op.k) + op.weight_bytes * self.waiting(
-                footprint_bytes, op.m
-            )
+            waited = op.weight_bytes * self.waiting(footprint_bytes, op.m)
+            chosen = self._pass_s("choice", op.m, op.n) if op.name == ROUTER else 0.0
+            return self.matmul[dtype](op.m, op.n, op.k) + waited + chosen
         if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
             return self._experts_s(op, dtype, footprint_bytes)
         if op.kind is Kind.ATTENTION:
@@ -143,27 +219,33 @@ class Measured:
         if op.name == "experts_activation" and self.grouped:
             # Measured as part of the experts.
             return 0.0 * op.m
-        found = self.passes.get(_pass_name(op))
-        return None if found is None else found(1.0, op.m, op.m * op.n)
+        name = _pass_name(op)
+        return self._pass_s(name, op.m, op.n) if name in self.passes else None
+
+    def _pass_s(self, name: str, rows: Number, width: int) -> Number:
+        """Seconds of a pass; none where it was not measured."""
+        found = self.passes.get(name)
+        return 0.0 if found is None else found(rows, width)
 
     def _experts_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number:
         """Up-projection pays for the arithmetic of all three parts, as they were measured together."""
         groups = np.asarray(op.groups, dtype=np.float64)
         rows = op.m / np.maximum(groups, TINY)
         waited = op.weight_bytes * self.waiting(footprint_bytes, rows)
-        if op.name == "experts_down":
-            return waited
+        if op.name == EXPERTS_DOWN:
+            # The residual is added to the sum of a token's experts.
+            each = 1 if op.routed is None else op.routed.per_token
+            return waited + self._pass_s("sum", op.m / each, op.n)
         call_s, surface = self.grouped[dtype]
         return call_s + groups * surface(op.n * op.k, rows) + waited
 
     def _attention_s(self, op: Operator, footprint_bytes: Number) -> Number | None:
-        kv_bytes = op.read_bytes - op.write_bytes
-        counts = (1.0, op.m, kv_bytes, op.flops)
-        one = None if self.decode is None else self.decode(*counts)
-        many = None if self.prefill is None else self.prefill(*counts)
+        queries = _queries(op)
+        one = None if self.decode is None else self.decode(op, op.groups, footprint_bytes)
+        many = None if self.prefill is None else self.prefill(op, queries, footprint_bytes)
         if one is None or many is None:
             return one if many is None else many
-        return np.where(_queries(op) > 1, many, one) + kv_bytes * self.stall(footprint_bytes)
+        return np.where(queries > 1, many, one)
 
 
 def _queries(op: Operator) -> Number:
@@ -219,14 +301,12 @@ def measured(chip: Chip) -> Measured | None:
     # A GPU's memory is what all of its samples wait for, and there is no cache to tell apart.
     queued = any(what.startswith(HOST) for what in overhead)
     most = np.inf if queued else CACHED_BYTES
-    decode = _attention([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) <= most])
     return Measured(
         matmul={dtype: Products.through(rows) for dtype, rows in products.items()},
         grouped=_grouped(samples.grouped_matmul, queued),
         waiting=Waiting.through(samples.memory),
-        decode=decode,
-        prefill=_attention([s for s in samples.attention if s.queries > 1]),
-        stall=_stall([s for s in samples.attention if s.queries == 1 and _kv_bytes(s) > most], decode),
+        decode=Attending.through([s for s in samples.attention if s.queries == 1], most),
+        prefill=Attending.through([s for s in samples.attention if s.queries > 1], np.inf),
         passes=_passes(samples.passes),
         overhead=overhead,
         replays=bool(samples.machine.get("replays", False)),
@@ -262,30 +342,20 @@ def _call_s(samples: list[GroupedMatmulSample], most: float) -> float:
     return min(max(fixed[0], 0.0), most * least) if fixed else 0.0
 
 
-def _stall(samples: Iterable[AttentionSample], decode: Linear | None) -> Stall:
-    """What decoding takes beyond its arithmetic, for each byte of keys and values, by how many there are."""
+def _stall(samples: Iterable[AttentionSample], parts: Linear) -> Stall:
+    """What attention takes beyond its parts, for each byte of keys and values, by how many there are."""
     points = [(0.5 * CACHED_BYTES, 0.0), (CACHED_BYTES, 0.0)]
     for s in samples:
-        if decode is not None:
-            rest_s = s.seconds - float(decode(*_counts(s)))
-            points.append((_kv_bytes(s), max(rest_s, 0.0) / _kv_bytes(s)))
+        rest_s = s.seconds - float(parts(*_counts(s)))
+        points.append((_kv_bytes(s), max(rest_s, 0.0) / _kv_bytes(s)))
     return Stall.through(points)
 
 
-def _passes(samples: Iterable[PassSample]) -> dict[str, Linear]:
+def _passes(samples: Iterable[PassSample]) -> dict[str, Passing]:
     at: dict[str, list[PassSample]] = defaultdict(list)
     for s in samples:
         at[s.what].append(s)
-    return {
-        what: Linear.fit([(1.0, s.rows, s.rows * s.width) for s in rows], [s.seconds for s in rows])
-        for what, rows in at.items()
-    }
-
-
-def _attention(samples: list[AttentionSample]) -> Linear | None:
-    if not samples:
-        return None
-    return Linear.fit([_counts(s) for s in samples], [s.seconds for s in samples])
+    return {what: Passing.through(rows) for what, rows in at.items()}
 
 
 def _counts(s: AttentionSample) -> tuple[float, ...]:

@@ -132,7 +132,7 @@ class Linear:
     coefficients: tuple[float, ...]
 
     @classmethod
-    def fit(cls, counts: list[tuple[float, ...]], seconds: list[float]) -> Linear:
+    def fit(cls, counts: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> Linear:
         """Least squares of relative errors, no part negative; with too few rows, the last part alone."""
         if len(counts) < len(counts[0]):
             counts = [(*(0.0 for _ in row[:-1]), row[-1]) for row in counts]
@@ -159,6 +159,37 @@ def nonnegative(matrix: Array, target: Array) -> Array:
             break
         active.pop(int(part.argmin()))
     return solution
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ratios:
+    """What was measured over what a fit says, at some levels of one size over another.
+
+    Straight in the logarithms of all three between samples, flat beyond them: a cache that ends or
+    threads that join in are nothing a sum of parts can tell.
+    """
+
+    levels: Array
+    curves: tuple[tuple[Array, Array], ...]
+    """Logarithms of the other size and of the ratio, for each level."""
+
+    @classmethod
+    def through(cls, points: Iterable[tuple[float, float, float]]) -> Ratios:
+        """Through (level, size, ratio); several at one place give their mean in logarithms."""
+        at: dict[float, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for level, size, ratio in points:
+            at[level][size].append(float(np.log(max(ratio, TINY))))
+        curves = []
+        for level in sorted(at):
+            sizes = sorted(at[level])
+            curves.append((np.log(sizes), np.array([np.mean(at[level][size]) for size in sizes])))
+        return cls(levels=np.log(sorted(at)), curves=tuple(curves))
+
+    def __call__(self, level: Number, size: Number) -> Array:
+        logs = (np.log(np.maximum(np.asarray(each, dtype=np.float64), TINY)) for each in (level, size))
+        log_level, log_size = np.broadcast_arrays(*logs)
+        found = np.array([np.interp(log_size, *curve) for curve in self.curves])
+        return np.asarray(np.exp(_between(self.levels, found, log_level)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +236,13 @@ class Waiting:
     def __call__(self, footprint_bytes: Number, rows: Number) -> Array:
         footprint, m = np.broadcast_arrays(np.asarray(footprint_bytes, float), np.asarray(rows, float))
         extra = np.array([curve(footprint) - np.exp(curve.log_y[0]) for curve in self.curves])
-        place = np.interp(np.log(np.maximum(m, 1.0)), np.log(self.rows), np.arange(len(self.rows)))
-        low = np.minimum(place.astype(np.intp), len(self.rows) - 1)
-        high, part = np.minimum(low + 1, len(self.rows) - 1), place - low
-        near, far = (np.take_along_axis(extra, i[None], axis=0)[0] for i in (low, high))
-        return np.asarray((1 - part) * near + part * far)
+        return _between(np.log(self.rows), extra, np.log(np.maximum(m, 1.0)))
+
+
+def _between(levels: Array, found: Array, at: Array) -> Array:
+    """Of values at each level, [levels, …], those at `at`, […]: straight in between, flat beyond."""
+    place = np.interp(at, levels, np.arange(len(levels)))
+    low = np.minimum(place.astype(np.intp), len(levels) - 1)
+    high, part = np.minimum(low + 1, len(levels) - 1), place - low
+    near, far = (np.take_along_axis(found, i[None], axis=0)[0] for i in (low, high))
+    return np.asarray((1 - part) * near + part * far)

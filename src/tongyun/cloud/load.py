@@ -17,6 +17,7 @@ from typing import Any
 
 from tongyun.cloud.http import Client
 from tongyun.cloud.latency import LatencyReport, Percentiles, RequestRecord, Slo, summarise
+from tongyun.cloud.pauses import settled
 from tongyun.cloud.probe import Endpoint, Target, probe
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.streamed import Outcome, read_stream
@@ -100,7 +101,8 @@ def measure(
     """Probe the endpoint, warm it up, send `arrivals`, and sum up."""
     if not arrivals:
         raise InputError("the load is empty: no requests to send")
-    return asyncio.run(_measure(target, arrivals, options, observer or Observer()))
+    with settled():
+        return asyncio.run(_measure(target, arrivals, options, observer or Observer()))
 
 
 async def _measure(

@@ -25,6 +25,7 @@ from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
 from tongyun.cloud.engine.live import Item, LiveEngine, Sink, Standing
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.pauses import settle
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.migrate import Movable, Traveller
@@ -115,6 +116,7 @@ def _run(line: Connection, build: Callable[[], EngineLoop], seat: Seat | None) -
     except TongyunError as error:
         _tell(line, (error.exit_code, str(error)))
         return
+    settle()
     if _tell(line, (loop.scheduler.config, loop.stats(), Standing(loop.room(), 0))):
         attend(line, partial(LiveEngine, loop, carrier=carrier))
 

@@ -20,6 +20,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tongyun.cloud.gateway.faults import Refused
+from tongyun.cloud.pauses import settle
 from tongyun.errors import InputError, ServiceError
 
 # What may still be written after the last request was ended: error events, no tokens.
@@ -61,7 +62,13 @@ def run(
     app: FastAPI, sock: socket.socket, *, drain_s: float, on_ready: Callable[[], None] | None = None
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain; a second SIGINT ends at once."""
-    _server(app, drain_s, on_ready).run(sockets=[sock])
+
+    def ready() -> None:
+        settle()
+        if on_ready is not None:
+            on_ready()
+
+    _server(app, drain_s, ready).run(sockets=[sock])
 
 
 @contextmanager

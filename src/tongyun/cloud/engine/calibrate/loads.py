@@ -35,7 +35,7 @@ CELLS_QUEUED = (
     Cell(streams=2, output=16, prompt=132),
 )
 """On a GPU a step with a prompt takes several times one that decodes: long answers make many streams."""
-CELL_S = 2.5
+CELL_S = 3.0
 AROUND, AROUND_QUEUED = (3e-4, 9e-5), (1e-4, 1e-5)
 """What serving about adds to a step, and to it for each token: a rate without it would flood small models.
 On a GPU the engine leaves the processor's cores to the others."""

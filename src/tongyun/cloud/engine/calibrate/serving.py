@@ -3,7 +3,8 @@
 The engine runs in this process on a synthetic tiny model, the real gateway in another and
 the real load generator in a third, as they do when a model is served. What comes of it:
 what a request takes beyond the engine, how that grows with its prompt, and how much longer
-a step takes when it is served.
+a served step takes than its price says. Held against the price and not against a step without
+a server, what the price gets wrong of such steps is in it too, and a load that is foreseen adds both.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import multiprocessing
 import statistics
 import time
 from bisect import bisect, bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,15 +26,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.chip.calibrated import engine_precision
 from tongyun.chip.curves import TINY, nonnegative
 from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.bench import Bench
-from tongyun.cloud.engine.calibrate.loads import PROMPT, Cell, arrivals, cells
+from tongyun.cloud.engine.calibrate.loads import Cell, arrivals, cells
 from tongyun.cloud.engine.calibrate.pace import Pace
 from tongyun.cloud.engine.cores import stand_aside
 from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.engine.simulated import StepLoad
+from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.gateway.app import Gateway, build_app
 from tongyun.cloud.gateway.ask import Served
 from tongyun.cloud.gateway.ports import Sink
@@ -46,18 +50,20 @@ from tongyun.cloud.sched.request import Request
 from tongyun.cloud.workload import Arrival
 from tongyun.model.config import ModelConfig
 from tongyun.model.vocabulary import Vocabulary, byte_characters
+from tongyun.specs import Chip
 from tongyun.specs.samples import OverheadSample, ServedSample
 
 SHORT, LONG = 17, 513
 """Prompt tokens of single requests; lengths that no other request of a round has."""
 SINGLES = 12
-TURNS = 2
-"""Times that every model is served under every load."""
 GAP_S = 0.08
 Records = tuple[RequestRecord, ...]
-BARE_STEPS = 64
+Pieces = tuple[tuple[int, int], ...]
+"""New and cached tokens of each sequence of a step."""
+StepPrice = Callable[[Pieces], float]
+"""Seconds of a step without a server."""
 STREAMS = (1, 4, 12, 24, 40)
-"""Sequences in the steps that are measured without a server, and at which its cost is told."""
+"""Sequences in a step at which the cost of serving is told."""
 LEAST_SEEN = 20.0
 """Steps, and requests, that are enough to tell a cost from."""
 FAR_OFF_S = 0.02
@@ -66,12 +72,16 @@ FAR_OFF_S = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class _Step:
-    """A step at the engine: when its tokens left, how many, and whether it only decoded."""
+    """A step at the engine: when its tokens left, how many, what it computed, for prompts of which length."""
 
     ended_s: float
     tokens: int
-    decoding: bool
+    pieces: Pieces
     prompt: int
+
+    @property
+    def decoding(self) -> bool:
+        return all(new == 1 for new, _ in self.pieces)
 
 
 @dataclass(kw_only=True)
@@ -88,15 +98,15 @@ class _Seen:
         self.first_s.clear()
         self.steps.clear()
 
-    def gaps(self, prompt: int) -> list[tuple[int, int, float]]:
-        """Sequences, requests that came and seconds since the step before, of steps that only decoded.
+    def gaps(self, prompt: int) -> list[tuple[Pieces, int, float]]:
+        """Steps that only decoded, requests that came and seconds since the step before.
 
         Such a step follows another without a pause: its sequences were in that one.
         """
         came = sorted(came_s for _, came_s in self.came_s.values())
         return [
             (
-                step.tokens,
+                step.pieces,
                 bisect(came, step.ended_s) - bisect(came, before.ended_s),
                 step.ended_s - before.ended_s,
             )
@@ -136,14 +146,15 @@ class _Bytes:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
-def serving(bench: Bench, pace: Pace) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...], float]:
+def serving(
+    bench: Bench, pace: Pace, chip: Chip
+) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...], float]:
     """What prompt tokens and coming requests add, what serving takes by the streams there are, and the pace
-    of the processors under load."""
+    of the processors under load. `chip` prices steps without a server."""
     # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=stand_aside) as pool:
-        turns = 1 if bench.quick else TURNS
-        rounds = [_round(bench, config, pool, pace) for _ in range(turns) for config in _shapes(bench)]
+        rounds = [_round(bench, config, pool, pace, _price(config, chip)) for config in _shapes(bench)]
     each_s = _prompt_token_s(rounds)
     step_s, coming_s = _slower(rounds)
     way_s = _ways(rounds, each_s)
@@ -166,7 +177,10 @@ def _shapes(bench: Bench) -> list[ModelConfig]:
     """
     if bench.quick:
         return [steps.synthetic(4)]
-    return [steps.synthetic(12, hidden=256, sparse=True), steps.synthetic(8, hidden=512)]
+    return [
+        steps.synthetic(layers, hidden=hidden, sparse=sparse)
+        for layers, hidden, sparse in ((12, 256, True), (8, 512, False), (8, 256, True), (12, 256, False))
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,34 +190,24 @@ class _Loaded:
     cell: Cell
     ways: tuple[tuple[int, float], ...]
     """Of each request: tokens of its first step, and seconds outside the engine."""
-    gaps: tuple[tuple[int, int, float], ...]
-    """Of each decoding step: sequences, requests that came meanwhile, seconds since the one before."""
+    excess: tuple[tuple[int, int, float], ...]
+    """Of each decoding step: sequences, requests that came meanwhile, seconds it took more than its price."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Round:
-    """One synthetic model, served and not."""
+    """One synthetic model, served."""
 
-    bare_s: NDArray[np.float64]
-    """The step of each of `STREAMS` without a server, measured between the loads: machines drift."""
     way_s: tuple[float, float]
     """Mean seconds that first tokens of short and long prompts, each alone, spent outside the engine."""
     loaded: tuple[_Loaded, ...]
     paces: tuple[float, ...]
     """Of the processors, under each load."""
 
-    def excess(self) -> list[tuple[int, int, float]]:
-        """Of decoding steps: sequences, requests that came meanwhile, seconds it took more."""
-        gaps = [
-            (n, came, s - float(np.interp(n, STREAMS, self.bare_s)))
-            for loaded in self.loaded
-            for n, came, s in loaded.gaps
-            if n <= STREAMS[-1]
-        ]
-        return [(n, came, more) for n, came, more in gaps if more < FAR_OFF_S]
 
-
-def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: Pace) -> _Round:
+def _round(
+    bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: Pace, price: StepPrice
+) -> _Round:
     seen, engine = _Seen(), steps.Engine(bench, config)
     with _gateway(engine, seen) as url:
 
@@ -221,30 +225,36 @@ def _round(bench: Bench, config: ModelConfig, pool: ProcessPoolExecutor, pace: P
             )
 
         def under(cell: Cell) -> _Loaded:
-            step_s = float(np.interp(cell.streams, STREAMS, bare[-1]))
+            step_s, prompt_s = price(((1, cell.prompt),) * cell.streams), price(((cell.prompt, 0),))
             ways = put(arrivals(bench, cell, step_s, prompt_s), cell.prompt)
-            return _Loaded(cell=cell, ways=tuple(ways), gaps=tuple(seen.gaps(cell.prompt)))
+            gaps = ((len(p), came, s - price(p)) for p, came, s in seen.gaps(cell.prompt))
+            excess = tuple((n, came, more) for n, came, more in gaps if more < FAR_OFF_S)
+            return _Loaded(cell=cell, ways=tuple(ways), excess=excess)
 
         short, long = (pace.calmly(partial(alone, prompt))[0] for prompt in (SHORT, LONG))
-        prompt_s = next(engine.samples((), (PROMPT,))).seconds
-        loaded, paces, bare = [], [], [pace.calmly(partial(_bare_s, engine))[0]]
-        for cell in cells(bench):
-            calmest, felt = pace.calmly(partial(under, cell))
-            loaded.append(calmest)
-            paces.append(felt)
-            bare.append(pace.calmly(partial(_bare_s, engine))[0])
-    return _Round(bare_s=np.mean(bare, axis=0), way_s=(short, long), loaded=tuple(loaded), paces=tuple(paces))
+        each = [pace.calmly(partial(under, cell)) for cell in cells(bench)]
+    return _Round(
+        way_s=(short, long),
+        loaded=tuple(loaded for loaded, _ in each),
+        paces=tuple(felt for _, felt in each),
+    )
+
+
+def _price(config: ModelConfig, chip: Chip) -> StepPrice:
+    """As a load that is foreseen asks for it."""
+    assert chip.calibration is not None
+    table = StepTable(config, chip, engine_precision(chip.calibration))
+
+    def of(pieces: Pieces) -> float:
+        new, cached = np.array(pieces).T
+        return float(table(StepLoad(new_tokens=new, context=cached, samples=len(pieces))).seconds)
+
+    return of
 
 
 def _ttfts(records: Records) -> list[float]:
     """Times to first tokens, in the order in which requests were sent."""
     return [r.ttft_s for r in sorted(records, key=lambda r: r.arrival_s) if r.ttft_s is not None]
-
-
-def _bare_s(engine: steps.Engine) -> NDArray[np.float64]:
-    """Seconds of a decoding step of each of `STREAMS` without a server."""
-    rounds = [steps.Round(batch=batch, prompt=PROMPT, output=BARE_STEPS) for batch in STREAMS]
-    return np.array([next(engine.samples((each,), ())).seconds for each in rounds])
 
 
 def _prompt_token_s(rounds: Sequence[_Round]) -> float:
@@ -276,7 +286,7 @@ def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
     Server and client take cores, caches and the interpreter from the engine. The tokens of a few
     streams are sent by a core that the step leaves free; those of many make it wait.
     """
-    seen = [row for one in rounds for row in one.excess()]
+    seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess if row[0] <= STREAMS[-1]]
     streams, weights = _about([n for n, _, _ in seen])
     came = np.array([float(came) for _, came, _ in seen])
     found = nonnegative(np.column_stack((weights, came)), np.array([more for _, _, more in seen]))
@@ -310,8 +320,7 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
         def noting(events: Sequence[TokenEvent]) -> None:
             now_s = time.perf_counter()
             length, _ = seen.came_s.get(events[0].request_id, (0, 0.0))
-            decoding = all(new == 1 for new, _ in engine.pieces)
-            seen.steps.append(_Step(ended_s=now_s, tokens=len(events), decoding=decoding, prompt=length))
+            seen.steps.append(_Step(ended_s=now_s, tokens=len(events), pieces=engine.pieces, prompt=length))
             for event in events:
                 seen.first_s.setdefault(event.request_id, now_s)
             sink(events)
