@@ -192,8 +192,8 @@ def test_no_part_of_a_fit_is_negative(rows: list[list[float]]) -> None:
     assert min(fitted.coefficients) >= 0
 
 
-def calibrated() -> Chip:
-    """A machine of exactly 1 TFLOPS, 10 GB/s beyond 1 MB and 100 GB/s within; 16 rows hide most of that."""
+def calibrated(cache_bytes: int = 10_000_000) -> Chip:
+    """A machine of exactly 1 TFLOPS, 10 GB/s beyond a cache and 100 within; 16 rows hide most of that."""
     products = tuple(
         MatmulSample(dtype=DType.F32, m=m, n=n, k=n, seconds=2 * m * n * n / 1e12)
         for m in (1, 16, 256)
@@ -217,10 +217,10 @@ def calibrated() -> Chip:
                 for r in (1, 64)
             ),
             memory=(
-                MemorySample(footprint_bytes=1_000_000, bytes_per_s=1e11),
-                MemorySample(footprint_bytes=1_000_001, bytes_per_s=1e10),
-                MemorySample(footprint_bytes=1_000_000, rows=16, bytes_per_s=2e10),
-                MemorySample(footprint_bytes=1_000_001, rows=16, bytes_per_s=1.25e10),
+                MemorySample(footprint_bytes=cache_bytes, bytes_per_s=1e11),
+                MemorySample(footprint_bytes=cache_bytes + 1, bytes_per_s=1e10),
+                MemorySample(footprint_bytes=cache_bytes, rows=16, bytes_per_s=2e10),
+                MemorySample(footprint_bytes=cache_bytes + 1, rows=16, bytes_per_s=1.25e10),
             ),
             attention=tuple(
                 AttentionSample(
@@ -262,6 +262,13 @@ def test_weights_beyond_the_caches_are_waited_for_as_long_as_products_of_so_many
     near, far = work_s(qkv, chip, 1e5), work_s(qkv, chip, 1e9)
     assert near == pytest.approx(float(qkv.flops) / 1e12, rel=1e-6)
     assert far - near == pytest.approx(waits * float(qkv.weight_bytes), rel=1e-6)
+
+
+def test_weights_that_no_cache_held_when_they_were_sampled_are_waited_for_no_longer() -> None:
+    chip, f32 = calibrated(cache_bytes=1_000_000), Precision.of("f32")
+    operators = step(CONFIGS["Qwen/Qwen3-8B"], StepShape.decoding(1, 1), Shard(), f32)
+    qkv = next(op for op in operators if op.name == "qkv")
+    assert work_s(qkv, chip, 1e9) == pytest.approx(float(qkv.flops) / 1e12, rel=1e-6)
 
 
 def test_each_sequence_adds_its_overhead() -> None:

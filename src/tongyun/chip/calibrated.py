@@ -20,8 +20,8 @@ Times of products are interpolated straight in logarithms: below the smallest sa
 stays, above the largest it grows in proportion. Attention and passes are sums of parts, fitted
 to their samples, times how far off the samples near by are. What does not fit the caches
 depends on the footprint of the whole step: a byte of weights waits longer the more of them
-there are, and less the more rows a product has to hide it behind; a byte of keys and values
-waits on top of its arithmetic.
+there are than in its sample, and less the more rows a product has to hide it behind; a byte
+of keys and values waits on top of its arithmetic.
 
 A GPU works off a queue that the host fills. Its samples are seconds of the GPU, taken with
 weights that no cache holds, and `host_…` are seconds that the host takes to queue one call of
@@ -143,8 +143,9 @@ class Measured:
     """One machine's samples, ready to be asked."""
 
     matmul: Mapping[DType, Products]
-    grouped: Mapping[DType, tuple[float, Surface]]
-    """Seconds of a call, and seconds of a group by elements of its up-projection and rows."""
+    grouped: Mapping[DType, tuple[float, Surface, int]]
+    """Seconds of a call, seconds of a group by elements of its up-projection and rows, and the most groups
+    of a sample."""
     waiting: Waiting
     decode: Attending | None
     prefill: Attending | None
@@ -207,9 +208,11 @@ class Measured:
 
     def _known_s(self, op: Operator, dtype: DType, footprint_bytes: Number) -> Number | None:
         if op.kind is Kind.MATMUL and dtype in self.matmul:
-            waited = op.weight_bytes * self.waiting(footprint_bytes, op.m)
+            products = self.matmul[dtype]
+            sampled_bytes = op.weight_bytes * products.sampled(op.n, op.k)
+            waited = op.weight_bytes * self.waiting(footprint_bytes, op.m, sampled_bytes)
             chosen = self._pass_s("choice", op.m, op.n) if op.name == ROUTER else 0.0
-            return self.matmul[dtype](op.m, op.n, op.k) + waited + chosen
+            return products(op.m, op.n, op.k) + waited + chosen
         if op.kind is Kind.GROUPED_MATMUL and dtype in self.grouped:
             return self._experts_s(op, dtype, footprint_bytes)
         if op.kind is Kind.ATTENTION:
@@ -231,12 +234,13 @@ class Measured:
         """Up-projection pays for the arithmetic of all three parts, as they were measured together."""
         groups = np.asarray(op.groups, dtype=np.float64)
         rows = op.m / np.maximum(groups, TINY)
-        waited = op.weight_bytes * self.waiting(footprint_bytes, rows)
+        call_s, surface, most = self.grouped[dtype]
+        sampled_bytes = op.weight_bytes * np.minimum(most / np.maximum(groups, TINY), 1.0)
+        waited = op.weight_bytes * self.waiting(footprint_bytes, rows, sampled_bytes)
         if op.name == EXPERTS_DOWN:
             # The residual is added to the sum of a token's experts.
             each = 1 if op.routed is None else op.routed.per_token
             return waited + self._pass_s("sum", op.m / each, op.n)
-        call_s, surface = self.grouped[dtype]
         return call_s + groups * surface(op.n * op.k, rows) + waited
 
     def _attention_s(self, op: Operator, footprint_bytes: Number) -> Number | None:
@@ -313,7 +317,7 @@ def measured(chip: Chip) -> Measured | None:
     )
 
 
-def _grouped(samples: Iterable[GroupedMatmulSample], queued: bool) -> dict[DType, tuple[float, Surface]]:
+def _grouped(samples: Iterable[GroupedMatmulSample], queued: bool) -> dict[DType, tuple[float, Surface, int]]:
     at: dict[DType, list[GroupedMatmulSample]] = defaultdict(list)
     for s in samples:
         at[s.dtype].append(s)
@@ -321,7 +325,7 @@ def _grouped(samples: Iterable[GroupedMatmulSample], queued: bool) -> dict[DType
     for dtype, rows in at.items():
         call_s = _call_s(rows, 0.95 if queued else 0.5)
         points = [(s.n * s.k, s.m / s.groups, max(s.seconds - call_s, TINY) / s.groups) for s in rows]
-        found[dtype] = call_s, Surface.through(points)
+        found[dtype] = call_s, Surface.through(points), max(s.groups for s in rows)
     return found
 
 

@@ -107,6 +107,11 @@ class Products:
             logs = logs + part * np.log(self._at(low + 1, m, n))
         return np.asarray(np.maximum(np.exp(logs) * max(beyond, 1.0), self.least_s))
 
+    def sampled(self, n: float, k: float) -> float:
+        """The part of a [k, n] matrix that the sample it is priced by has, at most."""
+        most_k, most_n = self.widths[-1], max(columns[-1] for columns in self.columns)
+        return min(1.0, most_n / n) * min(1.0, most_k / k)
+
     def _at(self, width: int, m: Number, n: float) -> Array:
         """At one of the sampled inner widths."""
         low, part, beyond = _place(self.columns[width], n)
@@ -215,10 +220,10 @@ class Stall:
 
 @dataclass(frozen=True, kw_only=True)
 class Waiting:
-    """Seconds a byte of weights is waited for, beyond what it takes when the matrix was read just before.
+    """Seconds a byte of weights is waited for, beyond what it takes where it was sampled again and again.
 
-    Over the footprint of the step, at some numbers of rows of a product; straight in
-    logarithms of both between samples.
+    Over the footprint of the step and that of the sample, at some numbers of rows of a product; straight
+    in logarithms of both between samples.
     """
 
     rows: tuple[int, ...]
@@ -233,9 +238,10 @@ class Waiting:
         rows = tuple(sorted(at))
         return cls(rows=rows, curves=tuple(Curve.through(at[m], grows=False) for m in rows))
 
-    def __call__(self, footprint_bytes: Number, rows: Number) -> Array:
-        footprint, m = np.broadcast_arrays(np.asarray(footprint_bytes, float), np.asarray(rows, float))
-        extra = np.array([curve(footprint) - np.exp(curve.log_y[0]) for curve in self.curves])
+    def __call__(self, footprint_bytes: Number, rows: Number, sampled_bytes: Number = 0.0) -> Array:
+        given = (np.asarray(each, float) for each in (footprint_bytes, rows, sampled_bytes))
+        footprint, m, sampled = np.broadcast_arrays(*given)
+        extra = np.array([curve(np.maximum(footprint, sampled)) - curve(sampled) for curve in self.curves])
         return _between(np.log(self.rows), extra, np.log(np.maximum(m, 1.0)))
 
 

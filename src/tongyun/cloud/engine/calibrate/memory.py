@@ -15,9 +15,9 @@ from tongyun.cloud.engine.calibrate.bench import Bench, Probe
 from tongyun.specs.samples import MemorySample
 from tongyun.units import MIB
 
-FOOTPRINTS = tuple(MIB * size for size in (1, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512))
+FOOTPRINTS = tuple(MIB * size for size in (1, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256, 512, 1024))
 ROWS = (2, 4, 5, 6, 8, 12, 16, 32, 128)
-ROWS_FOOTPRINTS = tuple(MIB * size for size in (1, 8, 24, 48, 128, 512))
+ROWS_FOOTPRINTS = tuple(MIB * size for size in (1, 8, 24, 48, 128, 512, 1024))
 """Products of more than one row are measured at these alone, to save time. The largest is more than most
 processors' outer caches hold."""
 MATRIX_BYTES = MIB
