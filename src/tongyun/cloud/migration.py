@@ -2,8 +2,8 @@
 
 A request decodes on while its keys and values are copied, in stages: all there are, then what came
 about meanwhile, until little is left. Only for the last copy it pauses. Blocks are reserved at the
-target first; where they run out, or the request ends or is preempted, the move is called off and
-nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
+target first; where they run out or go to others, or the request ends or is preempted, the move is called
+off and nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
 all it has, one after the other. One that fails takes along what it was sending; what was on its way to
 it goes back, to be computed again. In a pool that only decodes, who waits takes along what was handed
 over. Whether to move is the policy's to say; knows no price but the function it is given.
@@ -12,6 +12,7 @@ over. Whether to move is the policy's to say; knows no price but the function it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -86,6 +87,8 @@ class _Flight:
     copied: int = 0
     """Tokens whose keys and values are at the target by the end of the stage under way."""
     stages: int = 0
+    blocks: tuple[Series[int], Series[int]] = ((), ())
+    """Those copied from and those copied to: lists that change while they are the request's."""
     left_s: float = 0.0
     """When it left the source, once it has."""
 
@@ -193,6 +196,7 @@ class Mover:
         missing = computed - flight.copied
         flight.stages += 1
         flight.copied = computed
+        flight.blocks = self._blocks(flight)
         moment_s = from_s + self._copy_s(missing)
         self.front.at(moment_s, lambda: self._copied(flight, moment_s))
 
@@ -205,6 +209,7 @@ class Mover:
             or not one.decoding
             or one.tokens <= flight.copied
             or not self._engines[flight.target].up
+            or not self._in_place(flight)
             or not self._reserve(flight.target, one.id, one.tokens)
         ):
             self._engines[flight.target].single.scheduler.give_up(flight.request_id)
@@ -218,6 +223,15 @@ class Mover:
         flight.stages += 1
         flight.copied += missing
         self._depart(flight, missing, now_s)
+
+    def _blocks(self, flight: _Flight) -> tuple[Series[int], Series[int]]:
+        source, target = (self._engines[index].single.scheduler for index in (flight.source, flight.target))
+        return source.held(flight.request_id), target.reserved(flight.request_id)
+
+    def _in_place(self, flight: _Flight) -> bool:
+        """Whether the last stage's blocks are the request's still: what is taken after all were given away,
+        by a request that was preempted or by those who run at the target, makes another list."""
+        return all(now is then for now, then in zip(self._blocks(flight), flight.blocks, strict=True))
 
     def _depart(self, flight: _Flight, missing: int, now_s: float) -> None:
         """Take the request from its engine, and let it arrive when the last tokens are copied."""
