@@ -63,7 +63,7 @@ class Pools:
         self.running: Running | None = None
         if failures is not None or rules:
             self.running = Upkeep(failures=failures, autoscale=rules).attach(
-                self.relay, [site("prefill", 2), site("decode", 3)], CHIP, seed=seed, mover=self.mover
+                self.relay, [site("prefill", 2), site("decode", 3)], CHIP, seed=seed, movers=[self.mover]
             )
 
     def saw(self, turn: Turn) -> None:

@@ -62,7 +62,18 @@ class Moves:
 
     @classmethod
     def of(cls, log: Iterable[Move], token_bytes: float) -> Moves:
-        moves = list(log)
+        """Those of one pool, with so many bytes of keys and values a token."""
+        return cls.total([(log, token_bytes)])
+
+    @classmethod
+    def total(cls, logs: Iterable[tuple[Iterable[Move], float]]) -> Moves:
+        """Those of several pools, each with the bytes of its tokens."""
+        moves: list[Move] = []
+        moved_bytes = 0.0
+        for log, token_bytes in logs:
+            own = list(log)
+            moves += own
+            moved_bytes += token_bytes * sum(move.tokens for move in own)
         counts = dict.fromkeys(OUTCOMES, 0)
         for move in moves:
             counts[move.outcome] += 1
@@ -72,7 +83,7 @@ class Moves:
             recomputed=counts["recomputed"],
             called_off=counts["called off"],
             torn=counts["torn"],
-            moved_bytes=token_bytes * sum(move.tokens for move in moves),
+            moved_bytes=moved_bytes,
             downtime_s=Percentiles.of(move.downtime_s for move in moves if move.outcome == "migrated"),
         )
 
