@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.laws.test_failures import script
 from tests.laws.test_migration import EAGER, TIGHT, configs, crowd, loads, policies
+from tests.laws.test_moving_pools import Pools
 from tests.laws.test_moving_replicas import SLOW, Together, tables
 from tests.laws.test_schedule import check, lives
 
@@ -51,6 +53,17 @@ def places(schedule: Schedule) -> dict[str, list[tuple[int, Phase]]]:
     return {name: sorted(all_of, key=lambda at: at[1].begin_s) for name, all_of in found.items()}
 
 
+def contiguous(schedule: Schedule, records: Sequence[RequestRecord]) -> None:
+    """Phases follow each other from arrival to end, whatever engines they are on."""
+    found = places(schedule)
+    for record in records:
+        if record.ok:
+            phases = [phase for _, phase in found[record.id]]
+            assert phases[0].begin_s == record.arrival_s and phases[-1].end_s == record.ended_s
+            assert all(a.end_s == b.begin_s for a, b in itertools.pairwise(phases))
+    check(list(events(schedule)))
+
+
 @settings(max_examples=60, deadline=None)
 @given(loads(), configs, policies, st.one_of(st.just(STILL), tables))
 def test_a_request_is_in_one_place_from_arrival_to_end(
@@ -59,18 +72,24 @@ def test_a_request_is_in_one_place_from_arrival_to_end(
     schedule, records, log = told(load, config, policy, table)
     stepped = told(load, config, policy, table, SimulatedExecutor)
     assert lives(schedule) == lives(stepped[0]) and schedule.hands == stepped[0].hands
-    found = places(schedule)
-    for record in records:
-        if record.ok:
-            phases = [phase for _, phase in found[record.id]]
-            assert phases[0].begin_s == record.arrival_s and phases[-1].end_s == record.ended_s
-            assert all(a.end_s == b.begin_s for a, b in itertools.pairwise(phases))
-    moving = [
-        (number, phase) for all_of in found.values() for number, phase in all_of if phase.name == "moving"
-    ]
+    contiguous(schedule, records)
+    moving = [phase for phases in lives(schedule).values() for phase in phases if phase.name == "moving"]
     gone = [move for move in log if move.downtime_s > 0]
     assert len(moving) == len(gone) == len(schedule.hands)
-    check(list(events(schedule)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(loads(), configs, policies, st.one_of(st.just(STILL), tables))
+def test_so_it_is_where_it_goes_from_pool_to_pool(
+    load: list[Request], config: SchedulerConfig, policy: MigrationPolicy, table: Table
+) -> None:
+    one, schedule = Pools(config, policy, *table), Schedule()
+    for role, front in zip(("prefill", "decode"), one.relay.fronts, strict=True):
+        loops = [each.loop for each in front.instances]
+        for loop, tape in zip(loops, schedule.pool(role, len(loops), config.blocks), strict=True):
+            loop.tape = tape
+    contiguous(schedule, one.play(load)[0])
+    assert {hand.name for hand in schedule.hands} <= {"hand-over", "moving"}
 
 
 @pytest.mark.parametrize("seed", range(3))
