@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.laws.test_failures import script
 from tests.laws.test_migration import EAGER, TIGHT, configs, crowd, loads, policies
-from tests.laws.test_moving_pools import Pools
+from tests.laws.test_moving_pools import Pools, moving_prompts
 from tests.laws.test_moving_replicas import SLOW, Together, tables
 from tests.laws.test_schedule import check, lives
 
@@ -19,7 +19,7 @@ from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.migration import Move
 from tongyun.cloud.perfetto import events
-from tongyun.cloud.sched.migrate import MigrationPolicy
+from tongyun.cloud.sched.migrate import MigrationPolicy, PromptPolicy
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.scheduler import SchedulerConfig
 from tongyun.cloud.schedule import Phase, Schedule
@@ -79,11 +79,15 @@ def test_a_request_is_in_one_place_from_arrival_to_end(
 
 
 @settings(max_examples=40, deadline=None)
-@given(loads(), configs, policies, st.one_of(st.just(STILL), tables))
+@given(loads(), configs, policies, st.one_of(st.just(STILL), tables), moving_prompts)
 def test_so_it_is_where_it_goes_from_pool_to_pool(
-    load: list[Request], config: SchedulerConfig, policy: MigrationPolicy, table: Table
+    load: list[Request],
+    config: SchedulerConfig,
+    policy: MigrationPolicy,
+    table: Table,
+    prompts: PromptPolicy | None,
 ) -> None:
-    one, schedule = Pools(config, policy, *table), Schedule()
+    one, schedule = Pools(config, policy, *table, prompts=prompts, send_s=0.02), Schedule()
     for role, front in zip(("prefill", "decode"), one.relay.fronts, strict=True):
         loops = [each.loop for each in front.instances]
         for loop, tape in zip(loops, schedule.pool(role, len(loops), config.blocks), strict=True):

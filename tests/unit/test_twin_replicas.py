@@ -18,10 +18,11 @@ from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.front import Front
-from tongyun.cloud.migration import Mover
+from tongyun.cloud.migration import Mover, Moving
+from tongyun.cloud.prompts import PromptMover
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.retries import LOST
-from tongyun.cloud.sched.migrate import MigrationPolicy
+from tongyun.cloud.sched.migrate import MigrationPolicy, PromptPolicy
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import LeastLoad, RoundRobin
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -68,7 +69,9 @@ def one_pool(failures: FailureSpec | None, rules: tuple[AutoscaleSpec, ...], *, 
     return build
 
 
-def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False) -> Build:
+def two_pools(
+    failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False, prompts: bool = False
+) -> Build:
     def build(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
@@ -76,14 +79,18 @@ def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving
         pools = [
             [EngineLoop(Scheduler(config), kind(Price()), VirtualClock()) for _ in range(2)] for _ in range(2)
         ]
-        routers = LeastLoad(), RoundRobin() if moving else LeastLoad()
+        routers = RoundRobin() if prompts else LeastLoad(), RoundRobin() if moving else LeastLoad()
         relay = Relay((pools[0], pools[1]), routers, lambda _: HAND_OVER_S, watches=watches)
         sites = [site("prefill", 2), site("decode", 2)]
-        movers = (Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4),) if moving else ()
+        movers: list[Moving] = []
+        if moving:
+            movers.append(Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4))
+        if prompts:
+            movers.append(PromptMover(relay.first, PromptPolicy(interval_s=0.05), 0.003))
         running = Upkeep(failures=failures, autoscale=rules).attach(
             relay, sites, CHIP, movers=movers, told=lost
         )
-        return AtWork(front=relay, running=running, movers=movers, changing=None)
+        return AtWork(front=relay, running=running, movers=tuple(movers), changing=None)
 
     return build
 
@@ -97,6 +104,7 @@ FLEETS = {
     "all": one_pool(outages("mixed"), (SCALED,), moving=True),
     "decode fails": two_pools(outages("decode"), ()),
     "decode fails and moves": two_pools(outages("decode"), (replace(SCALED, pool="decode"),), moving=True),
+    "prompts move": two_pools(outages("prefill"), (), moving=True, prompts=True),
     "prefill fails": two_pools(outages("prefill"), (replace(SCALED, pool="decode"),)),
 }
 

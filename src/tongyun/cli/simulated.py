@@ -202,6 +202,7 @@ def moves(played: Played) -> list[list[str]]:
     return [
         ["requests moved while decoding", f"{done.migrated:,}"],
         ["  while they waited", f"{done.rescheduled:,}"],
+        *([["  waiting prompts", f"{done.prompts:,}"]] if done.prompts else []),
         ["  called off; computed again", f"{done.called_off:,}; {done.recomputed:,}"],
         *([["  torn by a failure", f"{done.torn:,}"]] if done.torn else []),
         ["  keys and values copied", f"{number(done.moved_bytes / GB)} GB"],

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.front import Front
@@ -23,8 +23,9 @@ from tongyun.cloud.latency import Percentiles
 from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Router
+from tongyun.cloud.ticks import Ticks
 
-OUTCOMES = ("migrated", "rescheduled", "recomputed", "called off", "torn")
+OUTCOMES = ("migrated", "rescheduled", "prompt", "recomputed", "called off", "torn")
 
 
 class Move(NamedTuple):
@@ -35,7 +36,8 @@ class Move(NamedTuple):
     source: int
     target: int
     outcome: str
-    """`migrated` while it decoded; `rescheduled` while it waited; `called off`, and it stayed; `recomputed`:
+    """`migrated` while it decoded; `rescheduled` while it waited, a `prompt` to be computed where others
+    decode; `called off`, and it stayed; `recomputed`:
     its blocks at the target were given to others during the last copy, or the target failed and it went
     back; `torn`: the source failed during the last copy."""
     tokens: int
@@ -51,6 +53,8 @@ class Moves:
 
     migrated: int
     rescheduled: int
+    prompts: int
+    """Waiting, from one engine that only prefills to another."""
     recomputed: int
     called_off: int
     torn: int
@@ -80,12 +84,23 @@ class Moves:
         return cls(
             migrated=counts["migrated"],
             rescheduled=counts["rescheduled"],
+            prompts=counts["prompt"],
             recomputed=counts["recomputed"],
             called_off=counts["called off"],
             torn=counts["torn"],
             moved_bytes=moved_bytes,
             downtime_s=Percentiles.of(move.downtime_s for move in moves if move.outcome == "migrated"),
         )
+
+
+class Moving(Protocol):
+    """Who moves the requests of one pool."""
+
+    log: list[Move]
+    front: Front
+
+    def strike(self, engines: Collection[int], now_s: float) -> list[tuple[int, Torn]]:
+        """These have failed: moves to and from them end. Returns who left one of them and comes nowhere."""
 
 
 @dataclass
@@ -112,8 +127,7 @@ class Mover:
         self.log: list[Move] = []
         self.front, self._policy, self._copy_s = front, policy, copy_s
         self._flights: dict[str, _Flight] = {}
-        self._ticking = False
-        front.roused = self._wake
+        self._ticks = Ticks(front, policy.interval_s, self._look)
 
     def strike(self, engines: Collection[int], now_s: float) -> list[tuple[int, Torn]]:
         """These have failed: moves to and from them end. Returns who left one of them and comes nowhere."""
@@ -134,30 +148,13 @@ class Mover:
                 self._end(flight, outcome, now_s, now_s - flight.left_s)
         return found
 
-    def _wake(self, now_s: float) -> None:
-        """Look at the engines from now on until none has a request."""
-        if not self._ticking:
-            self._ticking = True
-            self._next_tick(now_s)
-
-    def _next_tick(self, now_s: float) -> None:
-        tick = int(now_s / self._policy.interval_s) + 1
-        # A product rounded down would be the same tick again.
-        moment_s = max(tick * self._policy.interval_s, now_s)
-        self.front.at(moment_s, lambda: self._tick(tick, moment_s))
-
-    def _tick(self, tick: int, now_s: float) -> None:
+    def _look(self, now_s: float) -> bool:
         while self._reschedule(now_s):
             pass
         for source, target in self._pairs():
             if self._idle(source, target):
                 self._migrate(source, target, now_s)
-        if any(one.in_flight for one in self._engines) or self._flights:
-            later = tick + 1
-            moment_s = later * self._policy.interval_s
-            self.front.at(moment_s, lambda: self._tick(later, moment_s))
-        else:
-            self._ticking = False
+        return any(one.in_flight for one in self._engines) or bool(self._flights)
 
     @property
     def _engines(self) -> list[Instance]:

@@ -13,13 +13,14 @@ from tongyun.cloud.engine.loop import Turn
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.migration import Mover
+from tongyun.cloud.migration import Mover, Moving
+from tongyun.cloud.prompts import PromptMover
 from tongyun.cloud.rebalance import Rebalancing
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.simulate import play
-from tongyun.codesign.classes import migration_policy
+from tongyun.codesign.classes import migration_policy, prompt_policy
 from tongyun.codesign.rebalance import rebalancing
 from tongyun.codesign.replicas import Engines
 from tongyun.codesign.upkeep import Running
@@ -38,7 +39,7 @@ class AtWork:
     front: Fronts
     running: Running | None
     """Where replicas come and go."""
-    movers: tuple[Mover, ...]
+    movers: tuple[Moving, ...]
     """Of each pool whose requests move."""
     changing: Rebalancing | None
     """Where experts do."""
@@ -79,8 +80,7 @@ def put_to_work(
     `watches` hear of every step of the first pool, and of the second; `told` of requests that are lost.
     """
     front = _front(fleet, pools, router, chip, watches)
-    mover = mover_of(fleet, front, chip)
-    movers = () if mover is None else (mover,)
+    movers = movers_of(fleet, front, chip)
     running = changing = None
     if fleet.upkeep is not None:
         running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, movers=movers, told=told)
@@ -89,12 +89,16 @@ def put_to_work(
     return AtWork(front=front, running=running, movers=movers, changing=changing)
 
 
-def mover_of(fleet: Fleet, front: Front | Relay, chip: Chip) -> Mover | None:
-    """Who moves requests of the fleet's, if anybody does: of two pools those of the one that decodes."""
-    if fleet.migration is None:
-        return None
-    policy = migration_policy(fleet.migration, fleet.classes)
-    return Mover(front.fronts[-1], policy, fleet.hand_over(chip, first=-1))
+def movers_of(fleet: Fleet, front: Front | Relay, chip: Chip) -> tuple[Moving, ...]:
+    """Who moves requests of the fleet's: those that decode, and of two pools prompts, too, if it says so."""
+    spec = fleet.migration
+    if spec is None:
+        return ()
+    copy_s = fleet.hand_over(chip, first=-1)
+    found: list[Moving] = [Mover(front.fronts[-1], migration_policy(spec, fleet.classes), copy_s)]
+    if spec.prompts and len(front.fronts) == 2:
+        found.append(PromptMover(front.fronts[0], prompt_policy(spec), copy_s(0)))
+    return tuple(found)
 
 
 def _front(

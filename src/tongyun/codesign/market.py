@@ -187,7 +187,7 @@ class Market:
         for who answers requests at its pace."""
         runs = self._runs(router, chip, told)
         several = Several({name: run.front for run in runs for name in run.models})
-        movers = tuple(run.mover for run in runs if run.mover is not None)
+        movers = tuple(mover for run in runs for mover in run.movers)
         running = None
         if self.upkeep is not None:
             sites = [site for run in runs for site in run.sites]
@@ -258,8 +258,8 @@ class Market:
 
 def _moves(runs: Sequence[Run]) -> Moves | None:
     """Of all models, where any are moved."""
-    moving = [(run.mover.log, run.moved_token_bytes) for run in runs if run.mover is not None]
-    return Moves.total(moving) if moving else None
+    logs = [log for run in runs for log in run.logs]
+    return Moves.total(logs) if logs else None
 
 
 def of_models(

@@ -14,7 +14,7 @@ from tongyun.cloud.ending import Ending
 from tongyun.cloud.failures import Failures, Outage, Part
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.migration import Mover
+from tongyun.cloud.migration import Moving
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 from tongyun.cloud.scaling import Scaling
@@ -131,7 +131,7 @@ class Upkeep:
         chip: Chip,
         *,
         seed: int = 0,
-        movers: Sequence[Mover] = (),
+        movers: Sequence[Moving] = (),
         told: Callable[[RequestRecord], None] | None = None,
     ) -> Running:
         """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost.
@@ -221,7 +221,7 @@ class Running:
     """Replicas of one fleet that come and go while it is played."""
 
     def __init__(
-        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, movers: Sequence[Mover] = ()
+        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, movers: Sequence[Moving] = ()
     ) -> None:
         self.fleet, self.replicas, self.retries, self._movers = fleet, tuple(replicas), retries, movers
         self.ending = Ending(fleet)

@@ -93,5 +93,10 @@ class MarketSpec:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             return f"two models are called '{twice}'"
+        apart = any(pool.role == "prefill" and not pool.shared for pool in self.pool)
+        if self.migration is not None and self.migration.prompts and not apart:
+            return (
+                "migration: prompts move among engines of a model's own that only prefill; no pool has those"
+            )
         wide = next((pool for pool in self.pool if pool.shared and pool.dp > 1), None)
         return None if wide is None else f"a shared pool has dp {wide.dp}; accepted: 1"
