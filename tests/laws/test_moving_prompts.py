@@ -60,7 +60,7 @@ def test_what_waits_for_the_longer_queue_goes_to_the_shorter_and_is_there_sooner
     assert {move.outcome for move in log} == {"prompt"} and len(log) > 10
     assert (log[0].source, log[0].target) == (0, 1)
     assert all(move.tokens == 0 and move.downtime_s >= 0.003 for move in log)
-    assert ttft_s(after) < 0.75 * ttft_s(before)
+    assert ttft_s(after) < 0.8 * ttft_s(before)
     computed = [
         sum(e.loop.stats().computed_tokens for e in run.relay.first.instances) for run in (still, one)
     ]
