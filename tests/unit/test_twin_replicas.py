@@ -76,8 +76,10 @@ def two_pools(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
         config = replace(CONFIG, blocks=50 if moving else CONFIG.blocks)
+        # One prompt at a time, so that others wait.
+        configs = (replace(config, max_sequences=1) if prompts else config), config
         pools = [
-            [EngineLoop(Scheduler(config), kind(Price()), VirtualClock()) for _ in range(2)] for _ in range(2)
+            [EngineLoop(Scheduler(each), kind(Price()), VirtualClock()) for _ in range(2)] for each in configs
         ]
         routers = RoundRobin() if prompts else LeastLoad(), RoundRobin() if moving else LeastLoad()
         relay = Relay((pools[0], pools[1]), routers, lambda _: HAND_OVER_S, watches=watches)
