@@ -165,10 +165,10 @@ class Measured:
         decoding = [bool(np.all(np.asarray(_queries(op)) <= 1)) for op in attending]
         return self.replays and bool(decoding) and all(decoding)
 
-    def gaps_s(self, operators: Iterable[Operator]) -> float:
-        """What a captured step has between its operators, and what a sparse layer has beside them."""
+    def gap_s(self, op: Operator) -> float:
+        """What a captured step has beside an operator's work; a router brings its sparse layer's share."""
         each, sparse = (self.overhead.get(f"replayed_{what}", 0.0) for what in ("operator", "sparse_layer"))
-        return sum(op.repeat * (each + sparse * (op.name == ROUTER)) for op in operators)
+        return each + sparse * (op.name == ROUTER)
 
     def one_call(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
         """Operators whose host's part is in another's: decoding, where its kernel has prompts beside it."""
