@@ -291,7 +291,8 @@ def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
     comes in.
 
     Server and client take cores, caches and the interpreter from the engine. The tokens of a few
-    streams are sent by a core that the step leaves free; those of many make it wait.
+    streams are sent by a core that the step leaves free; those of many make it wait. Never less than
+    nothing: where a price is too long it stays so.
     """
     seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess if row[0] <= STREAMS[-1]]
     streams, weights = _about([n for n, _, _ in seen])
