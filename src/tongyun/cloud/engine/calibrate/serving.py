@@ -44,6 +44,7 @@ from tongyun.cloud.gateway.ports import Sink
 from tongyun.cloud.gateway.server import bind, run, url_of
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.load import LoadOptions, measure
+from tongyun.cloud.pauses import settled
 from tongyun.cloud.probe import Target
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.request import Request
@@ -340,7 +341,9 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
     attending = Thread(target=attend, args=(line, start))
     attending.start()
     try:
-        yield ready.recv()
+        # As an engine that serves does: looking at all that lives here would hold up a step.
+        with settled():
+            yield ready.recv()
     finally:
         front.terminate()
         front.join()
