@@ -12,13 +12,14 @@ from rich.console import Console
 
 from tongyun.chip.calibrated import engine_precision, measured
 from tongyun.chip.roofline import LAST, parts_s, steps_s, streamed_bytes
-from tongyun.cli.explained import tables
+from tongyun.cli.explained import as_json, tables
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.hosts import hosts
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.cloud.engine.torch_executor import WARM_PROMPTS, TorchExecutor
+from tongyun.codesign import page
 from tongyun.codesign.explain import explain
 from tongyun.codesign.plan import Plan
 from tongyun.codesign.space import Question
@@ -186,11 +187,10 @@ def test_what_is_beside_an_explained_step_is_told_with_its_source() -> None:
     told = explain(question, Plan(shard=Shard(), batch=8, step_tokens=64, replicas=1, idle_chips=0))
     out = io.StringIO()
     Console(file=out, width=200).print(*tables(told))
-    words = " ".join(out.getvalue().split())
-    assert (
-        f"Beside that the host is at work for {quantity(told.decode.beside_s['host'], 's')}, measured"
-        in words
-    )
+    said = f"Beside that the host is at work for {quantity(told.decode.beside_s['host'], 's')}, measured"
+    assert said in " ".join(out.getvalue().split())
+    assert said in page._explained(told)
+    assert as_json(told)["steps"][0]["beside_s"] == told.decode.beside_s
 
 
 def test_one_kernel_has_prompts_and_decoding_where_steps_are_captured() -> None:
