@@ -98,11 +98,17 @@ def test_a_machine_never_measured_is_stale_and_a_measured_one_is_not() -> None:
     assert find_chip("local") == kept()
 
 
-@pytest.mark.parametrize("key", ["kernels", "torch", "engine_threads", "processor", "kv"])
+@pytest.mark.parametrize("key", ["method", "kernels", "torch", "engine_threads", "processor", "kv"])
 def test_another_kernel_version_or_machine_makes_it_stale(key: str) -> None:
     then = {**QUICK.machine(), key: "another"}
     save(chip_spec(readings(machine=then)), local_path())
     assert stale(QUICK.machine()) == [f"{key} was another, is {QUICK.machine()[key]}"]
+
+
+def test_a_calibration_of_before_its_method_was_kept_is_stale() -> None:
+    then = {key: value for key, value in QUICK.machine().items() if key != "method"}
+    save(chip_spec(readings(machine=then)), local_path())
+    assert stale(QUICK.machine()) == [f"method was None, is {machine.METHOD}"]
 
 
 def test_what_does_not_change_a_measurement_does_not_make_it_stale() -> None:
