@@ -76,8 +76,8 @@ def two_pools(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
         config = replace(CONFIG, blocks=50 if moving else CONFIG.blocks)
-        # One prompt at a time, so that others wait.
-        configs = (replace(config, max_sequences=1) if prompts else config), config
+        # One prompt at a time, in small pieces, so that others wait.
+        configs = (replace(config, max_sequences=1, max_step_tokens=4) if prompts else config), config
         pools = [
             [EngineLoop(Scheduler(each), kind(Price()), VirtualClock()) for _ in range(2)] for each in configs
         ]
