@@ -217,6 +217,7 @@ def test_it_reads_back_as_it_was_written_and_plain_files_are_none(file: Path, tm
         ("copies = 3", "copies = 0", "model.1.copies"),
         ("tpot_ms = 50", "tpot = 50", "did you mean"),
         ("host_gb = 128", 'turns = "token"', "did you mean tokens"),
+        ("host_gb = 128", "[migration]\nprompts = true", "that only prefill; no pool has those"),
     ],
 )
 def test_what_is_wrong_is_named(file: Path, old: str, new: str, says: str) -> None:

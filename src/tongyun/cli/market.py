@@ -101,7 +101,7 @@ def read_market(
         )
     except InputError as error:
         raise InputError(f"{file}: pool: {error}") from None
-    if spec.migration is not None and not any(part.moving for part in market.parts):
+    if spec.migration is not None and not any(part.moves(spec.migration) for part in market.parts):
         raise SpecError(
             file,
             "migration",

@@ -61,11 +61,12 @@ class Part:
     pools: tuple[Pool, ...]
     shared: bool
 
-    @property
-    def moving(self) -> bool:
-        """Whether a model's requests could move: between engines of its own, in the pool that decodes."""
-        plan = self.pools[-1].plan
-        return not self.shared and plan.replicas * plan.shard.dp > 1
+    def moves(self, spec: MigrationSpec | None) -> bool:
+        """Whether a model's requests could move so: between engines of its own, where there are several."""
+        if spec is None or self.shared:
+            return False
+        pools = self.pools if spec.prompts else self.pools[-1:]
+        return any(pool.plan.replicas * pool.plan.shard.dp > 1 for pool in pools)
 
     @property
     def chips(self) -> int:
@@ -214,7 +215,7 @@ class Market:
     ) -> list[Run]:
         fleets = {name: self.fleet(name, part.pools) for name in part.models}
         if not part.shared:
-            if part.moving:
+            if part.moves(self.migration):
                 fleets = {name: replace(fleet, migration=self.migration) for name, fleet in fleets.items()}
             return [dedicated(name, fleet, router, chip, told) for name, fleet in fleets.items()]
         slos = {name: self.models[name].slo for name in part.models}
