@@ -4,8 +4,8 @@ Everything here runs on a GPU where there is one, and what can be on the CPU as 
 has to agree as sums in another order do. bfloat16 is judged by the error it brings: the root
 mean square of what differs from float32, over that of transformers in bfloat16 on the same
 device (for one operation, over that of `TorchOps`), may be half as much again. Of a model's
-logits it is that of the middle token of several texts: where a router's choice is a near tie, rounding turns it
-either way, and such a token says little of either side.
+logits it is that of the middle token of several texts: where a router's choice is a near
+tie, rounding turns it either way, and such a token says little of either side.
 """
 
 from __future__ import annotations
