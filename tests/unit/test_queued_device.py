@@ -237,7 +237,7 @@ def test_the_host_has_one_figure_for_each_kind_of_call() -> None:
 
 def test_an_engine_that_captures_runs_what_would_hold_up_its_first_steps() -> None:
     config = replace(steps.synthetic(1), max_positions=512)
-    run = TorchExecutor(random_model(config, ops=DeviceOps()), PagedCache(config, blocks=40))
+    run = TorchExecutor(random_model(config, ops=DeviceOps(fused=False)), PagedCache(config, blocks=40))
     ran: list[int] = []
 
     class Captured:
