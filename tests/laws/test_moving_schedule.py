@@ -74,8 +74,10 @@ def test_a_request_is_in_one_place_from_arrival_to_end(
     assert lives(schedule) == lives(stepped[0]) and schedule.hands == stepped[0].hands
     contiguous(schedule, records)
     moving = [phase for phases in lives(schedule).values() for phase in phases if phase.name == "moving"]
-    gone = [move for move in log if move.downtime_s > 0]
-    assert len(moving) == len(gone) == len(schedule.hands)
+    assert len(moving) <= len(schedule.hands) <= len(log)
+    if table == STILL:
+        # Where engines fail, who left at the end of a step goes back at once, in no time.
+        assert len(moving) == len(schedule.hands) == sum(move.downtime_s > 0 for move in log)
 
 
 @settings(max_examples=40, deadline=None)
