@@ -152,10 +152,10 @@ def run_server(
     with bind(host, port) as sock:
         url = url_of(sock)
         gateway = build(key)
-        served = gateway.served
 
         def announce() -> None:
-            typer.echo(f"{served.names[0]}: context {served.context_tokens} tokens, at {url}/v1")
+            for one in gateway.models:
+                typer.echo(f"{one.names[0]}: context {one.context_tokens} tokens, at {url}/v1")
 
         run(build_app(gateway), sock, drain_s=drain_s, on_ready=announce)
 
