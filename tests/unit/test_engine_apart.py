@@ -12,10 +12,11 @@ from functools import partial
 
 import pytest
 
-from tongyun.cloud.engine.apart import Distant, EngineProcess, attend
+from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.process import EngineProcess
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Finish, Request

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
-    from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.engine.loop import EngineLoop
     from tongyun.cloud.engine.ppu_executor import PpuExecutor
+    from tongyun.cloud.engine.process import EngineProcess
     from tongyun.cloud.engine.torch_executor import TorchExecutor
     from tongyun.cloud.gateway.app import Gateway
     from tongyun.cloud.gateway.ports import StartEngine
@@ -100,8 +100,8 @@ def build_gateway(options: ServeOptions) -> Gateway:
 
 def _engines(options: ServeOptions, directory: Path) -> list[EngineProcess]:
     """A process for each replica, which begins to build it."""
-    from tongyun.cloud.engine.apart import EngineProcess
     from tongyun.cloud.engine.carry import Windows
+    from tongyun.cloud.engine.process import EngineProcess
     from tongyun.model.config import ModelConfig
 
     count, build = options.replicas, partial(build_engine, options, directory)
