@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
+    from tongyun.cloud.engine.keeper import Upkeep
     from tongyun.cloud.engine.loop import EngineLoop
     from tongyun.cloud.engine.ppu_executor import PpuExecutor
     from tongyun.cloud.engine.process import EngineProcess
@@ -42,6 +43,8 @@ class ServeOptions:
     threads: int | None = None
     kv_dtype: str | None = None
     kv_bytes: int | None = None
+    kv_blocks: int | None = None
+    """Blocks of the cache, where a replica takes another's place: other memory is free by then."""
     context_tokens: int | None = None
     """None: as much as the model was made for and the cache can hold."""
     max_sequences: int = 64
@@ -58,6 +61,8 @@ class ServeOptions:
     router: str = ROUTER
     migrate: bool = False
     """Whether running requests move between the engines."""
+    upkeep: Upkeep | None = None
+    """When a replica that ended or hangs is replaced; None: never."""
 
 
 def build_gateway(options: ServeOptions) -> Gateway:
@@ -91,7 +96,7 @@ def build_gateway(options: ServeOptions) -> Gateway:
     )
     return Gateway(
         served=served,
-        start_engine=_start(engines, router, migrate=options.migrate),
+        start_engine=_start(engines, router, options),
         api_key=options.api_key,
         body_bytes=options.body_bytes,
         classes=Classes(priorities=options.priorities),
@@ -105,11 +110,23 @@ def _engines(options: ServeOptions, directory: Path) -> list[EngineProcess]:
     from tongyun.model.config import ModelConfig
 
     count, build = options.replicas, partial(build_engine, options, directory)
+    begin = partial(
+        EngineProcess,
+        build,
+        beat_s=None if options.upkeep is None else options.upkeep.beat_s,
+        like=partial(_like, options, directory),
+    )
     if not options.migrate:
-        return [EngineProcess(build) for _ in range(count)]
+        return [begin() for _ in range(count)]
     # Keys and values are of at most four bytes.
     windows = Windows(count, 4 * ModelConfig.load(directory).kv_elements * BLOCK_TOKENS)
-    return [EngineProcess(build, (windows, index)) for index in range(count)]
+    return [begin((windows, index)) for index in range(count)]
+
+
+def _like(options: ServeOptions, directory: Path, limits: SchedulerConfig) -> Callable[[], EngineLoop]:
+    """What builds an engine in the place of one that had these limits."""
+    same = replace(options, kv_blocks=limits.blocks, context_tokens=limits.max_context_tokens)
+    return partial(build_engine, same, directory)
 
 
 def _router(options: ServeOptions) -> Router:
@@ -130,15 +147,18 @@ def _router(options: ServeOptions) -> Router:
     return find_router(options.router)
 
 
-def _start(engines: Sequence[EngineProcess], router: Router, *, migrate: bool) -> StartEngine:
-    """What begins to run the engine behind the gateway: a process, or several that are one to it."""
+def _start(engines: Sequence[EngineProcess], router: Router, options: ServeOptions) -> StartEngine:
+    """What begins to run the engine behind the gateway: a process, or those that are one to it."""
+    from tongyun.cloud.engine.keeper import Keeper
     from tongyun.cloud.engine.replicas import Replicas
     from tongyun.cloud.sched.migrate import MigrationPolicy
 
-    if len(engines) == 1:
+    upkeep = options.upkeep
+    if len(engines) == 1 and upkeep is None:
         return engines[0].connect
-    policy = MigrationPolicy() if migrate else None
-    return partial(Replicas, [engine.connect for engine in engines], router, policy=policy)
+    policy = MigrationPolicy() if options.migrate else None
+    keep = None if upkeep is None else partial(Keeper, processes=engines, upkeep=upkeep)
+    return partial(Replicas, [engine.connect for engine in engines], router, policy=policy, keep=keep)
 
 
 def build_engine(options: ServeOptions, directory: Path) -> EngineLoop:
@@ -183,6 +203,7 @@ def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | P
             threads=options.threads,
             kv_dtype=options.kv_dtype,
             kv_bytes=options.kv_bytes,
+            kv_blocks=options.kv_blocks,
             block_tokens=BLOCK_TOKENS,
             sharers=options.replicas,
         ),

@@ -15,6 +15,7 @@ from tongyun.cli.twin import twin_gateway
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
+    from tongyun.cloud.engine.keeper import Upkeep
     from tongyun.cloud.gateway.app import Gateway
 
 
@@ -57,6 +58,19 @@ def serve(
     migrate: Annotated[
         bool, typer.Option("--migrate", help="Move running requests from full replicas to free ones.")
     ] = False,
+    hang_after: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds without a sign of life in which a replica with work is killed and started again; "
+            "60 with --replicas, else never."
+        ),
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            help="Times in a row that a replica which ended is started again; 5 with --replicas, else 0."
+        ),
+    ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
     class_: Annotated[
@@ -95,6 +109,10 @@ def serve(
         raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
     if device != PPU:
         refuse_told(typed(context_), ("chip",), "only --device ppu simulates a chip")
+    else:
+        refuse_told(
+            typed(context_), ("hang_after", "restarts"), "a simulated chip's step takes as long as it takes"
+        )
     if replicas == 1:
         refuse_told(typed(context_), ("router",), "--replicas 1 leaves nothing to choose")
     options = ServeOptions(
@@ -116,6 +134,7 @@ def serve(
         replicas=replicas,
         router=router,
         migrate=migrate,
+        upkeep=_upkeep(replicas, hang_after, restarts),
     )
     run_server(
         lambda key: _apart(replace(options, api_key=key)),
@@ -174,10 +193,31 @@ OF_A_MODEL = (
     "replicas",
     "router",
     "migrate",
+    "hang_after",
+    "restarts",
     "class_",
     "class_aging",
 )
 """Flags that a twin has no use for: its fleet file says what there is."""
+
+
+def _upkeep(replicas: int, hang_after_s: float | None, restarts: int | None) -> Upkeep | None:
+    """What is told of it, and defaults for the rest; None for one engine of which nothing is told."""
+    from tongyun.cloud.engine.keeper import Upkeep
+
+    if replicas == 1 and hang_after_s is None and restarts is None:
+        return None
+    usual = Upkeep()
+    if hang_after_s is None:
+        hang_after_s = usual.hang_after_s
+    # Below, a busy machine looks like an engine that hangs.
+    if not 1 <= hang_after_s < float("inf"):
+        raise InputError(f"--hang-after {hang_after_s:g}: accepted: 1 or more seconds")
+    if restarts is None:
+        restarts = usual.restarts
+    if restarts < 0:
+        raise InputError(f"--restarts {restarts}: accepted: 0 or more")
+    return Upkeep(hang_after_s=hang_after_s, restarts=restarts)
 
 
 def _priorities(told: Iterable[str]) -> dict[str, int]:

@@ -3,7 +3,8 @@
 Threads of one process take turns at the interpreter: a gateway that sends the tokens of a
 step would hold up the next. What goes over the line is a request, an abort or a letter about a
 request that moves one way, and a step's events and letters with the engine's state the other, one
-message a step. Knows no HTTP, no text and no process.
+message a step. Where a gateway wants to know who hangs, an engine with work also says at intervals that it
+goes on: a step of a long prompt may take longer than one should wait. Knows no HTTP, no text and no process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
 from tongyun.cloud.engine.live import Item, LiveEngine, Sink, Standing
@@ -52,6 +53,7 @@ class Attendant:
         self._line = line
         # The engine's thread reports, and the line's does where the engine takes nothing any more.
         self._speaking = threading.Lock()
+        self._progress: tuple[int, int] | None = None
         # A report may come before the name below is bound: the first work arrives after it.
         self.engine = start(lambda events: self._report(events, self.engine.collect()))
 
@@ -74,6 +76,15 @@ class Attendant:
             assert isinstance(request, Request)
             self._report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
 
+    def beat(self, interval_s: float, ended: threading.Event) -> None:
+        """Say until the end that the engine goes on, as often as it has since the last time."""
+        while not ended.wait(interval_s):
+            progress = self.engine.progress
+            if progress is not None and progress != self._progress:
+                with self._speaking:
+                    tell(self._line, None)
+            self._progress = progress
+
     def _report(self, events: Sequence[TokenEvent], letters: Sequence[Up] = ()) -> None:
         engine = self.engine
         failure = None if engine.failure is None else str(engine.failure)
@@ -83,20 +94,26 @@ class Attendant:
             self._line.send(_Report(plain, engine.stats(), tuple(room), taken, head, failure, letters))
 
 
-def attend(line: Connection, start: Start) -> None:
-    """Run an engine for the other end of the line, until that closes it or is gone."""
-    attendant = Attendant(line, start)
+def attend(line: Connection, start: Start, beat_s: float | None = None) -> None:
+    """Run an engine for the other end of the line, until that closes it or is gone.
+
+    With `beat_s`, it also gives signs of life that often between reports.
+    """
+    attendant, ended = Attendant(line, start), threading.Event()
+    if beat_s is not None:
+        Thread(target=attendant.beat, args=(beat_s, ended), name="tongyun-beat", daemon=True).start()
     try:
         while (item := line.recv()) is not None:
             attendant.give(item)
     except (EOFError, OSError):
         pass
     attendant.engine.close()
+    ended.set()
     # Its end tells the other side that nothing more will come.
     line.close()
 
 
-def tell(line: Connection, what: object) -> bool:
+def tell(line: Line, what: object) -> bool:
     """Say something to the other end; False where it is gone."""
     try:
         line.send(what)
@@ -108,6 +125,14 @@ def tell(line: Connection, what: object) -> bool:
 # ── at those who ask ─────────────────────────────────────────────────────────────────
 
 
+class Line(Protocol):
+    """The near end of one (`Connection`)."""
+
+    def send(self, item: Any, /) -> None: ...
+
+    def recv(self) -> Any: ...
+
+
 class Distant:
     """The near end of a line to an engine: to its users what a `LiveEngine` is.
 
@@ -116,7 +141,7 @@ class Distant:
     """
 
     def __init__(
-        self, line: Connection, limits: SchedulerConfig, stats: EngineStats, standing: Standing, sink: Sink
+        self, line: Line, limits: SchedulerConfig, stats: EngineStats, standing: Standing, sink: Sink
     ) -> None:
         """`stats` and `standing` are those at its start."""
         self._line, self._limits, self._stats, self._sink = line, limits, stats, sink
@@ -131,6 +156,9 @@ class Distant:
         self._failure: ServiceError | None = None
         self.reads: Callable[[Sequence[Up]], None] | None = None
         """Who is told the letters, on the thread of the sink and after it."""
+        self.signs = 0
+        """Signs of life: whatever came over the line."""
+        self._hearing = False
         self._thread = Thread(target=self._listen, name="tongyun-line", daemon=True)
         self._thread.start()
 
@@ -198,6 +226,15 @@ class Distant:
         """What ended the engine before its time; None while it lives."""
         return self._failure
 
+    @property
+    def awaited(self) -> bool:
+        """Whether a sign of life is due: there is work, and nobody here is still at the last report."""
+        return bool(self._in_flight) and not self._hearing
+
+    def outlive(self) -> None:
+        """Wait until it has ended by itself and everybody was told."""
+        self._thread.join()
+
     def close(self) -> None:
         """Abort what is left and wait for the engine's end; a second call does nothing."""
         with self._lock:
@@ -213,7 +250,12 @@ class Distant:
     def _listen(self) -> None:
         try:
             while True:
-                self._hear(self._line.recv())
+                said = self._line.recv()
+                self.signs += 1
+                if said is not None:
+                    self._hearing = True
+                    self._hear(said)
+                    self._hearing = False
         except (EOFError, OSError):
             self._ended()
 

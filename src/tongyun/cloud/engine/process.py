@@ -11,9 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any
 
 from tongyun.cloud.engine.apart import Distant, attend, tell
 from tongyun.cloud.engine.carry import Carrier, Windows
+from tongyun.cloud.engine.cores import given, on
 from tongyun.cloud.engine.live import LiveEngine, Sink, Standing
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.pauses import settle
@@ -24,16 +28,29 @@ Seat = tuple[Windows, int]
 """Memory that engines share, and whose number of them one has."""
 
 
+Build = Callable[[], EngineLoop]
+
+
 class EngineProcess:
     """An engine that is being built in a process of its own; `ready` waits for it, `connect` uses it."""
 
-    def __init__(self, build: Callable[[], EngineLoop], seat: Seat | None = None) -> None:
+    def __init__(
+        self,
+        build: Build,
+        seat: Seat | None = None,
+        *,
+        beat_s: float | None = None,
+        like: Callable[[SchedulerConfig], Build] | None = None,
+    ) -> None:
         """`build` runs there: a function of a module, or a `partial` of one with arguments that pickle. With
-        a `seat`, requests move between this engine and the others that share its windows."""
+        a `seat`, requests move between this engine and the others that share its windows. With `beat_s`
+        it gives signs of life that often; `like` tells what builds another with the limits it had."""
+        self._build, self._seat, self._beat_s, self._like = build, seat, beat_s, like
+        self._cores = given()
         context = multiprocessing.get_context("spawn")
         self._line, there = context.Pipe()
         self._process: BaseProcess = context.Process(
-            target=_run, args=(there, build, seat), name="tongyun-engine", daemon=True
+            target=_run, args=(there, build, seat, beat_s), name="tongyun-engine", daemon=True
         )
         self._process.start()
         # Ours alone keeps the line open: where the engine dies, we read its end.
@@ -55,7 +72,26 @@ class EngineProcess:
 
     def connect(self, sink: Sink) -> Distant:
         """The engine, whose events go to `sink`; once, after `ready`."""
-        return Distant(self._line, self._limits, self._stats, self._standing, sink)
+        line = self._line if self._beat_s is None else Outbox(self._line)
+        return Distant(line, self._limits, self._stats, self._standing, sink)
+
+    def built(self, timeout_s: float) -> bool:
+        """Wait for what `ready` has to say; False if time ran out first."""
+        return self._line.poll(timeout_s)
+
+    def again(self) -> EngineProcess:
+        """Begin another in its place, on the cores that it had; after `ready`."""
+        build = self._build if self._like is None else self._like(self._limits)
+        # A gateway leaves cores to its engines, and what it starts then would not get them either.
+        with on(self._cores):
+            return EngineProcess(build, self._seat, beat_s=self._beat_s, like=self._like)
+
+    def kill(self) -> str:
+        """End the process whatever it does; returns how it ended, by this or before."""
+        # A stopped process keeps any other signal for later.
+        self._process.kill()
+        self._process.join()
+        return told(self._process.exitcode)
 
     @property
     def pid(self) -> int:
@@ -75,7 +111,42 @@ class EngineProcess:
         self._process.join()
 
 
-def _run(line: Connection, build: Callable[[], EngineLoop], seat: Seat | None) -> None:
+class Outbox:
+    """The near end of a line at which nobody waits to be heard.
+
+    What an engine that hangs does not read fills the line up, and who speaks holds a lock that those need who
+    have to do with the others.
+    """
+
+    def __init__(self, line: Connection) -> None:
+        self._line = line
+        self.recv: Callable[[], Any] = line.recv
+        self._items: SimpleQueue[Any] = SimpleQueue()
+        Thread(target=self._speak, name="tongyun-outbox", daemon=True).start()
+
+    def send(self, item: Any, /) -> None:
+        """Say it in turn; None is the last that is said."""
+        self._items.put(item)
+
+    def _speak(self) -> None:
+        item: Any = ()
+        while item is not None:
+            item = self._items.get()
+            # Of an end that is gone nobody reads; what is said to it later has to go somewhere.
+            tell(self._line, item)
+
+
+def told(exit_code: int | None) -> str:
+    """How a process ended, in words."""
+    if exit_code is None or exit_code >= 0:
+        return f"exit code {exit_code}"
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"
+
+
+def _run(line: Connection, build: Build, seat: Seat | None, beat_s: float | None) -> None:
     """The life of an engine's process: build it or say why not, then attend."""
     # Ctrl-C reaches every process of a terminal; the gateway says when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -87,4 +158,4 @@ def _run(line: Connection, build: Callable[[], EngineLoop], seat: Seat | None) -
         return
     settle()
     if tell(line, (loop.scheduler.config, loop.stats(), Standing(loop.room(), 0))):
-        attend(line, partial(LiveEngine, loop, carrier=carrier))
+        attend(line, partial(LiveEngine, loop, carrier=carrier), beat_s)
