@@ -276,7 +276,7 @@ def play(seed: int, config: SchedulerConfig, count: int = 3, *, revive: bool = F
             if killed < most and len(world.living) > 1:
                 killed += 1
                 world.kill(int(rng.choice(world.living)))
-        elif dice < 0.06:
+        elif dice < 0.06 + 0.04 * revive:
             if revive and world.ended:
                 world.revive(min(world.ended))
         elif dice < 0.15:

@@ -18,7 +18,7 @@ from tongyun.cloud.engine.clock import WallClock
 from tongyun.cloud.engine.cores import aside
 from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.loop import EngineLoop
-from tongyun.cloud.engine.process import EngineProcess, told
+from tongyun.cloud.engine.process import EngineProcess, Outbox, told
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Finish, Request
@@ -250,6 +250,23 @@ def test_signs_of_life_come_with_every_layer_and_not_from_one_that_hangs(hangs: 
         signs = engine.signs
         time.sleep(0.3)
         assert engine.signs == signs, "who is idle is quiet"
+
+
+def test_words_that_find_no_room_are_said_later_and_in_turn() -> None:
+    here, there = multiprocessing.Pipe()
+    outbox = Outbox(here)
+    said = [("small", 0), ("large", "x" * 100_000)] + [(n, "y" * (5_000 * n)) for n in range(20)] + ["last"]
+    for item in said:
+        outbox.send(item)
+    heard = [there.recv() for _ in said]
+    assert heard == said
+    before = outbox._put
+    outbox.send("at once")
+    assert outbox._put == before > 2 and there.recv() == "at once"
+    there.close()
+    with pytest.raises(BrokenPipeError):
+        outbox.send("too late")
+    outbox.send(None)
 
 
 def test_how_a_process_ended_is_told_in_words() -> None:

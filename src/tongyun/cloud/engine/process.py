@@ -8,10 +8,13 @@ from __future__ import annotations
 import multiprocessing
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
+from select import POLLOUT, poll
 from threading import Thread
 from typing import Any
 
@@ -111,29 +114,47 @@ class EngineProcess:
         self._process.join()
 
 
+AT_ONCE_BYTES = 32 * 2**10
+"""A local socket takes so much where it has room at all: that means three quarters of 208 KiB on Linux."""
+
+
 class Outbox:
     """The near end of a line at which nobody waits to be heard.
 
-    What an engine that hangs does not read fills the line up, and who speaks holds a lock that those need who
-    have to do with the others.
+    What an engine that hangs does not read fills the line up, and who speaks holds a lock that those
+    need who have to do with the others. Where there is room words go at once: a thread would have to
+    wait for its turn at the interpreter.
     """
 
     def __init__(self, line: Connection) -> None:
         self._line = line
         self.recv: Callable[[], Any] = line.recv
-        self._items: SimpleQueue[Any] = SimpleQueue()
+        self._room = poll()
+        self._room.register(line.fileno(), POLLOUT)
+        self._later: SimpleQueue[bytes] = SimpleQueue()
+        # How much was put off and how much of it is said; each is counted by one thread.
+        self._put, self._said = 0, 0
         Thread(target=self._speak, name="tongyun-outbox", daemon=True).start()
 
     def send(self, item: Any, /) -> None:
-        """Say it in turn; None is the last that is said."""
-        self._items.put(item)
+        """Say it in turn; None is the last that is said. One thread at a time may call this."""
+        words = bytes(ForkingPickler.dumps(item))
+        idle = self._put == self._said
+        # The last word ends the thread as well.
+        if idle and item is not None and len(words) <= AT_ONCE_BYTES and self._room.poll(0):
+            self._line.send_bytes(words)
+        else:
+            self._put += 1
+            self._later.put(words)
 
     def _speak(self) -> None:
-        item: Any = ()
-        while item is not None:
-            item = self._items.get()
-            # Of an end that is gone nobody reads; what is said to it later has to go somewhere.
-            tell(self._line, item)
+        words, last = b"", bytes(ForkingPickler.dumps(None))
+        while words != last:
+            words = self._later.get()
+            # To an end that is gone there is nothing to say, but what is meant for it has to go somewhere.
+            with suppress(OSError):
+                self._line.send_bytes(words)
+            self._said += 1
 
 
 def told(exit_code: int | None) -> str:
