@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from tongyun.cli import build
 from tongyun.cli.engines import build_gateway
+from tongyun.cli.serve import upkeep_of
 from tongyun.cloud.engine.keeper import Upkeep
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.gateway.server import bind, serving
@@ -32,7 +33,7 @@ ASKS: list[dict[str, Any]] = [
     {
         "model": "tiny",
         "prompt": f"def add_{n}(a, b):",
-        "max_tokens": 300,
+        "max_tokens": 200,
         "temperature": n % 2,
         "seed": 7 + n,
         "extra_body": {"ignore_eos": True},
@@ -134,6 +135,13 @@ def test_one_that_is_stopped_while_idle_does_not_keep_the_server_from_ending(
         os.kill(engines()[1], signal.SIGSTOP)
         begun_s = time.monotonic()
     assert time.monotonic() - begun_s < 5 and not engines()
+
+
+def test_one_engine_alone_is_looked_after_where_that_is_asked_for() -> None:
+    assert upkeep_of(1, None, None) is None
+    assert upkeep_of(2, None, None) == Upkeep() and Upkeep().hang_after_s == 60
+    assert upkeep_of(1, 90.0, None) == Upkeep(hang_after_s=90.0)
+    assert upkeep_of(1, None, 0) == Upkeep(restarts=0)
 
 
 @pytest.mark.parametrize(

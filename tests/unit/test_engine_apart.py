@@ -260,7 +260,10 @@ def test_words_that_find_no_room_are_said_later_and_in_turn() -> None:
         outbox.send(item)
     heard = [there.recv() for _ in said]
     assert heard == said
-    before = outbox._put
+    before, limit = outbox._put, time.monotonic() + 10
+    while outbox._said < before:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
     outbox.send("at once")
     assert outbox._put == before > 2 and there.recv() == "at once"
     there.close()

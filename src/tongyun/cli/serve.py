@@ -134,7 +134,7 @@ def serve(
         replicas=replicas,
         router=router,
         migrate=migrate,
-        upkeep=_upkeep(replicas, hang_after, restarts),
+        upkeep=upkeep_of(replicas, hang_after, restarts),
     )
     run_server(
         lambda key: _apart(replace(options, api_key=key)),
@@ -201,7 +201,7 @@ OF_A_MODEL = (
 """Flags that a twin has no use for: its fleet file says what there is."""
 
 
-def _upkeep(replicas: int, hang_after_s: float | None, restarts: int | None) -> Upkeep | None:
+def upkeep_of(replicas: int, hang_after_s: float | None, restarts: int | None) -> Upkeep | None:
     """What is told of it, and defaults for the rest; None for one engine of which nothing is told."""
     from tongyun.cloud.engine.keeper import Upkeep
 
