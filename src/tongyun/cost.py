@@ -107,19 +107,24 @@ class StepPrices:
         return {**each, "hand_over": timing}, sources | further
 
 
+def step_host_s(chip: Chip, operators: Iterable[Operator]) -> float:
+    """The host's seconds for a step as such: the chip's own figure is that of one which the host queues."""
+    samples = measured(chip)
+    if samples is None or not samples.replayed(operators):
+        return chip.step_host_s
+    return samples.overhead.get("replayed_step", 0.0)
+
+
 def host_s(chip: Chip, shape: StepShape, operators: Iterable[Operator]) -> Number:
-    """Seconds that sequences, their further tokens and waking threads add; zero where not measured."""
+    """Seconds that sequences, their further tokens and waking threads add, and a captured step more (or
+    less) than the chip's own figure; zero where not measured."""
     samples = measured(chip)
     if samples is None:
         return 0.0
     each, further, woken = (samples.overhead.get(what, 0.0) for what in ("sequence", "token", "shared_step"))
     operators = tuple(operators)
-    # The chip's own figure is that of a step which the host queues.
-    other = (
-        samples.overhead.get("replayed_step", 0.0) - chip.step_host_s if samples.replayed(operators) else 0.0
-    )
     return (
-        other
+        (step_host_s(chip, operators) - chip.step_host_s)
         + each * shape.sequences
         + further * (shape.tokens - shape.sequences)
         + woken * shared(operators)

@@ -35,7 +35,7 @@ def test_up_predicts_serves_measures_and_ends(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["failed"] == 0 and told["load"]["requests"] == 6
-    assert told["sources"] == {"predicted": "simulated", "measured": "measured"}
+    assert told["sources"] == {"predicted": "simulated", "measured": "measured", "pace": "measured"}
     for name in ("TTFT p50", "TPOT p50", "throughput"):
         assert told["measured"][name] > 0 and told["predicted"][name] > 0
         expected = told["predicted"][name] / told["measured"][name] - 1
@@ -46,6 +46,7 @@ def test_up_predicts_serves_measures_and_ends(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert "calibrating" not in again.stderr
     assert "TPOT p50" in again.stdout and "predicted" in again.stdout
+    assert "when serving was calibrated, measured" in " ".join(again.stdout.split())
 
 
 @pytest.mark.parametrize(

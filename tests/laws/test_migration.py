@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.laws.test_fleet import Price
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import EngineLoop, Turn
+from tongyun.cloud.engine.interface import Turn
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord

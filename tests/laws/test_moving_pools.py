@@ -15,7 +15,7 @@ from tests.laws.test_migration import EAGER, NEVER, TIGHT, configs, copy_s, crow
 from tests.laws.test_moving_replicas import SLOW, tables
 
 from tongyun.cli.fleet import read_fleet
-from tongyun.cloud.engine.loop import Turn
+from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.migration import Move, Mover, Moves

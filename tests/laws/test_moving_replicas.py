@@ -13,7 +13,7 @@ from tests.laws.test_autoscale import rule
 from tests.laws.test_failures import CHIP, OFTEN, clean, script, site, whole
 from tests.laws.test_migration import EAGER, TIGHT, configs, copy_s, crowd, engines, loads, policies
 
-from tongyun.cloud.engine.loop import Turn
+from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.front import Front
 from tongyun.cloud.latency import RequestRecord

@@ -53,13 +53,18 @@ def moved(what: Any, device: str, dtype: torch.dtype) -> Any:
 def judged(of: Callable[[TorchOps], Callable[..., Any]], device: str, *given: Any) -> None:
     """The same operation of both sets on the same random numbers, in both types."""
     exact = of(TWIN)(*moved(given, "cpu", torch.float64))
-    in_f32, in_bf16 = (of(DeviceOps())(*moved(given, device, dtype)) for dtype in (F32, BF16))
+    in_f32, in_bf16 = (of(ops_of(device))(*moved(given, device, dtype)) for dtype in (F32, BF16))
     plain = of(TWIN)(*moved(given, device, BF16))
     for ours, narrow, theirs, true in zip(*map(tensors, (in_f32, in_bf16, plain, exact)), strict=True):
         assert ours.shape == true.shape
         assert rms(ours, true) <= 1e-5 * true.square().mean().sqrt()
         # Weights are rounded for both; where both are exact there is nothing to compare.
         assert rms(narrow, true) <= MOST_ERROR * rms(theirs, true) + 1e-7
+
+
+def ops_of(device: str) -> DeviceOps:
+    """Triton's kernels on a GPU only, also where there is one."""
+    return DeviceOps(fused=None if device == "cuda" else False)
 
 
 def tensors(result: Any) -> tuple[Tensor, ...]:
@@ -170,7 +175,7 @@ def reference(directory: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def engine(directory: Path, dtype: torch.dtype, device: str) -> TorchExecutor:
-    model = load_model(directory, ops=DeviceOps(), device=device, activation_dtype=dtype)
+    model = load_model(directory, ops=ops_of(device), device=device, activation_dtype=dtype)
     return TorchExecutor(
         model, PagedCache(model.config, blocks=64, block_tokens=4, dtype=dtype, device=device)
     )

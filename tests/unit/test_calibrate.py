@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -18,13 +21,15 @@ import torch
 
 from tongyun.chip.curves import nonnegative
 from tongyun.cli.calibrate import calibrated
-from tongyun.cloud.engine.calibrate import machine, products
+from tongyun.cloud.engine.calibrate import machine, products, serving
+from tongyun.cloud.engine.calibrate.loads import CELLS
 from tongyun.cloud.engine.calibrate.machine import Elsewhere
 from tongyun.cloud.engine.calibrate.measure import Setting, measure
 from tongyun.cloud.engine.calibrate.pace import LOOP, Pace
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec, kept, local_path, stale
 from tongyun.cloud.engine.calibrate.stopwatch import Stopwatch, typical
 from tongyun.cloud.engine.cores import aside
+from tongyun.cloud.pauses import settled
 from tongyun.specs import ChipSpec, find_chip, load, save
 from tongyun.specs.samples import (
     AttentionSample,
@@ -93,11 +98,17 @@ def test_a_machine_never_measured_is_stale_and_a_measured_one_is_not() -> None:
     assert find_chip("local") == kept()
 
 
-@pytest.mark.parametrize("key", ["kernels", "torch", "engine_threads", "processor", "kv"])
+@pytest.mark.parametrize("key", ["method", "kernels", "torch", "engine_threads", "processor", "kv"])
 def test_another_kernel_version_or_machine_makes_it_stale(key: str) -> None:
     then = {**QUICK.machine(), key: "another"}
     save(chip_spec(readings(machine=then)), local_path())
     assert stale(QUICK.machine()) == [f"{key} was another, is {QUICK.machine()[key]}"]
+
+
+def test_a_calibration_of_before_its_method_was_kept_is_stale() -> None:
+    then = {key: value for key, value in QUICK.machine().items() if key != "method"}
+    save(chip_spec(readings(machine=then)), local_path())
+    assert stale(QUICK.machine()) == [f"method was None, is {machine.METHOD}"]
 
 
 def test_what_does_not_change_a_measurement_does_not_make_it_stale() -> None:
@@ -231,3 +242,80 @@ def test_who_serves_an_engine_leaves_it_a_core() -> None:
         kept = os.sched_getaffinity(0)
     assert os.sched_getaffinity(0) == before
     assert kept == (before if len(before) == 1 else before - {min(before)})
+
+
+def test_what_is_there_is_set_aside_until_the_block_ends_and_what_comes_is_collected() -> None:
+    class Knot:
+        def __init__(self) -> None:
+            self.itself = self
+
+    before = gc.get_freeze_count()
+    with settled():
+        assert gc.get_freeze_count() > before + 1000
+        old = weakref.ref(Knot())
+        gc.collect()
+        assert old() is None
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(KeyError), settled():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+
+
+def served_step(ended_s: float, sequences: int, *, new: int = 1, prompt: int = 128) -> serving._Step:
+    return serving._Step(ended_s=ended_s, tokens=sequences, pieces=((new, 150),) * sequences, prompt=prompt)
+
+
+def served(*excess: tuple[int, int, float]) -> list[serving._Round]:
+    loaded = serving._Loaded(cell=CELLS[0], ways=(), excess=excess)
+    return [serving._Round(way_s=(0.0, 0.0), loaded=(loaded,), paces=(1.0,))]
+
+
+def test_gaps_are_of_steps_that_only_decode_with_the_requests_that_came_meanwhile() -> None:
+    seen = serving._Seen(
+        came_s={"a": (128, 0.5), "b": (128, 2.5), "c": (17, 2.6), "d": (128, 4.0)},
+        steps=[
+            served_step(1.0, 1, new=128),
+            served_step(2.0, 1),
+            served_step(3.5, 1),
+            served_step(5.0, 2, new=128),
+            served_step(6.0, 3),
+            # Another load's.
+            served_step(7.0, 3, prompt=129),
+        ],
+    )
+    assert [(len(pieces), came, s) for pieces, came, s in seen.gaps(128)] == [
+        (1, 0, 1.0),
+        (1, 2, 1.5),
+        (3, 0, 1.0),
+    ]
+
+
+def test_what_serving_adds_to_a_step_is_told_from_made_up_steps() -> None:
+    base_s, stream_s, coming_s = 1e-4, 2e-5, 3e-4
+
+    def price(pieces: serving.Pieces) -> float:
+        return 1e-3 + 1e-5 * len(pieces)
+
+    seen, chance, now_s = serving._Seen(), Random(0), 0.0
+    for number in range(2000):
+        sequences, came = chance.randint(1, 40), chance.choice((0, 0, 1, 2))
+        step = served_step(now_s, sequences)
+        took_s = price(step.pieces) + base_s + stream_s * sequences + coming_s * came
+        # What waited for something else says nothing.
+        took_s += 0.08 if number % 50 == 0 else 0.0
+        seen.came_s |= {f"{number}.{i}": (128, now_s + took_s / 2) for i in range(came)}
+        now_s += took_s
+        seen.steps.append(replace(step, ended_s=now_s))
+    excess = serving._excess(seen.gaps(128), price)
+    assert len(excess) == 1999 - 39
+    step_s, each_s = serving._slower(served(*excess))
+    assert step_s == pytest.approx({n: base_s + stream_s * n for n in serving.STREAMS})
+    assert each_s == pytest.approx(coming_s)
+
+
+def test_serving_more_streams_never_costs_less_and_few_steps_tell_no_cost_of_their_own() -> None:
+    dipping = [(1, 0, 2e-4)] * 30 + [(4, 0, 1e-4)] * 30 + [(24, 0, 1e-4)] * 3
+    step_s, each_s = serving._slower(served(*dipping))
+    assert step_s == pytest.approx({1: 2e-4, 4: 2e-4}) and each_s == 0.0
+    # More streams than are asked for at most are no evidence.
+    assert serving._slower(served(*[(1, 0, 2e-4)] * 30, *[(60, 0, 1.0)] * 30))[0] == pytest.approx({1: 2e-4})

@@ -7,6 +7,7 @@ TONGYUN_KUBERNETES_PYTHON names, or in this one where it is installed here.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -19,13 +20,12 @@ MODULES = {"vllm": "vllm", "sglang": "sglang", "ray": "ray", "kubernetes": "kube
 
 
 def check() -> ModuleType:
-    place = Path(__file__).parents[2] / "benchmarks" / "launch_check.py"
-    spec = importlib.util.spec_from_file_location("launch_check", place)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["launch_check"] = module
-    spec.loader.exec_module(module)
-    return module
+    folder = str(Path(__file__).parents[2] / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("launch_check")
+    finally:
+        sys.path.remove(folder)
 
 
 @pytest.mark.parametrize("engine", MODULES)

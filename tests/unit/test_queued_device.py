@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from tongyun.chip.calibrated import engine_precision, measured
 from tongyun.chip.roofline import LAST, parts_s, steps_s, streamed_bytes
+from tongyun.cli.explained import as_json, tables
 from tongyun.cloud.engine.calibrate import steps
 from tongyun.cloud.engine.calibrate.hosts import hosts
 from tongyun.cloud.engine.calibrate.overheads import overheads
 from tongyun.cloud.engine.calibrate.spec import Readings, chip_spec
 from tongyun.cloud.engine.calibrate.steps import StepSample
 from tongyun.cloud.engine.torch_executor import WARM_PROMPTS, TorchExecutor
+from tongyun.codesign import page
+from tongyun.codesign.explain import explain
+from tongyun.codesign.plan import Plan
+from tongyun.codesign.space import Question
+from tongyun.codesign.steady import load_at, steady
 from tongyun.cost import step_cost
+from tongyun.model.config import ModelConfig
 from tongyun.model.graph import Kind, Operator, StepShape
 from tongyun.model.kernels.device import DeviceOps
 from tongyun.model.paged import PagedCache
+from tongyun.model.shard import Shard
 from tongyun.model.steps import step
 from tongyun.model.weights import random_model
-from tongyun.specs import Chip
+from tongyun.report import quantity
+from tongyun.specs import Chip, ChipSpec
 from tongyun.specs.samples import (
     AttentionSample,
     GroupedMatmulSample,
@@ -57,6 +69,10 @@ def attention(queries: int, context: int, seconds: float) -> AttentionSample:
 
 
 def gpu(*, replays: bool = True, device_s: float = 1e-6, **more: float) -> Chip:
+    return spec_of(replays=replays, device_s=device_s, **more).at()
+
+
+def spec_of(*, replays: bool = True, device_s: float = 1e-6, **more: float) -> ChipSpec:
     """A calibrated GPU whose every call takes the device about `device_s`."""
     overhead = {f"host_{kind}": s for kind, s in HOSTS.items()} | more
     readings = Readings(
@@ -83,7 +99,7 @@ def gpu(*, replays: bool = True, device_s: float = 1e-6, **more: float) -> Chip:
         ),
         overhead=tuple(OverheadSample(what=what, count=1, seconds=s) for what, s in overhead.items()),
     )  # fmt: skip
-    return chip_spec(readings).at()
+    return chip_spec(readings)
 
 
 def parts(chip: Chip, operators: tuple[Operator, ...]) -> list[tuple[Operator, float, float]]:
@@ -122,6 +138,59 @@ def test_a_captured_step_takes_what_the_device_does() -> None:
         assert float(whole.seconds) == pytest.approx(device + gaps + 2e-4)
         queued = step_cost(config, MIXED, chip, precision=precision)
         assert float(queued.seconds) > 1e-3
+
+
+@pytest.mark.parametrize("replays", [True, False])
+@pytest.mark.parametrize("device_s", [1e-7, 1e-3])
+@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "sparse"])
+def test_an_explained_step_adds_up_to_its_price(config: ModelConfig, device_s: float, replays: bool) -> None:
+    rests = {
+        "step": 1e-3,
+        "sequence": 2e-5,
+        "sparse_layer": 3e-6,
+        "replayed_step": 2e-4,
+        "replayed_operator": 1e-7,
+    }
+    spec = spec_of(replays=replays, device_s=device_s, **rests)
+    chip = spec.at()
+    assert chip.calibration is not None
+    question = Question(
+        model=config, chip=spec, chips=1, isl=200, osl=50, precision=engine_precision(chip.calibration)
+    )
+    plan = Plan(shard=Shard(), batch=8, step_tokens=64, replicas=1, idle_chips=0)
+    told = explain(question, plan)
+    load = load_at(question, np.array([8.0]), np.array([64.0]))
+    for shape, laid in ((load.decode, told.decode), (load.mixed, told.prefill)):
+        price = step_cost(config, shape, chip, precision=question.precision)
+        assert laid.seconds == pytest.approx(float(price.seconds[0]), rel=1e-9)
+        assert sum(line.seconds for line in laid.lines) == pytest.approx(laid.seconds, rel=1e-9)
+        assert sum(laid.by_bound().values()) == pytest.approx(laid.seconds, rel=1e-9)
+        assert all(line.seconds >= 0 for line in laid.lines)
+        captured = replays and laid is told.decode
+        assert set(laid.beside_s) == (set() if captured else {"device" if device_s < 1e-6 else "host"})
+        by_name = {line.name: line for line in laid.lines}
+        assert by_name["host_step"].seconds == (2e-4 if captured else 1e-3)
+        # Nobody waits for work that is done while the host queues, but for the last.
+        waited = captured or device_s > 1e-6
+        assert (by_name["qkv"].of_roofline is None) != waited
+        assert by_name["head"].of_roofline is not None
+    state = steady(question, chip, Shard(), np.array([8.0]), np.array([64.0]))
+    assert sum(told.tpot_s.values()) == pytest.approx(float(state.tpot_s[0]), rel=1e-9)
+
+
+def test_what_is_beside_an_explained_step_is_told_with_its_source() -> None:
+    spec = spec_of(replays=False, device_s=1e-3)
+    assert spec.calibration is not None
+    question = Question(
+        model=DENSE, chip=spec, chips=1, isl=200, osl=50, precision=engine_precision(spec.calibration)
+    )
+    told = explain(question, Plan(shard=Shard(), batch=8, step_tokens=64, replicas=1, idle_chips=0))
+    out = io.StringIO()
+    Console(file=out, width=200).print(*tables(told))
+    said = f"Beside that the host is at work for {quantity(told.decode.beside_s['host'], 's')}, measured"
+    assert said in " ".join(out.getvalue().split())
+    assert said in page._explained(told)
+    assert as_json(told)["steps"][0]["beside_s"] == told.decode.beside_s
 
 
 def test_one_kernel_has_prompts_and_decoding_where_steps_are_captured() -> None:
@@ -168,7 +237,7 @@ def test_the_host_has_one_figure_for_each_kind_of_call() -> None:
 
 def test_an_engine_that_captures_runs_what_would_hold_up_its_first_steps() -> None:
     config = replace(steps.synthetic(1), max_positions=512)
-    run = TorchExecutor(random_model(config, ops=DeviceOps()), PagedCache(config, blocks=40))
+    run = TorchExecutor(random_model(config, ops=DeviceOps(fused=False)), PagedCache(config, blocks=40))
     ran: list[int] = []
 
     class Captured:

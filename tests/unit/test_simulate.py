@@ -1,7 +1,8 @@
 import pytest
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import EngineLoop, StepError
+from tongyun.cloud.engine.interface import StepError
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import StepResult
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request

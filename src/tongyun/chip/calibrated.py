@@ -14,7 +14,10 @@ What each kind of sample means:
               each router, a `sum` with each layer of experts
     overhead  seconds that one of `what` adds: a step, a step shared by threads, an
               operator, a sparse layer, a sequence, a further token of a sequence, a byte
-              written, a byte of logits; `host_…`: see below
+              written, a byte of logits; `host_…` and `replayed_…`: see below
+
+What serving adds around steps (`served`, a `prompt_token`, a `coming_request`) is no part of their
+price, and not read here.
 
 Times of products are interpolated straight in logarithms: below the smallest sample a time
 stays, above the largest it grows in proportion. Attention and passes are sums of parts, fitted
@@ -25,7 +28,7 @@ of keys and values waits on top of its arithmetic.
 
 A GPU works off a queue that the host fills. Its samples are seconds of the GPU, taken with
 weights that no cache holds, and `host_…` are seconds that the host takes to queue one call of
-a kind. Neither waits for the other before a step's last operators: see `roofline.steps_s`. A
+a kind. Neither waits for the other before a step's last operators: see `roofline.laid_s`. A
 decoding step that the engine has captured takes the host's time no more: it has a
 `replayed_step`, a `replayed_operator` for each operator and a `replayed_sparse_layer` for each
 router in place of all that.
@@ -40,7 +43,6 @@ from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tongyun.chip.curves import TINY, Linear, Products, Ratios, Stall, Surface, Waiting
 from tongyun.model.graph import Kind, Operator, Precision
@@ -53,7 +55,6 @@ from tongyun.specs.samples import (
 )
 from tongyun.units import DType, Number
 
-Array = NDArray[np.float64]
 SHARED_MULTIPLY_ADDS = 1e5
 """From how many multiply-adds the engine's kernels share a product among threads."""
 HOST = "host_"
@@ -165,10 +166,10 @@ class Measured:
         decoding = [bool(np.all(np.asarray(_queries(op)) <= 1)) for op in attending]
         return self.replays and bool(decoding) and all(decoding)
 
-    def gaps_s(self, operators: Iterable[Operator]) -> float:
-        """What a captured step has between its operators, and what a sparse layer has beside them."""
+    def gap_s(self, op: Operator) -> float:
+        """What a captured step has beside an operator's work; a router brings its sparse layer's share."""
         each, sparse = (self.overhead.get(f"replayed_{what}", 0.0) for what in ("operator", "sparse_layer"))
-        return sum(op.repeat * (each + sparse * (op.name == ROUTER)) for op in operators)
+        return each + sparse * (op.name == ROUTER)
 
     def one_call(self, operators: Iterable[Operator]) -> tuple[Operator, ...]:
         """Operators whose host's part is in another's: decoding, where its kernel has prompts beside it."""

@@ -1,4 +1,5 @@
-"""Times read off measured samples: straight in logarithms between them, or a sum of parts fitted to them."""
+"""Times read off measured samples: straight in logarithms between them, or a sum of parts fitted to them
+times how far off that sum is at the samples near by."""
 
 from __future__ import annotations
 

@@ -7,13 +7,13 @@ measured on it, and any other chip by
 
 with the fractions of its spec and collectives by its links. Arrays in, arrays out. It knows
 one rank: neither the scheduler nor how stages follow each other, and it assumes no
-overlap between operators.
+overlap between operators. A host that queues them works beside its device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,13 +37,55 @@ class Timing:
     busy_s: Number
 
 
+@dataclass(frozen=True, kw_only=True)
+class Laid:
+    """The same seconds by operators: Σ repeat · (work + launch) is what `steps_s` says."""
+
+    parts: tuple[tuple[Number, Number], ...]
+    """Of one execution of each, work and launch, as far as the step waits for them."""
+    beside_s: Mapping[str, Number] = field(default_factory=dict)
+    """What `host` or `device` does meanwhile, for which nobody waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Queue:
+    """A step's operators where the host queues them and the device works them off."""
+
+    parts: tuple[tuple[Number, Number], ...]
+    """Of one execution of each, the device's work and the host's launch."""
+    host_s: Number
+    device_s: Number
+    """Of all but the last."""
+    last_s: Number
+    """Of those that the chosen tokens wait for when the host has nothing more to queue."""
+
+    @classmethod
+    def of(cls, operators: tuple[Operator, ...], chip: Chip, samples: Measured) -> _Queue:
+        footprint_bytes, within = streamed_bytes(operators), samples.one_call(operators)
+        parts = []
+        host: Number = 0.0
+        device: Number = 0.0
+        last: Number = 0.0
+        for op in operators:
+            work, launch = parts_s(op, chip, footprint_bytes)
+            if any(op is other for other in within):
+                launch = 0.0
+            parts.append((work, launch))
+            host = host + op.repeat * launch
+            if op.name in LAST:
+                last = last + op.repeat * work
+            else:
+                device = device + op.repeat * work
+        return cls(parts=tuple(parts), host_s=host, device_s=device, last_s=last)
+
+
 def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     """Seconds that the operators of one rank take, each `repeat` times, one after the other."""
     operators = tuple(operators)
-    footprint = streamed_bytes(operators)
     samples = measured(chip)
     if samples is not None and samples.queued:
-        return _queued_s(operators, chip, samples, footprint)
+        return _queued_s(operators, chip, samples)
+    footprint = streamed_bytes(operators)
     total: Number = 0.0
     busy: Number = 0.0
     for op in operators:
@@ -54,30 +96,45 @@ def steps_s(operators: Iterable[Operator], chip: Chip) -> Timing:
     return Timing(seconds=total, busy_s=busy)
 
 
-def _queued_s(
-    operators: tuple[Operator, ...], chip: Chip, samples: Measured, footprint_bytes: Number
-) -> Timing:
+def _queued_s(operators: tuple[Operator, ...], chip: Chip, samples: Measured) -> Timing:
     """Seconds where the host queues a step's operators and the device works them off.
 
         t = max(Σ host, Σ device of all but the last) + Σ device of the last
 
-    The last are those that the chosen tokens wait for when the host has nothing more to queue. Of a
-    captured step the host queues nothing: it takes what the device does.
+    Of a captured step the host queues nothing: it takes what the device does, and what is between.
     """
-    host: Number = 0.0
-    device: Number = 0.0
-    last: Number = 0.0
-    within = samples.one_call(operators)
-    for op in operators:
-        work, launch = parts_s(op, chip, footprint_bytes)
-        host = host + (0.0 if any(op is other for other in within) else op.repeat * launch)
-        if op.name in LAST:
-            last = last + op.repeat * work
-        else:
-            device = device + op.repeat * work
+    queue = _Queue.of(operators, chip, samples)
+    busy = queue.device_s + queue.last_s
     if samples.replayed(operators):
-        return Timing(seconds=device + last + samples.gaps_s(operators), busy_s=device + last)
-    return Timing(seconds=np.maximum(host, device) + last, busy_s=device + last)
+        gaps = sum(op.repeat * samples.gap_s(op) for op in operators)
+        return Timing(seconds=busy + gaps, busy_s=busy)
+    return Timing(seconds=np.maximum(queue.host_s, queue.device_s) + queue.last_s, busy_s=busy)
+
+
+def laid_s(operators: Iterable[Operator], chip: Chip) -> Laid:
+    """What each operator of a step adds to its seconds; `steps_s` has them in all.
+
+    Where the host queues operators for the device, the step waits for one of both: if for the
+    host, an operator's work is done beside the launches of others and adds nothing, unless it is
+    one of the last; if for the device, its launch adds nothing.
+    """
+    operators = tuple(operators)
+    samples = measured(chip)
+    if samples is None or not samples.queued:
+        footprint = streamed_bytes(operators)
+        return Laid(parts=tuple(parts_s(op, chip, footprint) for op in operators))
+    queue = _Queue.of(operators, chip, samples)
+    pairs = list(zip(operators, queue.parts, strict=True))
+    if samples.replayed(operators):
+        return Laid(parts=tuple((work, samples.gap_s(op)) for op, (work, _) in pairs))
+    hosts = np.where(np.asarray(queue.host_s) > queue.device_s, 1.0, 0.0)
+    devices = 1.0 - hosts
+    return Laid(
+        parts=tuple(
+            (work * (1.0 if op.name in LAST else devices), launch * hosts) for op, (work, launch) in pairs
+        ),
+        beside_s={"host": queue.host_s * devices, "device": queue.device_s * hosts},
+    )
 
 
 def parts_s(op: Operator, chip: Chip, footprint_bytes: Number) -> tuple[Number, Number]:

@@ -41,6 +41,7 @@ def as_json(explanation: Explanation) -> dict[str, Any]:
                 "decoding": step.decoding,
                 "prefilling": step.prefilling,
                 "by_bound_s": step.by_bound(),
+                **({"beside_s": dict(step.beside_s)} if step.beside_s else {}),
                 "lines": [
                     {
                         "name": line.name,
@@ -89,7 +90,7 @@ def tables(explanation: Explanation) -> list[RenderableType]:
 
 
 def _table(step: Step) -> RenderableType:
-    from tongyun.report import column, quantity, table
+    from tongyun.report import column, quantity, source_tag, table
 
     carried = f" and {step.prefilling:.4g} prompt tokens" if step.prefilling else ""
     bounds = ", ".join(f"{name} {part / step.seconds:.0%}" for name, part in step.by_bound().items())
@@ -102,8 +103,12 @@ def _table(step: Step) -> RenderableType:
         column("source", left=True, wrap=True),
     ]
     lines = [_row(line) for line in step.lines]
+    beside = "".join(
+        f" Beside that the {who} is at work for {quantity(spent, 's')}, {source_tag(step.sources)}."
+        for who, spent in step.beside_s.items()
+    )
     crossings = "".join(f" {_crossing(line)}" for line in step.lines if line.crossing is not None)
-    return table(title, columns, [*lines, _total(step)], caption=f"{bounds}.{crossings} {TERMS}")
+    return table(title, columns, [*lines, _total(step)], caption=f"{bounds}.{beside}{crossings} {TERMS}")
 
 
 def _crossing(line: Line) -> str:

@@ -364,10 +364,11 @@ def _tell(outcome: Outcome, *, as_json: bool) -> None:
         for c in outcome.compared
     ]
     columns = (column("figure", left=True), column("predicted"), column("measured"), column("error"))
-    source = source_tag(frozenset({Source.SIMULATED})) + " beside " + source_tag(frozenset({Source.MEASURED}))
-    source += (
+    measured = source_tag(Source.MEASURED)
+    source = (
+        f"{source_tag(Source.SIMULATED)} beside {measured}"
         f"\nprocessors: {outcome.pace:.2f} times as slow as undisturbed meanwhile, "
-        f"{served_pace(outcome.machine):.2f} when serving was calibrated"
+        f"{served_pace(outcome.machine):.2f} when serving was calibrated, {measured}"
     )
     title = f"{outcome.deployment.config.name} on this machine, {len(outcome.arrivals)} requests"
     console().print(table(title, columns, rows, caption=source))
@@ -395,5 +396,5 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
         "error": {c.name: c.error for c in outcome.compared},
         "failed": outcome.run.report.failed,
         "pace": outcome.pace,
-        "sources": {"predicted": "simulated", "measured": "measured"},
+        "sources": {"predicted": "simulated", "measured": "measured", "pace": "measured"},
     }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from tongyun.cloud.agenda import Agenda
-from tongyun.cloud.engine.loop import Engine, Turn
+from tongyun.cloud.engine.interface import Engine, Turn
 from tongyun.cloud.instance import Instance, Passage, Torn
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.request import Request

@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from tongyun.cloud.engine.loop import Engine, EngineLoop, Turn
+from tongyun.cloud.engine.interface import Engine, Turn
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.sched.migrate import Traveller

@@ -7,7 +7,7 @@ from dataclasses import replace
 from heapq import heappop, heappush
 
 from tongyun.cloud.agenda import Agenda
-from tongyun.cloud.engine.loop import Engine, Turn
+from tongyun.cloud.engine.interface import Engine, Turn
 from tongyun.cloud.front import Front, handed
 from tongyun.cloud.instance import Simulated, Torn
 from tongyun.cloud.latency import RequestRecord

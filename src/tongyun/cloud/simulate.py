@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import Engine, EngineLoop
+from tongyun.cloud.engine.interface import Engine
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Executor, Tape
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Instance, Simulated

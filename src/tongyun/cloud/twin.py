@@ -17,8 +17,8 @@ from heapq import heappop, heappush
 from threading import Condition, Lock, Thread
 from typing import Protocol
 
+from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.engine.live import Sink
-from tongyun.cloud.engine.loop import Turn
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
 from tongyun.cloud.front import Fronts
 from tongyun.cloud.latency import RequestRecord

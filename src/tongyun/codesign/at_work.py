@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tongyun.cloud.engine.loop import Turn
+from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord

@@ -2,13 +2,15 @@
 
 Takes the operators that `cost.step_cost` priced and lays their seconds out, one line for
 each operator, collective and share of the host; the lines add up to the step's cost, which
-a test holds to the last bit. Prices nothing itself, and knows no other plan.
+a test holds to the last bit. Where host and device work beside each other, a line has what the
+step waits for, and a step says what it does not wait for (`roofline.laid_s`). Prices nothing
+itself, and knows no other plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,13 +18,13 @@ import numpy as np
 from tongyun.chip.collective import Group, collective_s, exchange_of
 from tongyun.chip.kernels import kernels
 from tongyun.chip.rates import PRODUCTS, rate_dtype
-from tongyun.chip.roofline import parts_s, steps_s, streamed_bytes
+from tongyun.chip.roofline import Laid, laid_s, steps_s
 from tongyun.codesign.answer import Plan
 from tongyun.codesign.pools import PoolPrices, Replicas, most_use_s, paired
 from tongyun.codesign.space import Question
 from tongyun.codesign.speculate import drafts
 from tongyun.codesign.steady import Memory, distinct_stages, load_at, memory_by_stage
-from tongyun.cost import host_s, step_cost
+from tongyun.cost import host_s, step_cost, step_host_s
 from tongyun.model.graph import COLLECTIVES, Kind, Operator, StepShape
 from tongyun.model.shard import Shard
 from tongyun.model.steps import step
@@ -52,7 +54,8 @@ class Line:
     """What the rank puts into, or holds after, a collective."""
     bound: str
     of_roofline: float | None
-    """Least seconds at the chip's peak rates, no latency and no launch, over `seconds`; None for the host."""
+    """Least seconds at the chip's peak rates, no latency and no launch, over `seconds`; None for the host,
+    and where the step does not wait for the operator's work."""
     sources: frozenset[Source]
     crossing: Crossing | None = None
 
@@ -84,6 +87,13 @@ class Step:
     prefilling: float
     """Prompt tokens in the step."""
     lines: tuple[Line, ...]
+    beside_s: Mapping[str, float] = field(default_factory=dict)
+    """What the `host` or the `device` does beside these lines."""
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """Of all lines."""
+        return frozenset().union(*(line.sources for line in self.lines))
 
     def by_bound(self) -> dict[str, float]:
         """Seconds by what they are spent on, in the order of `BOUNDS`."""
@@ -212,10 +222,14 @@ def _drafted(question: Question, shape: StepShape, shard: Shard, stage: int) -> 
 def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, shape: StepShape) -> Step:
     shard, stage = place
     operators = step(question.model, shape, shard, question.precision, stage=stage)
-    operators += _drafted(question, shape, shard, stage)
-    footprint = streamed_bytes(operators)
-    parts = [tuple(_number(part) for part in parts_s(op, chip, footprint)) for op in operators]
-    rows = [(op, work, launch) for op, (work, launch) in zip(operators, parts, strict=True)]
+    drafted = _drafted(question, shape, shard, stage)
+    # Drafts are priced by themselves, behind the step.
+    laid = [laid_s(several, chip) for several in (operators, drafted)]
+    parts = [pair for each in laid for pair in each.parts]
+    rows = [
+        (op, _number(work), _number(launch))
+        for op, (work, launch) in zip((*operators, *drafted), parts, strict=True)
+    ]
     hosts = _host(chip, shape, operators)
     seconds = 0.0
     for each in [*(op.repeat * (work + launch) for op, work, launch in rows), *hosts.values()]:
@@ -229,7 +243,14 @@ def _step(question: Question, chip: Chip, place: tuple[Shard, int], what: str, s
         decoding=_number(shape.decode.sequences) if shape.decode else 0.0,
         prefilling=_number(shape.prefill.tokens) if shape.prefill else 0.0,
         lines=tuple(lines),
+        beside_s=_beside(laid),
     )
+
+
+def _beside(laid: Sequence[Laid]) -> dict[str, float]:
+    """What no step waits for, of who has any."""
+    sums = {who: sum(_number(each.beside_s.get(who, 0.0)) for each in laid) for who in ("host", "device")}
+    return {who: seconds for who, seconds in sums.items() if seconds}
 
 
 def _line(op: Operator, chip: Chip, parts: tuple[float, float], step_s: float, act_bytes: float) -> Line:
@@ -250,7 +271,7 @@ def _line(op: Operator, chip: Chip, parts: tuple[float, float], step_s: float, a
         activation_bytes=op.repeat * (moved - weights - cached),
         link_bytes=op.repeat * _number(op.payload_bytes),
         bound=bound,
-        of_roofline=op.repeat * max(_ideal_s(op, chip).values()) / seconds if seconds else None,
+        of_roofline=op.repeat * max(_ideal_s(op, chip).values()) / seconds if work else None,
         sources=_sources(op, chip, bound),
         crossing=_crossing(op, chip),
     )
@@ -315,7 +336,9 @@ def _sources(op: Operator, chip: Chip, bound: str) -> frozenset[Source]:
 
 def _host(chip: Chip, shape: StepShape, operators: tuple[Operator, ...]) -> dict[str, float]:
     """The host's seconds that are not zero, in the order in which `step_cost` adds them."""
-    spent = {"host_step": chip.step_host_s, "host_sequences": _number(host_s(chip, shape, operators))}
+    own_s = step_host_s(chip, operators)
+    rest_s = _number(host_s(chip, shape, operators)) - (own_s - chip.step_host_s)
+    spent = {"host_step": own_s, "host_sequences": rest_s}
     return {name: seconds for name, seconds in spent.items() if seconds}
 
 

@@ -182,10 +182,14 @@ def _step(step: Step) -> str:
         ]
         for line in step.lines
     ]
+    beside = "".join(
+        f"<p>Beside that the {who} is at work for {quantity(spent, 's')}, {Source.mix(step.sources)}.</p>"
+        for who, spent in step.beside_s.items()
+    )
     sizes = ("weight MB", "KV MB", "activation MB", "link MB")
     heads = ["operator", "×", "time", "share", "GFLOP", *sizes, "of roofline", "bound", "source"]
     return (
-        f"<h3>{escape(head)}</h3>{waterfall(bars, title=head)}"
+        f"<h3>{escape(head)}</h3>{beside}{waterfall(bars, title=head)}"
         f"<details><summary>Line by line</summary>{table(heads, rows)}</details>"
     )
 

@@ -50,8 +50,8 @@ class Serving:
         return self._at(streams, [s.way_s for s in self.samples]) + self.prompt_token_s * prompt_tokens
 
     def step_s(self, streams: int) -> float:
-        """How much longer a step takes while the tokens of so many sequences are sent; in proportion
-        beyond what was measured."""
+        """How much longer than its price a step takes while the tokens of so many sequences are sent; in
+        proportion beyond what was measured."""
         beyond = max(1.0, streams / self.samples[-1].streams) if self.samples else 1.0
         return beyond * self._at(streams, [s.step_s for s in self.samples])
 

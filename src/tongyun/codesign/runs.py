@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from tongyun.cloud.engine.loop import Engine
+from tongyun.cloud.engine.interface import Engine
 from tongyun.cloud.engine.protocol import EngineStats
 from tongyun.cloud.engine.shared import SharedLoop
 from tongyun.cloud.engine.step_table import StepTable

@@ -61,7 +61,10 @@ class AttentionSample:
 
 @dataclass(frozen=True, kw_only=True)
 class PassSample:
-    """An operator without products (`norm`, `rotate`, `activation`) took `seconds` over [rows, width]."""
+    """An operator without products took `seconds` over [rows, width].
+
+    `norm`, `rotate`, `activation`; a router's `choice` of experts, and the `sum` with a residual.
+    """
 
     what: str
     rows: int
@@ -80,8 +83,8 @@ class OverheadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedSample:
-    """With the tokens of `streams` sequences being sent, a step took `step_s` longer than without a
-    server, and a first token was `way_s` outside the engine."""
+    """With the tokens of `streams` sequences being sent, a step took `step_s` longer than its price, which
+    is that of a step without a server, and a first token was `way_s` outside the engine."""
 
     streams: int
     step_s: float

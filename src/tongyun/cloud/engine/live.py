@@ -15,8 +15,9 @@ from threading import Condition, Thread
 from typing import NamedTuple
 
 from tongyun.cloud.engine.carry import Carrier
+from tongyun.cloud.engine.interface import StepError
 from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
-from tongyun.cloud.engine.loop import EngineLoop, StepError
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import Advances, EngineStats, TokenEvent
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.migrate import Movable, Traveller

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tongyun.cloud.engine.clock import VirtualClock
-from tongyun.cloud.engine.loop import EngineLoop, Leap, Turn
+from tongyun.cloud.engine.interface import Leap, Turn
+from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, Executor, Switched, Tape, TokenEvent, summed
 from tongyun.cloud.engine.simulated import DecodeCosts
 from tongyun.cloud.sched.freeness import EMPTY, Room

@@ -1,6 +1,6 @@
 """Count the steps of decoding sequences instead of taking them.
 
-How many tokens a decoding sequence will know before a step is known (see `pace`), and so is what it
+How many tokens a decoding sequence will know before a step is known (see `progress`), and so is what it
 will need and when: the step that takes its next block, the one that fills a block others may share,
 the one that ends it. `Coast` keeps these in order and does just them. Pool, blocks and rooms
 are exact at any moment; histories fall behind and are made true by `settle`. Who decodes
@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from tongyun.cloud.sched.blocks import BlockPool
 from tongyun.cloud.sched.limits import SchedulerConfig
-from tongyun.cloud.sched.pace import Drafted, Even, Pace, Tokens
+from tongyun.cloud.sched.progress import Drafted, Even, Progress, Tokens
 from tongyun.cloud.sched.request import Piece, Request
 from tongyun.cloud.sched.sequence import Rank, Sequence, State
 
@@ -32,7 +32,7 @@ class Foretells(Protocol):
         """The next `count` tokens of a request of which `known` are known."""
 
     def path(self, request: Request, known: int, drafts: int, /) -> Tokens:
-        """See `pace.Paths`; asked where drafts are verified."""
+        """See `progress.Paths`; asked where drafts are verified."""
 
 
 class Step(NamedTuple):
@@ -74,7 +74,9 @@ class Coast:
         self._pool, self._block_tokens, self._new_tokens = pool, config.block_tokens, foretells.new_tokens
         self._caching = config.prefix_caching
         self._drafts, self._positions = config.draft_tokens, config.positions
-        self._pace: Pace = Drafted(foretells.path, config.draft_tokens) if config.draft_tokens else Even()
+        self._progress: Progress = (
+            Drafted(foretells.path, config.draft_tokens) if config.draft_tokens else Even()
+        )
         self._ends: Events = []
         self._grows: Events = []
         self._fulls: Events = []
@@ -84,21 +86,21 @@ class Coast:
     @property
     def context_tokens(self) -> int:
         """Tokens of all that have keys and values before the next step."""
-        return self._pace.context_tokens(self.steps, self.count)
+        return self._progress.context_tokens(self.steps, self.count)
 
     def contexts(self, steps: int) -> Tokens:
         """The same before each of the steps `ahead`, [steps]."""
-        return self._pace.contexts(self.steps, steps, self.count)
+        return self._progress.contexts(self.steps, steps, self.count)
 
     def gained(self, steps: int) -> int:
         """Tokens that the next steps yield, of those `ahead` or of one."""
-        return self._pace.gained(self.steps, steps, self.count)
+        return self._progress.gained(self.steps, steps, self.count)
 
     def join(self, seq: Sequence) -> None:
         """`seq`, whose fields are true, decodes from the next step on."""
-        self._pace.join(seq, self.steps)
+        self._progress.join(seq, self.steps)
         self.count += 1
-        heappush(self._ends, (self._pace.reaches(seq, seq.limit) - 1, seq.rank, seq))
+        heappush(self._ends, (self._progress.reaches(seq, seq.limit) - 1, seq.rank, seq))
         heappush(self._grows, (self._outgrows(seq), seq.rank, seq))
         if self._caching:
             heappush(self._fulls, (self._fills(seq), seq.rank, seq))
@@ -157,18 +159,18 @@ class Coast:
     def _outgrows(self, seq: Sequence) -> int:
         """The step, from the next on, that takes its next block; past its last where it has all it needs."""
         past = seq.room + 1
-        step = self._pace.reaches(seq, past - self._drafts if past < seq.limit else seq.limit)
+        step = self._progress.reaches(seq, past - self._drafts if past < seq.limit else seq.limit)
         # Who was preempted has less room than when it was at that place of its path before.
         return max(step, self.steps)
 
     def _lacking(self, seq: Sequence) -> int:
         """Blocks that the next step takes for it."""
-        wanted = min(self._pace.known(seq, self.steps) + self._drafts, seq.limit - 1)
+        wanted = min(self._progress.known(seq, self.steps) + self._drafts, seq.limit - 1)
         return -((seq.room - wanted) // self._block_tokens)
 
     def _fills(self, seq: Sequence) -> int:
         """The step that fills its next block that others may share; past its last where none does."""
-        return self._pace.reaches(seq, seq.publish_at + 1) - 1
+        return self._progress.reaches(seq, seq.publish_at + 1) - 1
 
     def commit(self) -> list[Sequence]:
         """End the step that `grow` began; returns who has reached its limit, and takes no part any more."""
@@ -181,7 +183,7 @@ class Coast:
             seq = heappop(ends)[2]
             ended.append(seq)
             self.count -= 1
-            self._pace.leave(seq)
+            self._progress.leave(seq)
         return ended
 
     def leap(self, steps: int) -> list[Sequence]:
@@ -203,7 +205,7 @@ class Coast:
     def settle(self, decoding: Iterable[Sequence]) -> None:
         """Make the fields of all sequences true again."""
         for seq in decoding:
-            self._tell(seq, self._pace.known(seq, self.steps))
+            self._tell(seq, self._progress.known(seq, self.steps))
             seq.computed = len(seq.history) - 1
 
     def _tell(self, seq: Sequence, tokens: int) -> None:
@@ -219,7 +221,7 @@ class Coast:
         while fulls and fulls[0][0] == step:
             _, rank, seq = heappop(fulls)
             if seq.state is State.DECODING:
-                seq.computed = computed = self._pace.known(seq, step + 1) - 1
+                seq.computed = computed = self._progress.known(seq, step + 1) - 1
                 self._tell(seq, computed)
                 seq.publish(self._pool, self._block_tokens)
                 heappush(fulls, (self._fills(seq), rank, seq))

@@ -81,7 +81,7 @@ class Sequence:
         self.offset = 0
         """While its steps are only counted: tokens known, or its place on `path`, when the count was zero."""
         self.path: NDArray[np.int64] | None = None
-        """Tokens known before each step that verifies drafts (see `pace`), once it was asked for."""
+        """Tokens known before each step that verifies drafts (see `progress`), once it was asked for."""
         self.blocks: list[int] = []
         self.room = 0
         self.admitted = False

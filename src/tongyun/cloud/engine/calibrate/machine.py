@@ -1,6 +1,6 @@
 """Describe the machine a calibration was made on, closely enough to notice that it no longer holds.
 
-What changes a measurement: the processor, the threads, PyTorch, and our own kernels.
+What changes a measurement: the processor, the threads, PyTorch, our own kernels, and what is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ Description = dict[str, str | int | float | bool]
 CPUINFO = Path("/proc/cpuinfo")
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 KERNELS = Path(__file__).parents[3] / "model" / "kernels"
+METHOD = 2
+"""How a calibration is taken: one more where samples come to mean something else. 2: what serving adds is
+held against the price of a step."""
 DECISIVE = (
+    "method",
     "device",
     "processor",
     "cores",
@@ -44,6 +48,7 @@ DECISIVE = (
 def describe(device: torch.device, *, threads: int, ops: str) -> Description:
     """Processor, cores, memory, caches, versions; what could not be read is left out."""
     return {
+        "method": METHOD,
         "device": device.type,
         "vendor": _vendor(device),
         "processor": _processor(device),

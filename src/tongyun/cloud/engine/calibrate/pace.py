@@ -25,7 +25,7 @@ QUICK = 0.05
 CALM = 1.10
 """Up to here what was measured meanwhile is taken as it is."""
 MOST = 4
-"""Times that one thing is measured."""
+"""Times that one thing is measured, at most."""
 LOOP = "loop_s"
 """Where a calibration's description of its machine keeps the seconds of the loop, undisturbed."""
 PACE, SERVED_PACE = "pace", "served_pace"
@@ -92,10 +92,10 @@ class Pace:
         self._samples += new
         return statistics.fmean(new) / self.quickest_s if new else 1.0
 
-    def calmly(self, call: Callable[[], T], most: int = MOST) -> tuple[T, float]:
+    def calmly(self, call: Callable[[], T]) -> tuple[T, float]:
         """What `call` returned in the calmest of a few tries, the last of which is calm if any; its pace."""
         tries = [self._paced(call)]
-        while tries[-1][1] > CALM and len(tries) < most and self._left_s > 0:
+        while tries[-1][1] > CALM and len(tries) < MOST and self._left_s > 0:
             tries.append(self._again(call))
         best = min(tries, key=lambda each: each[1])
         self._taken.append(best[1])

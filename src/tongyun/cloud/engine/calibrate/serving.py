@@ -44,6 +44,7 @@ from tongyun.cloud.gateway.ports import Sink
 from tongyun.cloud.gateway.server import bind, run, url_of
 from tongyun.cloud.latency import RequestRecord
 from tongyun.cloud.load import LoadOptions, measure
+from tongyun.cloud.pauses import settled
 from tongyun.cloud.probe import Target
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.request import Request
@@ -60,14 +61,16 @@ GAP_S = 0.08
 Records = tuple[RequestRecord, ...]
 Pieces = tuple[tuple[int, int], ...]
 """New and cached tokens of each sequence of a step."""
+Gap = tuple[Pieces, int, float]
+"""A decoding step, the requests that came meanwhile, and its seconds."""
 StepPrice = Callable[[Pieces], float]
-"""Seconds of a step without a server."""
+"""Seconds of a step without a server, as priced."""
 STREAMS = (1, 4, 12, 24, 40)
 """Sequences in a step at which the cost of serving is told."""
 LEAST_SEEN = 20.0
 """Steps, and requests, that are enough to tell a cost from."""
 FAR_OFF_S = 0.02
-"""A step that waits longer than this waited for something else on the machine."""
+"""A step that takes so much longer than its price waited for something else on the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,8 @@ class _Seen:
         self.first_s.clear()
         self.steps.clear()
 
-    def gaps(self, prompt: int) -> list[tuple[Pieces, int, float]]:
-        """Steps that only decoded, requests that came and seconds since the step before.
+    def gaps(self, prompt: int) -> list[Gap]:
+        """Steps that only decoded, each since the step before.
 
         Such a step follows another without a pause: its sequences were in that one.
         """
@@ -150,7 +153,7 @@ def serving(
     bench: Bench, pace: Pace, chip: Chip
 ) -> tuple[tuple[OverheadSample, ...], tuple[ServedSample, ...], float]:
     """What prompt tokens and coming requests add, what serving takes by the streams there are, and the pace
-    of the processors under load. `chip` prices steps without a server."""
+    of the processors under load. `chip` prices steps: it has all samples but those of serving."""
     # A fresh interpreter: a fork would copy the threads' locks, and a thread would share our GIL.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=fresh, initializer=stand_aside) as pool:
@@ -191,7 +194,7 @@ class _Loaded:
     ways: tuple[tuple[int, float], ...]
     """Of each request: tokens of its first step, and seconds outside the engine."""
     excess: tuple[tuple[int, int, float], ...]
-    """Of each decoding step: sequences, requests that came meanwhile, seconds it took more than its price."""
+    """See `_excess`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,9 +230,7 @@ def _round(
         def under(cell: Cell) -> _Loaded:
             step_s, prompt_s = price(((1, cell.prompt),) * cell.streams), price(((cell.prompt, 0),))
             ways = put(arrivals(bench, cell, step_s, prompt_s), cell.prompt)
-            gaps = ((len(p), came, s - price(p)) for p, came, s in seen.gaps(cell.prompt))
-            excess = tuple((n, came, more) for n, came, more in gaps if more < FAR_OFF_S)
-            return _Loaded(cell=cell, ways=tuple(ways), excess=excess)
+            return _Loaded(cell=cell, ways=tuple(ways), excess=_excess(seen.gaps(cell.prompt), price))
 
         short, long = (pace.calmly(partial(alone, prompt))[0] for prompt in (SHORT, LONG))
         each = [pace.calmly(partial(under, cell)) for cell in cells(bench)]
@@ -238,6 +239,12 @@ def _round(
         loaded=tuple(loaded for loaded, _ in each),
         paces=tuple(felt for _, felt in each),
     )
+
+
+def _excess(gaps: Sequence[Gap], price: StepPrice) -> tuple[tuple[int, int, float], ...]:
+    """Of each decoding step: sequences, requests that came meanwhile, seconds it took more than its price."""
+    all_of = ((len(pieces), came, seconds - price(pieces)) for pieces, came, seconds in gaps)
+    return tuple((n, came, more) for n, came, more in all_of if more < FAR_OFF_S)
 
 
 def _price(config: ModelConfig, chip: Chip) -> StepPrice:
@@ -281,10 +288,12 @@ def _ways(rounds: Sequence[_Round], prompt_token_s: float) -> dict[int, float]:
 
 
 def _slower(rounds: Sequence[_Round]) -> tuple[dict[int, float], float]:
-    """What a served step takes more: by the streams there are, and for each request that comes in.
+    """What a served step takes more than its price: by the streams there are, and for each request that
+    comes in.
 
     Server and client take cores, caches and the interpreter from the engine. The tokens of a few
-    streams are sent by a core that the step leaves free; those of many make it wait.
+    streams are sent by a core that the step leaves free; those of many make it wait. Never less than
+    nothing: where a price is too long it stays so.
     """
     seen = [row for one in rounds for loaded in one.loaded for row in loaded.excess if row[0] <= STREAMS[-1]]
     streams, weights = _about([n for n, _, _ in seen])
@@ -332,7 +341,9 @@ def _gateway(engine: steps.Engine, seen: _Seen) -> Iterator[str]:
     attending = Thread(target=attend, args=(line, start))
     attending.start()
     try:
-        yield ready.recv()
+        # As an engine that serves does: looking at all that lives here would hold up a step.
+        with settled():
+            yield ready.recv()
     finally:
         front.terminate()
         front.join()

@@ -60,7 +60,7 @@ class Readings:
 
 
 def chip_spec(readings: Readings) -> ChipSpec:
-    """The spec of this machine: peaks and bandwidth are the best and the slowest that was measured."""
+    """The spec of this machine: peaks are the best of products, bandwidth that of the largest footprint."""
     machine = readings.machine
     gpu = machine["device"] != "cpu"
     return ChipSpec(

@@ -23,7 +23,7 @@ class Paths(Protocol):
         """Tokens known before each step from `known` on, so many drafts verified in each; the limit last."""
 
 
-class Pace(Protocol):
+class Progress(Protocol):
     """Of sequences that decode together, from the step they join with to the one they end with."""
 
     def join(self, seq: Sequence, step: int) -> None:
