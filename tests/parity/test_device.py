@@ -4,8 +4,8 @@ Everything here runs on a GPU where there is one, and what can be on the CPU as 
 has to agree as sums in another order do. bfloat16 is judged by the error it brings: the root
 mean square of what differs from float32, over that of transformers in bfloat16 on the same
 device (for one operation, over that of `TorchOps`), may be half as much again. Of a model's
-logits it is that of the middle token: where a router's choice is a near tie, rounding turns it
-either way, and such a token says little of either side.
+logits it is that of the middle token of several texts: where a router's choice is a near
+tie, rounding turns it either way, and such a token says little of either side.
 """
 
 from __future__ import annotations
@@ -204,21 +204,24 @@ def test_tokens_in_float32_are_those_of_transformers(checkpoint: Path, device: s
 
 @BOTH
 def test_logits_in_bfloat16_err_no_more_than_those_of_transformers(checkpoint: Path, device: str) -> None:
-    """A prompt of 40 tokens in two pieces, then its last token as a decode: every row counts."""
-    tokens = prompt(3, 40)
+    """Prompts of 40 tokens in two pieces, then the last token as a decode: every row counts.
+
+    Of one text alone a router's near ties decide: on two processors the same one gave 0.9 and 1.7.
+    """
     run = engine(checkpoint, BF16, device)
-    rows = []
-    with torch.inference_mode():
-        for start, stop in ((0, 23), (23, 39), (39, 40)):
-            layout = lay_out([(start, stop - start, range(10))], 4, device)
-            attend = PagedAttend(run.cache, layout, run.model.ops)
-            part = torch.tensor(tokens[start:stop], device=device)
-            rows.append(run.model.logits(run.model(part, layout.positions_T, attend)))
-        true, plain = (
-            reference(checkpoint, dtype, where)(torch.tensor([tokens], device=where)).logits[0]
-            for dtype, where in ((F32, "cpu"), (BF16, device))
-        )
-    assert middle(torch.cat(rows), true) <= MOST_ERROR * middle(plain, true)
+    exact, plain = reference(checkpoint, F32, "cpu"), reference(checkpoint, BF16, device)
+    rows, true, theirs = [], [], []
+    for tokens in (prompt(seed, 40) for seed in range(3, 9)):
+        with torch.inference_mode():
+            for start, stop in ((0, 23), (23, 39), (39, 40)):
+                layout = lay_out([(start, stop - start, range(10))], 4, device)
+                attend = PagedAttend(run.cache, layout, run.model.ops)
+                part = torch.tensor(tokens[start:stop], device=device)
+                rows.append(run.model.logits(run.model(part, layout.positions_T, attend)))
+            true.append(exact(torch.tensor([tokens])).logits[0])
+            theirs.append(plain(torch.tensor([tokens], device=device)).logits[0])
+    error, usual = (middle(torch.cat(each), torch.cat(true)) for each in (rows, theirs))
+    assert error <= MOST_ERROR * usual
 
 
 @BOTH
