@@ -62,13 +62,13 @@ def serve(
         float | None,
         typer.Option(
             help="Seconds without a sign of life in which a replica with work is killed and started again; "
-            "60 with --replicas, else never."
+            "60 with --replicas or --restarts, else never."
         ),
     ] = None,
     restarts: Annotated[
         int | None,
         typer.Option(
-            help="Times in a row that a replica which ended is started again; 5 with --replicas, else 0."
+            help="Times in a row that a replica which ended is started again; 5 with --replicas or --hang-after, else 0."
         ),
     ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
