@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tongyun.cli import build
-from tongyun.cli.serve import ServeOptions, build_gateway
+from tongyun.cli.engines import ServeOptions, build_gateway
 from tongyun.cli.twin import twin_gateway
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.gateway.classes import Classes

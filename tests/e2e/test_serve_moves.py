@@ -21,7 +21,7 @@ from test_serve_replicas import engines
 from typer.testing import CliRunner
 
 from tongyun.cli import build
-from tongyun.cli.serve import build_gateway
+from tongyun.cli.engines import build_gateway
 from tongyun.cloud.engine.replicas import Replicas
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.gateway.server import bind, serving

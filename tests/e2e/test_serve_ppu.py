@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from tongyun.cli.serve import ServeOptions, build_gateway
+from tongyun.cli.engines import ServeOptions, build_gateway
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.gateway.server import bind, serving
 from tongyun.errors import InputError

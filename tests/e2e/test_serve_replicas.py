@@ -16,7 +16,7 @@ from test_serve_model import CONFIG, gauge, options
 from typer.testing import CliRunner
 
 from tongyun.cli import build
-from tongyun.cli.serve import build_gateway
+from tongyun.cli.engines import build_gateway
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.gateway.server import bind, serving
 from tongyun.errors import InputError

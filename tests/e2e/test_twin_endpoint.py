@@ -35,6 +35,31 @@ step_tokens = 512
 """
 
 
+SEVERAL = """
+name = "several"
+chip = "h200"
+
+[[model]]
+name = "Qwen/Qwen3-8B"
+
+[[model]]
+name = "chat"
+config = "Qwen/Qwen3-4B"
+copies = 2
+
+[[pool]]
+models = ["Qwen/Qwen3-8B"]
+replicas = 1
+
+[[pool]]
+shared = true
+replicas = 1
+
+[sharing]
+host_bandwidth = { gb_per_s = 400, kind = "assumed", source = "this test" }
+"""
+
+
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("twin") / "fleet.toml"
@@ -54,6 +79,20 @@ def url(file: Path) -> Iterator[str]:
         yield line.rsplit(" ", 1)[-1].strip()
         server.send_signal(signal.SIGTERM)
         assert server.wait(20) == 0
+
+
+def test_every_model_of_a_file_is_announced_on_a_line_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "several.toml").write_text(SEVERAL)
+    command = [sys.executable, "-m", "tongyun", "serve", "--twin", "--port", "0", "--fleet", "several.toml"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        assert server.stdout is not None
+        lines = [server.stdout.readline() for _ in range(3)]
+        server.send_signal(signal.SIGTERM)
+        rest = server.stdout.read()
+        assert server.wait(20) == 0 and rest == ""
+    assert [line.split(": ")[0] for line in lines] == ["Qwen/Qwen3-8B", "chat-1", "chat-2"]
+    assert len({line.rsplit(" ", 1)[-1] for line in lines}) == 1
+    assert all("context 40960 tokens" in line for line in lines)
 
 
 def test_every_answer_says_what_it_is(url: str) -> None:

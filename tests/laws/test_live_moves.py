@@ -105,21 +105,21 @@ class World:
         self.loops = [
             EngineLoop(Scheduler(config), Scribe(config.blocks), VirtualClock()) for _ in range(count)
         ]
-        windows = carry.Windows(count, 1)
-        self.carriers = [carry.Carrier(loop, windows, index) for index, loop in enumerate(self.loops)]
-        self.far: list[apart.Attendant] = []
-        self.near: list[apart.Distant] = []
+        self._config, self._windows = config, carry.Windows(count, 1)
+        self.carriers = [carry.Carrier(loop, self._windows, index) for index, loop in enumerate(self.loops)]
+        self.far: dict[int, apart.Attendant] = {}
+        self.near: dict[int, apart.Distant] = {}
         self.ended: set[int] = set()
-        starts = [partial(self._start, index, config) for index in range(count)]
+        starts = [partial(self._start, index) for index in range(count)]
         self.gateway = Replicas(starts, router, self._saw, policy=EAGER)
 
-    def _start(self, index: int, config: SchedulerConfig, sink: live.Sink) -> apart.Distant:
+    def _start(self, index: int, sink: live.Sink) -> apart.Distant:
         loop, carrier = self.loops[index], self.carriers[index]
         start = partial(live.LiveEngine, loop, carrier=carrier)
-        self.far.append(apart.Attendant(self.up[index], start))
+        self.far[index] = apart.Attendant(self.up[index], start)
         standing = live.Standing(loop.room(), 0)
-        self.near.append(apart.Distant(self.down[index], config, loop.stats(), standing, sink))
-        return self.near[-1]
+        self.near[index] = apart.Distant(self.down[index], self._config, loop.stats(), standing, sink)
+        return self.near[index]
 
     def _saw(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
@@ -133,6 +133,15 @@ class World:
         """What it has said can still be read; it does nothing more."""
         self.down[index].dead = True
         self.down[index].said.clear()
+
+    def revive(self, index: int) -> None:
+        """Start another in the place of one of whose end all are told."""
+        self.ended.remove(index)
+        self.down[index], self.up[index] = End(), End()
+        config = self._config
+        self.loops[index] = loop = EngineLoop(Scheduler(config), Scribe(config.blocks), VirtualClock())
+        self.carriers[index] = carry.Carrier(loop, self._windows, index)
+        self.gateway.put(index, partial(self._start, index))
 
     @property
     def living(self) -> list[int]:
@@ -248,12 +257,12 @@ def some(rng: np.random.Generator, number: int) -> Request:
     )
 
 
-def play(seed: int, config: SchedulerConfig, count: int = 3) -> World:
+def play(seed: int, config: SchedulerConfig, count: int = 3, *, revive: bool = False) -> World:
     """A world in which everything happens by chance."""
     rng, world = np.random.default_rng(seed), World(config, count, Skewed(seed))
     aborted: set[str] = set()
     deaths = int(rng.integers(0, count)) if rng.random() < 0.5 else 0
-    most, killed = deaths, 0
+    most, killed = 6 if revive else deaths, 0
     for _ in range(1000):
         dice = rng.random()
         if dice < 0.05:
@@ -264,9 +273,12 @@ def play(seed: int, config: SchedulerConfig, count: int = 3) -> World:
                 aborted.add(name := f"r{int(rng.integers(len(world.requests)))}")
                 world.gateway.abort(name)
         elif dice < 0.055:
-            if killed < most:
+            if killed < most and len(world.living) > 1:
                 killed += 1
                 world.kill(int(rng.choice(world.living)))
+        elif dice < 0.06 + 0.04 * revive:
+            if revive and world.ended:
+                world.revive(min(world.ended))
         elif dice < 0.15:
             world.gateway._mover.tick()
         elif actions := world.possible():
@@ -285,6 +297,17 @@ def play(seed: int, config: SchedulerConfig, count: int = 3) -> World:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([24, 40]), st.booleans())
 def test_no_request_block_or_token_is_lost_or_doubled(seed: int, blocks: int, caching: bool) -> None:
     play(seed, limits(blocks, caching=caching))
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([24, 40]))
+def test_nor_where_others_take_the_places_of_those_that_ended(seed: int, blocks: int) -> None:
+    world = play(seed, limits(blocks), revive=True)
+    known = world.gateway.stats()
+    assert known.output_tokens >= sum(
+        event.token is not None for events in world.events.values() for event in events
+    )
+    assert [replica.up for replica in known.replicas] == [index in world.living for index in range(3)]
 
 
 def test_chance_moves_most_kinds_of_requests() -> None:

@@ -6,16 +6,19 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
-from tongyun.cloud.engine.apart import Distant, EngineProcess, attend
+from tongyun.cloud.engine.apart import Distant, attend
 from tongyun.cloud.engine.clock import WallClock
+from tongyun.cloud.engine.cores import aside
 from tongyun.cloud.engine.live import LiveEngine, Standing
 from tongyun.cloud.engine.loop import EngineLoop
+from tongyun.cloud.engine.process import EngineProcess, Outbox, told
 from tongyun.cloud.engine.protocol import TokenEvent
 from tongyun.cloud.engine.simulated import SimulatedExecutor, StepLoad
 from tongyun.cloud.sched.request import Finish, Request
@@ -82,9 +85,9 @@ def near() -> Iterator[tuple[Distant, Reader]]:
     yield from connected(build())
 
 
-def connected(loop: EngineLoop) -> Iterator[tuple[Distant, Reader]]:
+def connected(loop: EngineLoop, beat_s: float | None = None) -> Iterator[tuple[Distant, Reader]]:
     here, there = multiprocessing.Pipe()
-    far = threading.Thread(target=attend, args=(there, partial(LiveEngine, loop)))
+    far = threading.Thread(target=attend, args=(there, partial(LiveEngine, loop), beat_s))
     far.start()
     reader = Reader()
     engine = Distant(here, CONFIG, loop.stats(), Standing(loop.room(), 0), reader)
@@ -170,6 +173,107 @@ def test_a_process_that_is_killed_leaves_nobody_waiting() -> None:
         engine.submit(request("s"))
     engine.close()
     assert process.ended(10)
+
+
+def small(limits: SchedulerConfig) -> partial[EngineLoop]:
+    assert limits == CONFIG
+    return partial(build, 0.0)
+
+
+def test_a_stopped_process_is_killed_and_another_takes_its_place_on_its_cores() -> None:
+    process, reader = EngineProcess(partial(build, 0.01), beat_s=0.05, like=small), Reader()
+    process.ready()
+    engine = process.connect(reader)
+    engine.submit(request("r", output=150))
+    reader.wait("r", tokens=1)
+    os.kill(process.pid, signal.SIGSTOP)
+    # More than the line holds: nobody waits to be heard.
+    for n in range(40):
+        engine.submit(request(f"more{n}", prompt=100, sampling="x" * 10_000))
+    signs = engine.signs
+    time.sleep(0.3)
+    assert engine.signs <= signs + 5 and engine.awaited
+    assert process.kill() == "SIGKILL"
+    engine.outlive()
+    assert reader.wait("more39")[-1].finish is Finish.ERROR and not engine.awaited
+    with aside():
+        begun_s = time.monotonic()
+        other = process.again()
+        assert os.sched_getaffinity(0) != os.sched_getaffinity(other.pid) == process._cores
+    while not other.built(0.1):
+        assert time.monotonic() - begun_s < 30
+    other.ready()
+    again = other.connect(reader)
+    again.submit(request("s"))
+    assert len(reader.wait("s")) == 6
+    again.close()
+    engine.close()
+    assert other.ended(10)
+
+
+class Slow(SimulatedExecutor):
+    """One step that takes many seconds, with layers that are seen to begin; or that hangs in one."""
+
+    layers = 0
+
+    def __init__(self, layers: int, hung: threading.Event | None = None) -> None:
+        super().__init__(partial(cost, seconds=0.0))
+        self._most, self._hung = layers, hung
+
+    def execute(self, batch):
+        for _ in range(self._most):
+            self.layers += 1
+            time.sleep(0.02)
+        if self._hung is not None:
+            self._hung.wait(20)
+        return super().execute(batch)
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_signs_of_life_come_with_every_layer_and_not_from_one_that_hangs(hangs: bool) -> None:
+    freed = threading.Event()
+    loop = EngineLoop(Scheduler(CONFIG), Slow(50, freed if hangs else None), WallClock())
+    for engine, reader in connected(loop, beat_s=0.05):
+        engine.submit(request("r", output=1))
+        time.sleep(0.5)
+        # Twenty layers into the only step.
+        assert engine.signs >= 3 and not reader.events["r"]
+        time.sleep(0.9)
+        signs = engine.signs
+        time.sleep(0.3)
+        if hangs:
+            assert engine.awaited and engine.signs == signs
+            freed.set()
+        reader.wait("r")
+        assert not engine.awaited
+        time.sleep(0.1)
+        signs = engine.signs
+        time.sleep(0.3)
+        assert engine.signs == signs, "who is idle is quiet"
+
+
+def test_words_that_find_no_room_are_said_later_and_in_turn() -> None:
+    here, there = multiprocessing.Pipe()
+    outbox = Outbox(here)
+    said = [("small", 0), ("large", "x" * 100_000)] + [(n, "y" * (5_000 * n)) for n in range(20)] + ["last"]
+    for item in said:
+        outbox.send(item)
+    heard = [there.recv() for _ in said]
+    assert heard == said
+    before, limit = outbox._put, time.monotonic() + 10
+    while outbox._said < before:
+        assert time.monotonic() < limit
+        time.sleep(0.001)
+    outbox.send("at once")
+    assert outbox._put == before > 2 and there.recv() == "at once"
+    there.close()
+    with pytest.raises(BrokenPipeError):
+        outbox.send("too late")
+    outbox.send(None)
+
+
+def test_how_a_process_ended_is_told_in_words() -> None:
+    assert [told(code) for code in (3, -9, -11, -77)] == ["exit code 3", "SIGKILL", "SIGSEGV", "signal 77"]
 
 
 def test_what_is_wrong_with_an_engine_is_raised_by_who_waits_for_it() -> None:

@@ -2,237 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tongyun.cli.engines import CHIP, PPU, ROUTER, ServeOptions, build_gateway
 from tongyun.cli.fleet import refuse_told, typed
 from tongyun.cli.twin import twin_gateway
 from tongyun.errors import InputError
 
 if TYPE_CHECKING:
-    from tongyun.cloud.engine.apart import EngineProcess
-    from tongyun.cloud.engine.loop import EngineLoop
-    from tongyun.cloud.engine.ppu_executor import PpuExecutor
-    from tongyun.cloud.engine.torch_executor import TorchExecutor
+    from tongyun.cloud.engine.keeper import Upkeep
     from tongyun.cloud.gateway.app import Gateway
-    from tongyun.cloud.gateway.ports import StartEngine
-    from tongyun.cloud.sched.router import Router
-    from tongyun.cloud.sched.scheduler import SchedulerConfig
-
-
-PPU, CHIP = "ppu", "zhenwu-810e"
-"""The device that is a simulated chip."""
-ROUTER = "least-load"
-BLOCK_TOKENS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """What decides how a model is served; the command line's flags by other names."""
-
-    model: str
-    names: tuple[str, ...] = ()
-    """What clients may call it; empty: the hub id or the directory's name."""
-    device: str = "cpu"
-    chip: str = CHIP
-    """The PPU that is simulated where the device is `ppu`."""
-    kernels: str | None = None
-    threads: int | None = None
-    kv_dtype: str | None = None
-    kv_bytes: int | None = None
-    context_tokens: int | None = None
-    """None: as much as the model was made for and the cache can hold."""
-    max_sequences: int = 64
-    max_step_tokens: int = 512
-    prefix_caching: bool = True
-    api_key: str | None = None
-    body_bytes: int = 16 * 2**20
-    priorities: Mapping[str, int] = field(default_factory=dict)
-    """Of the classes that requests may name."""
-    aging_s: float | None = None
-    """See `SchedulerConfig.aging_s`."""
-    replicas: int = 1
-    """Engines, each a process with the whole model."""
-    router: str = ROUTER
-    migrate: bool = False
-    """Whether running requests move between the engines."""
-
-
-def build_gateway(options: ServeOptions) -> Gateway:
-    """Begin to load the model, in a process for each replica, and put the gateway together; nothing runs."""
-    from tongyun.cloud.gateway.app import Gateway
-    from tongyun.cloud.gateway.ask import Served
-    from tongyun.cloud.gateway.classes import Classes
-    from tongyun.model.config import ModelConfig
-    from tongyun.model.find import find_model
-    from tongyun.model.tokenizer import Tokenizer
-    from tongyun.model.vocabulary import Vocabulary
-
-    directory = find_model(options.model)
-    router = _router(options)
-    engines = _engines(options, directory)
-    try:
-        tokenizer, vocabulary = Tokenizer(directory), Vocabulary.load(directory)
-        # A request has to run wherever it is sent: the caches of like engines may differ in what was free.
-        context_tokens = min([engine.ready().max_context_tokens for engine in engines])
-    except BaseException:
-        for engine in engines:
-            engine.close()
-        raise
-    served = Served(
-        names=options.names or (_name(options.model, directory),),
-        context_tokens=context_tokens,
-        vocab=ModelConfig.load(directory).vocab,
-        tokenizer=tokenizer,
-        vocabulary=vocabulary,
-        created=int(time.time()),
-    )
-    return Gateway(
-        served=served,
-        start_engine=_start(engines, router, migrate=options.migrate),
-        api_key=options.api_key,
-        body_bytes=options.body_bytes,
-        classes=Classes(priorities=options.priorities),
-    )
-
-
-def _engines(options: ServeOptions, directory: Path) -> list[EngineProcess]:
-    """A process for each replica, which begins to build it."""
-    from tongyun.cloud.engine.apart import EngineProcess
-    from tongyun.cloud.engine.carry import Windows
-    from tongyun.model.config import ModelConfig
-
-    count, build = options.replicas, partial(build_engine, options, directory)
-    if not options.migrate:
-        return [EngineProcess(build) for _ in range(count)]
-    # Keys and values are of at most four bytes.
-    windows = Windows(count, 4 * ModelConfig.load(directory).kv_elements * BLOCK_TOKENS)
-    return [EngineProcess(build, (windows, index)) for index in range(count)]
-
-
-def _apart(options: ServeOptions) -> Gateway:
-    """The gateway, and what is left of this process kept off the cores that its engines need most."""
-    from tongyun.cloud.engine.cores import stand_aside
-
-    gateway = build_gateway(options)
-    stand_aside(options.replicas)
-    return gateway
-
-
-def _router(options: ServeOptions) -> Router:
-    """Who chooses among the replicas, once it is certain that there can be so many."""
-    from tongyun.cloud.sched.router import find_router
-
-    if options.replicas < 1:
-        raise InputError(f"--replicas {options.replicas}: accepted: 1 or more")
-    if options.migrate and options.replicas < 2:
-        raise InputError(
-            "--migrate: requests move from one replica to another; accepted with --replicas 2 or more"
-        )
-    if options.replicas > 1 and options.device == PPU:
-        raise InputError(
-            "--replicas: several simulated chips would take this machine's cores from each other, "
-            "and their paces say nothing; accepted with --device ppu: 1"
-        )
-    return find_router(options.router)
-
-
-def _start(engines: Sequence[EngineProcess], router: Router, *, migrate: bool) -> StartEngine:
-    """What begins to run the engine behind the gateway: a process, or several that are one to it."""
-    from tongyun.cloud.engine.replicas import Replicas
-    from tongyun.cloud.sched.migrate import MigrationPolicy
-
-    if len(engines) == 1:
-        return engines[0].connect
-    policy = MigrationPolicy() if migrate else None
-    return partial(Replicas, [engine.connect for engine in engines], router, policy=policy)
-
-
-def build_engine(options: ServeOptions, directory: Path) -> EngineLoop:
-    """Load the model and give it a scheduler: what runs in the engine's process."""
-    from tongyun.cloud.engine.clock import WallClock
-    from tongyun.cloud.engine.loop import EngineLoop
-    from tongyun.cloud.sched.scheduler import Scheduler
-    from tongyun.model.tokenizer import Tokenizer, eos_ids
-
-    executor, blocks = _executor(options, directory)
-    cache, config = executor.cache, executor.model.config
-    context_tokens = _context(options, config.max_positions, blocks * cache.block_tokens)
-    limits = _limits(options, blocks, cache.block_tokens, context_tokens)
-    eos = frozenset(eos_ids(directory) or Tokenizer(directory).eos_ids)
-    return EngineLoop(Scheduler(limits), executor, WallClock(), eos_token_ids=eos)
-
-
-def _executor(options: ServeOptions, directory: Path) -> tuple[TorchExecutor | PpuExecutor, int]:
-    """What runs the model, and how many KV blocks requests may have."""
-    if options.device == PPU:
-        from tongyun.cloud.engine.ppu_executor import PpuOptions, check_ppu, open_ppu_executor
-
-        check_ppu(options.kernels, options.kv_dtype)
-        simulated = open_ppu_executor(
-            directory,
-            PpuOptions(
-                chip=options.chip,
-                sequences=options.max_sequences,
-                step_tokens=options.max_step_tokens,
-                context_tokens=options.context_tokens,
-                kv_bytes=options.kv_bytes,
-            ),
-        )
-        return simulated, simulated.blocks
-    from tongyun.cloud.engine.torch_executor import ExecutorOptions, open_executor
-
-    executor = open_executor(
-        directory,
-        ExecutorOptions(
-            device=options.device,
-            kernels=options.kernels,
-            threads=options.threads,
-            kv_dtype=options.kv_dtype,
-            kv_bytes=options.kv_bytes,
-            block_tokens=BLOCK_TOKENS,
-            sharers=options.replicas,
-        ),
-    )
-    return executor, executor.cache.blocks
-
-
-def _name(model: str, directory: Path) -> str:
-    """A hub id is a name already; of a path only the last part is for clients to see."""
-    return directory.resolve().name if Path(model).expanduser().is_dir() else model
-
-
-def _context(options: ServeOptions, positions: int, cached: int) -> int:
-    """Tokens of one request: the model's positions, or fewer where asked for or where the cache ends."""
-    asked = options.context_tokens
-    if asked is None:
-        return min(positions, cached)
-    if not 2 <= asked <= min(positions, cached):
-        raise InputError(
-            f"--context {asked}: accepted: 2 … {min(positions, cached)} "
-            f"(the model has {positions} positions, the KV cache holds {cached} tokens)"
-        )
-    return asked
-
-
-def _limits(options: ServeOptions, blocks: int, block_tokens: int, context_tokens: int) -> SchedulerConfig:
-    from tongyun.cloud.sched.scheduler import SchedulerConfig
-
-    return SchedulerConfig(
-        blocks=blocks,
-        block_tokens=block_tokens,
-        max_context_tokens=context_tokens,
-        max_sequences=options.max_sequences,
-        max_step_tokens=options.max_step_tokens,
-        prefix_caching=options.prefix_caching,
-        aging_s=options.aging_s,
-    )
 
 
 def serve(
@@ -274,6 +58,19 @@ def serve(
     migrate: Annotated[
         bool, typer.Option("--migrate", help="Move running requests from full replicas to free ones.")
     ] = False,
+    hang_after: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds without a sign of life in which a replica with work is killed and started again; "
+            "60 with --replicas or --restarts, else never."
+        ),
+    ] = None,
+    restarts: Annotated[
+        int | None,
+        typer.Option(
+            help="Times in a row that a replica which ended is started again; 5 with --replicas or --hang-after, else 0."
+        ),
+    ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
     body_limit_mb: Annotated[float, typer.Option(help="Largest request body in MB.")] = 16.0,
     class_: Annotated[
@@ -312,6 +109,10 @@ def serve(
         raise InputError("MODEL is missing: a directory or a hub id; or --twin and --fleet")
     if device != PPU:
         refuse_told(typed(context_), ("chip",), "only --device ppu simulates a chip")
+    else:
+        refuse_told(
+            typed(context_), ("hang_after", "restarts"), "a simulated chip's step takes as long as it takes"
+        )
     if replicas == 1:
         refuse_told(typed(context_), ("router",), "--replicas 1 leaves nothing to choose")
     options = ServeOptions(
@@ -333,6 +134,7 @@ def serve(
         replicas=replicas,
         router=router,
         migrate=migrate,
+        upkeep=upkeep_of(replicas, hang_after, restarts),
     )
     run_server(
         lambda key: _apart(replace(options, api_key=key)),
@@ -341,6 +143,15 @@ def serve(
         port=port,
         drain_s=drain_timeout,
     )
+
+
+def _apart(options: ServeOptions) -> Gateway:
+    """The gateway, and what is left of this process kept off the cores that its engines need most."""
+    from tongyun.cloud.engine.cores import stand_aside
+
+    gateway = build_gateway(options)
+    stand_aside(options.replicas)
+    return gateway
 
 
 def run_server(
@@ -360,10 +171,10 @@ def run_server(
     with bind(host, port) as sock:
         url = url_of(sock)
         gateway = build(key)
-        served = gateway.served
 
         def announce() -> None:
-            typer.echo(f"{served.names[0]}: context {served.context_tokens} tokens, at {url}/v1")
+            for one in gateway.models:
+                typer.echo(f"{one.names[0]}: context {one.context_tokens} tokens, at {url}/v1")
 
         run(build_app(gateway), sock, drain_s=drain_s, on_ready=announce)
 
@@ -382,10 +193,31 @@ OF_A_MODEL = (
     "replicas",
     "router",
     "migrate",
+    "hang_after",
+    "restarts",
     "class_",
     "class_aging",
 )
 """Flags that a twin has no use for: its fleet file says what there is."""
+
+
+def upkeep_of(replicas: int, hang_after_s: float | None, restarts: int | None) -> Upkeep | None:
+    """What is told of it, and defaults for the rest; None for one engine of which nothing is told."""
+    from tongyun.cloud.engine.keeper import Upkeep
+
+    if replicas == 1 and hang_after_s is None and restarts is None:
+        return None
+    usual = Upkeep()
+    if hang_after_s is None:
+        hang_after_s = usual.hang_after_s
+    # Below, a busy machine looks like an engine that hangs.
+    if not 1 <= hang_after_s < float("inf"):
+        raise InputError(f"--hang-after {hang_after_s:g}: accepted: 1 or more seconds")
+    if restarts is None:
+        restarts = usual.restarts
+    if restarts < 0:
+        raise InputError(f"--restarts {restarts}: accepted: 0 or more")
+    return Upkeep(hang_after_s=hang_after_s, restarts=restarts)
 
 
 def _priorities(told: Iterable[str]) -> dict[str, int]:

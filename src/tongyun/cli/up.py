@@ -210,7 +210,7 @@ def deploy(config: ModelConfig, spec: ChipSpec, tokens: int) -> Deployment:
 
 
 def _limits(config: ModelConfig, spec: ChipSpec, tokens: int) -> SchedulerConfig:
-    from tongyun.cli.serve import ServeOptions
+    from tongyun.cli.engines import ServeOptions
     from tongyun.cloud.sched.scheduler import SchedulerConfig
 
     usual = ServeOptions(model="")

@@ -3,38 +3,29 @@
 Threads of one process take turns at the interpreter: a gateway that sends the tokens of a
 step would hold up the next. What goes over the line is a request, an abort or a letter about a
 request that moves one way, and a step's events and letters with the engine's state the other, one
-message a step. Knows no HTTP and no text; what the engine is made of, the caller says with a
-function that a fresh interpreter can import.
+message a step. Where a gateway wants to know who hangs, an engine with work also says at intervals that it
+goes on: a step of a long prompt may take longer than one should wait. Knows no HTTP, no text and no process.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from threading import Thread
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from tongyun.cloud.engine.carry import Carrier, Windows
 from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
 from tongyun.cloud.engine.live import Item, LiveEngine, Sink, Standing
-from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
-from tongyun.cloud.pauses import settle
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.limits import SchedulerConfig
 from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Finish, Request
-from tongyun.errors import InputError, RequestError, ServiceError, TongyunError
+from tongyun.errors import RequestError, ServiceError, TongyunError
 
 Start = Callable[[Sink], LiveEngine]
-Seat = tuple[Windows, int]
-"""Memory that engines share, and whose number of them one has."""
 
 
 class _Report(NamedTuple):
@@ -62,6 +53,7 @@ class Attendant:
         self._line = line
         # The engine's thread reports, and the line's does where the engine takes nothing any more.
         self._speaking = threading.Lock()
+        self._progress: tuple[int, int] | None = None
         # A report may come before the name below is bound: the first work arrives after it.
         self.engine = start(lambda events: self._report(events, self.engine.collect()))
 
@@ -84,6 +76,15 @@ class Attendant:
             assert isinstance(request, Request)
             self._report([TokenEvent(request.id, None, 0.0, Finish.ERROR, error=str(error))])
 
+    def beat(self, interval_s: float, ended: threading.Event) -> None:
+        """Say until the end that the engine goes on, as often as it has since the last time."""
+        while not ended.wait(interval_s):
+            progress = self.engine.progress
+            if progress is not None and progress != self._progress:
+                with self._speaking:
+                    tell(self._line, None)
+            self._progress = progress
+
     def _report(self, events: Sequence[TokenEvent], letters: Sequence[Up] = ()) -> None:
         engine = self.engine
         failure = None if engine.failure is None else str(engine.failure)
@@ -93,35 +94,26 @@ class Attendant:
             self._line.send(_Report(plain, engine.stats(), tuple(room), taken, head, failure, letters))
 
 
-def attend(line: Connection, start: Start) -> None:
-    """Run an engine for the other end of the line, until that closes it or is gone."""
-    attendant = Attendant(line, start)
+def attend(line: Connection, start: Start, beat_s: float | None = None) -> None:
+    """Run an engine for the other end of the line, until that closes it or is gone.
+
+    With `beat_s`, it also gives signs of life that often between reports.
+    """
+    attendant, ended = Attendant(line, start), threading.Event()
+    if beat_s is not None:
+        Thread(target=attendant.beat, args=(beat_s, ended), name="tongyun-beat", daemon=True).start()
     try:
         while (item := line.recv()) is not None:
             attendant.give(item)
     except (EOFError, OSError):
         pass
     attendant.engine.close()
+    ended.set()
     # Its end tells the other side that nothing more will come.
     line.close()
 
 
-def _run(line: Connection, build: Callable[[], EngineLoop], seat: Seat | None) -> None:
-    """The life of an engine's process: build it or say why not, then attend."""
-    # Ctrl-C reaches every process of a terminal; the gateway says when to end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        loop = build()
-        carrier = None if seat is None else Carrier(loop, *seat)
-    except TongyunError as error:
-        _tell(line, (error.exit_code, str(error)))
-        return
-    settle()
-    if _tell(line, (loop.scheduler.config, loop.stats(), Standing(loop.room(), 0))):
-        attend(line, partial(LiveEngine, loop, carrier=carrier))
-
-
-def _tell(line: Connection, what: object) -> bool:
+def tell(line: Line, what: object) -> bool:
     """Say something to the other end; False where it is gone."""
     try:
         line.send(what)
@@ -133,6 +125,14 @@ def _tell(line: Connection, what: object) -> bool:
 # ── at those who ask ─────────────────────────────────────────────────────────────────
 
 
+class Line(Protocol):
+    """The near end of one (`Connection`)."""
+
+    def send(self, item: Any, /) -> None: ...
+
+    def recv(self) -> Any: ...
+
+
 class Distant:
     """The near end of a line to an engine: to its users what a `LiveEngine` is.
 
@@ -141,7 +141,7 @@ class Distant:
     """
 
     def __init__(
-        self, line: Connection, limits: SchedulerConfig, stats: EngineStats, standing: Standing, sink: Sink
+        self, line: Line, limits: SchedulerConfig, stats: EngineStats, standing: Standing, sink: Sink
     ) -> None:
         """`stats` and `standing` are those at its start."""
         self._line, self._limits, self._stats, self._sink = line, limits, stats, sink
@@ -156,6 +156,9 @@ class Distant:
         self._failure: ServiceError | None = None
         self.reads: Callable[[Sequence[Up]], None] | None = None
         """Who is told the letters, on the thread of the sink and after it."""
+        self.signs = 0
+        """Signs of life: whatever came over the line."""
+        self._hearing = False
         self._thread = Thread(target=self._listen, name="tongyun-line", daemon=True)
         self._thread.start()
 
@@ -223,6 +226,15 @@ class Distant:
         """What ended the engine before its time; None while it lives."""
         return self._failure
 
+    @property
+    def awaited(self) -> bool:
+        """Whether a sign of life is due: there is work, and nobody here is still at the last report."""
+        return bool(self._in_flight) and not self._hearing
+
+    def outlive(self) -> None:
+        """Wait until it has ended by itself and everybody was told."""
+        self._thread.join()
+
     def close(self) -> None:
         """Abort what is left and wait for the engine's end; a second call does nothing."""
         with self._lock:
@@ -233,12 +245,17 @@ class Distant:
 
     def _say(self, item: Item | None) -> None:
         # Of an engine that is gone the listener learns as well, and it tells everybody.
-        _tell(self._line, item)
+        tell(self._line, item)
 
     def _listen(self) -> None:
         try:
             while True:
-                self._hear(self._line.recv())
+                said = self._line.recv()
+                self.signs += 1
+                if said is not None:
+                    self._hearing = True
+                    self._hear(said)
+                    self._hearing = False
         except (EOFError, OSError):
             self._ended()
 
@@ -273,54 +290,3 @@ class Distant:
                 self._failure = ServiceError("the engine's process ended")
         message = f"the engine has stopped: {self._failure or 'closed'}"
         self._pass_on([TokenEvent(one, None, 0.0, Finish.ERROR, error=message) for one in left], None)
-
-
-class EngineProcess:
-    """An engine that is being built in a process of its own; `ready` waits for it, `connect` uses it."""
-
-    def __init__(self, build: Callable[[], EngineLoop], seat: Seat | None = None) -> None:
-        """`build` runs there: a function of a module, or a `partial` of one with arguments that pickle. With
-        a `seat`, requests move between this engine and the others that share its windows."""
-        context = multiprocessing.get_context("spawn")
-        self._line, there = context.Pipe()
-        self._process: BaseProcess = context.Process(
-            target=_run, args=(there, build, seat), name="tongyun-engine", daemon=True
-        )
-        self._process.start()
-        # Ours alone keeps the line open: where the engine dies, we read its end.
-        there.close()
-
-    def ready(self) -> SchedulerConfig:
-        """The limits of the engine, once it is built; what was wrong with it is raised here."""
-        try:
-            first, *rest = self._line.recv()
-        except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
-            raise ServiceError(f"the engine's process ended with {code} before it was ready") from None
-        if isinstance(first, int):
-            raise InputError(*rest) if first == InputError.exit_code else ServiceError(*rest)
-        limits: SchedulerConfig = first
-        self._limits, (self._stats, self._standing) = limits, rest
-        return limits
-
-    def connect(self, sink: Sink) -> Distant:
-        """The engine, whose events go to `sink`; once, after `ready`."""
-        return Distant(self._line, self._limits, self._stats, self._standing, sink)
-
-    @property
-    def pid(self) -> int:
-        """Of the operating system."""
-        assert self._process.pid is not None
-        return self._process.pid
-
-    def ended(self, timeout_s: float) -> bool:
-        """Wait for the process's end; False if time ran out first."""
-        self._process.join(timeout_s)
-        return not self._process.is_alive()
-
-    def close(self) -> None:
-        """End the process of an engine that nobody connected to."""
-        self._line.close()
-        self._process.terminate()
-        self._process.join()

@@ -11,6 +11,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+Cores = frozenset[int]
+
+
+def given() -> Cores | None:
+    """Cores that this thread may use; None where a system knows no affinity."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+@contextmanager
+def on(cores: Cores | None) -> Iterator[None]:
+    """Let this thread, and what it starts, use these cores until the block's end."""
+    before = given()
+    if cores is not None:
+        os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.sched_setaffinity(0, before)
+
 
 def stand_aside(engines: int = 1) -> None:
     """Leave as many cores to the loops of engines: this thread, and those it starts, use the others.
@@ -26,10 +46,6 @@ def stand_aside(engines: int = 1) -> None:
 @contextmanager
 def aside(engines: int = 1) -> Iterator[None]:
     """As `stand_aside`, until the block's end."""
-    before = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    stand_aside(engines)
-    try:
+    with on(given()):
+        stand_aside(engines)
         yield
-    finally:
-        if before is not None:
-            os.sched_setaffinity(0, before)

@@ -18,7 +18,7 @@ from tongyun.cloud.engine.carry import Carrier
 from tongyun.cloud.engine.interface import StepError
 from tongyun.cloud.engine.letters import Arrive, Departed, Down, Up
 from tongyun.cloud.engine.loop import EngineLoop
-from tongyun.cloud.engine.protocol import EngineStats, TokenEvent
+from tongyun.cloud.engine.protocol import Advances, EngineStats, TokenEvent
 from tongyun.cloud.sched.freeness import Room
 from tongyun.cloud.sched.migrate import Movable, Traveller
 from tongyun.cloud.sched.request import Finish, Request
@@ -62,6 +62,7 @@ class LiveEngine:
         self._taken = 0
         self._standing = Standing(loop.room(), self._taken)
         self._letters: list[Up] = []
+        self._turns = 0
         self._thread = Thread(target=self._run, name="tongyun-engine", daemon=True)
         self._thread.start()
 
@@ -125,6 +126,17 @@ class LiveEngine:
         return self._standing
 
     @property
+    def progress(self) -> tuple[int, int] | None:
+        """Turns taken, and layers begun where the executor tells; None where there is nothing to do.
+
+        It grows while the engine goes on, and is read without a lock: one that hangs may hold any.
+        """
+        if not self._in_flight:
+            return None
+        executor = self._loop.executor
+        return self._turns, executor.layers if isinstance(executor, Advances) else 0
+
+    @property
     def failure(self) -> BaseException | None:
         """What ended the engine before its time; None while it lives."""
         return self._failure
@@ -167,6 +179,7 @@ class LiveEngine:
             except StepError as error:
                 _log.error("%s", error, exc_info=error.__cause__)
                 events += error.events
+        self._turns += 1
         if self._carrier is not None:
             self._carrier.clear() if closing else self._carrier.work()
         self._report(events)

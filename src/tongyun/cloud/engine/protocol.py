@@ -100,6 +100,15 @@ class Portable(Protocol):
         """Give as many blocks the contents that were read elsewhere."""
 
 
+@runtime_checkable
+class Advances(Protocol):
+    """An executor that can be seen to go on within a step."""
+
+    @property
+    def layers(self) -> int:
+        """Layers begun since the start, in all steps."""
+
+
 class Clock(Protocol):
     """Wall or virtual time, in seconds from an arbitrary start."""
 
@@ -238,6 +247,15 @@ class MoveStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReplicaStats:
+    """One of several engines behind a gateway."""
+
+    up: bool
+    restarts: Mapping[str, int] = field(default_factory=dict)
+    """Times that it was started again, by why (`keeper.REASONS`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Gauges of this moment and counters since the start."""
 
@@ -272,11 +290,13 @@ class EngineStats:
     """By model, where several share the engine."""
     moves: MoveStats | None = None
     """Of several engines whose running requests move."""
+    replicas: tuple[ReplicaStats, ...] = ()
+    """Of several engines behind one gateway, each."""
 
 
 def summed(parts: Sequence[EngineStats]) -> EngineStats:
     """Of several engines together; there must be one."""
-    apart = ("finished", "tier_hit_tokens", "switched", "moves")
+    apart = ("finished", "tier_hit_tokens", "switched", "moves", "replicas")
     numbers = {
         one.name: sum(getattr(part, one.name) for part in parts)
         for one in fields(EngineStats)

@@ -3,8 +3,9 @@
 The router is the policy that a simulated fleet asks. It is told what is in flight here, and the
 blocks of each engine's latest report with those added that were sent since. A replica that ends is given
 nothing more; what it had goes on at another, with the tokens that were streamed as a part of what
-is computed there first, once: a request whose second engine ends too ends with it. With a policy, running
-requests move between those that live (`moves`). Knows no process.
+is computed there first, once: a request whose second engine ends too ends with it. With a keeper another
+takes its place (`keeper`); with a policy, running requests move between those that live (`moves`). Knows
+no process.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Protocol
 
+from tongyun.cloud.engine.keeper import Keeper
 from tongyun.cloud.engine.letters import Arrive, Down, Up
 from tongyun.cloud.engine.live import Sink
 from tongyun.cloud.engine.moves import Mover
-from tongyun.cloud.engine.protocol import EngineStats, TokenEvent, summed
-from tongyun.cloud.sched.freeness import Load, Room
+from tongyun.cloud.engine.protocol import EngineStats, ReplicaStats, TokenEvent, summed
+from tongyun.cloud.engine.replica import Replica
+from tongyun.cloud.sched.freeness import Load
 from tongyun.cloud.sched.migrate import MigrationPolicy, Movable, Traveller
 from tongyun.cloud.sched.prefix import row
 from tongyun.cloud.sched.request import Finish, Request
@@ -32,30 +34,8 @@ from tongyun.errors import RequestError, ServiceError
 _log = logging.getLogger(__name__)
 
 
-class Replica(Protocol):
-    """One of the engines (`apart.Distant`)."""
-
-    def submit(self, request: Request) -> None: ...
-
-    def resume(self, traveller: Traveller) -> None: ...
-
-    def abort(self, request_id: str) -> None: ...
-
-    def stats(self) -> EngineStats: ...
-
-    def room(self) -> Room: ...
-
-    def tell(self, letter: Down) -> None: ...
-
-    reads: Callable[[Sequence[Up]], None] | None
-
-    @property
-    def head(self) -> Movable | None: ...
-
-    @property
-    def failure(self) -> BaseException | None: ...
-
-    def close(self) -> None: ...
+GRACE_S = 10.0
+"""For replicas to end when all do; with a keeper, who hangs is killed then."""
 
 
 @dataclass
@@ -115,7 +95,9 @@ class Replicas:
         sink: Sink,
         *,
         policy: MigrationPolicy | None = None,
+        keep: Callable[[Replicas], Keeper] | None = None,
     ) -> None:
+        """`keep` makes the keeper of these engines, which is started here."""
         self._router, self._sink = router, sink
         # Seats, flights and the router belong to whoever holds it; it is taken before a replica's own.
         self._lock = threading.RLock()
@@ -127,12 +109,17 @@ class Replicas:
         # Who found no place, until the sink is told.
         self._stranded: list[TokenEvent] = []
         self._closing = threading.Event()
+        # What was counted by those whose place another has taken.
+        self._past: list[EngineStats] = []
+        self._keeper = None if keep is None else keep(self)
         if policy is not None:
             self._mover = Mover(self, policy)
             for index, engine in enumerate(self._engines):
                 engine.reads = partial(self._read, index)
             watch = partial(self._watch, self._mover, policy.interval_s)
             threading.Thread(target=watch, name="tongyun-moves", daemon=True).start()
+        if self._keeper is not None:
+            self._keeper.start()
 
     def submit(self, request: Request) -> None:
         """Give a request to the replica that the router names; RequestError if it could never run or its id
@@ -152,8 +139,14 @@ class Replicas:
 
     def stats(self) -> EngineStats:
         """Of all together; those that ended keep what they counted and hold nothing."""
-        whole = summed([self._stats(engine) for engine in self._engines])
-        return whole if self._mover is None else replace(whole, moves=self._mover.stats)
+        with self._lock:
+            whole = summed([*map(self._stats, self._engines), *self._past])
+        moves = None if self._mover is None else self._mover.stats
+        return replace(whole, moves=moves, replicas=tuple(map(self._state, range(len(self._engines)))))
+
+    def _state(self, index: int) -> ReplicaStats:
+        restarts = {} if self._keeper is None else dict(self._keeper.restarts[index])
+        return ReplicaStats(up=self._engines[index].failure is None, restarts=restarts)
 
     @staticmethod
     def _stats(engine: Replica) -> EngineStats:
@@ -164,15 +157,40 @@ class Replicas:
 
     @property
     def failure(self) -> BaseException | None:
-        """What ended the last of them; None while one lives."""
+        """What ended the last of them; None while one lives or is to come."""
         failures = [engine.failure for engine in self._engines]
+        if self._keeper is not None and self._keeper.hopeful:
+            return None
         return None if None in failures else failures[-1]
 
     def close(self) -> None:
         """Abort what is left and wait for the ends of all."""
         self._closing.set()
+        last = None if self._keeper is None else self._keeper.stop(GRACE_S)
         for engine in self._engines:
             engine.close()
+        if last is not None:
+            last.cancel()
+
+    # ── starting again ───────────────────────────────────────────────────────────────
+
+    def engine(self, index: int) -> Replica:
+        """Who has that number now."""
+        return self._engines[index]
+
+    def put(self, index: int, start: Callable[[Sink], Replica]) -> None:
+        """Let another take the place of one that has ended, and of whose end all are told."""
+        with self._lock:
+            self.up()
+            if self._mover is not None:
+                # Moves that it had part in come to nothing before one of its number can begin others.
+                self._mover.tick()
+            self._past = [summed([self._stats(self._engines[index]), *self._past])]
+            engine = start(partial(self._heard, index))
+            if self._mover is not None:
+                engine.reads = partial(self._read, index)
+            self._engines[index] = engine
+            self._buried.discard(index)
 
     # ── giving ───────────────────────────────────────────────────────────────────────
 
@@ -184,7 +202,8 @@ class Replicas:
                 up.append(index)
             elif index not in self._buried:
                 self._buried.add(index)
-                _log.error("replica %d has ended: %s", index, engine.failure)
+                if self._keeper is None:
+                    _log.error("replica %d has ended: %s", index, engine.failure)
                 if isinstance(self._router, Remembering):
                     self._router.forget(index)
         return up
@@ -197,7 +216,7 @@ class Replicas:
     def _place(self, flight: Flight) -> None:
         """Give a request to one that is up; another, where that ends at this very moment."""
         request = flight.request
-        while up := self.up():
+        while up := self._asked():
             flight.at = up[self._router.choose(request, [self.load(index) for index in up])]
             engine = self._engines[flight.at]
             # Its first token may come before the call returns.
@@ -215,7 +234,16 @@ class Replicas:
             except RequestError:
                 self._leave(flight)
                 raise
-        raise ServiceError(f"the engine has stopped: {self.failure}")
+        if (failure := self.failure) is None:
+            raise ServiceError("no replica is up: each has ended and is to be started again")
+        raise ServiceError(f"the engine has stopped: {failure}")
+
+    def _asked(self) -> list[int]:
+        """The replicas that may be given a request: who is silent is given none while others speak."""
+        up, keeper = self.up(), self._keeper
+        if keeper is None:
+            return up
+        return [index for index in up if not keeper.doubted(index)] or up
 
     def _enter(self, flight: Flight) -> None:
         self._flights[flight.request.id] = flight

@@ -53,6 +53,8 @@ class ExecutorOptions:
     """`f32` or `bf16`; None is f32 on a CPU, so that tokens equal the reference's, and bf16 on a GPU."""
     kv_bytes: int | None = None
     """Memory for the cache; None takes 40 % of what is free, at most 256 full contexts."""
+    kv_blocks: int | None = None
+    """Blocks of the cache, whatever is free."""
     sharers: int = 1
     """Engines that share what is free, and the threads where none are named."""
 
@@ -84,12 +86,13 @@ def give_cache(model: Qwen3, options: ExecutorOptions) -> TorchExecutor:
         raise InputError(unknown("kv dtype", name, KV_DTYPES))
     dtype, each = KV_DTYPES[name], block_bytes(model.config, options.block_tokens, KV_DTYPES[name])
     most = 256 * -(-model.config.max_positions // options.block_tokens)
-    blocks = (options.kv_bytes or int(0.4 * _free_bytes(options.device) / options.sharers)) // each
+    room = options.kv_bytes or int(0.4 * _free_bytes(options.device) / options.sharers)
+    blocks = options.kv_blocks or room // each
     if blocks < 1:
         raise InputError(f"no room for a KV cache: one block takes {each} bytes")
     cache = PagedCache(
         model.config,
-        blocks=blocks if options.kv_bytes else min(blocks, most),
+        blocks=blocks if options.kv_blocks or options.kv_bytes else min(blocks, most),
         block_tokens=options.block_tokens,
         dtype=dtype,
         device=options.device,
@@ -127,6 +130,8 @@ class TorchExecutor:
     def __init__(self, model: Qwen3, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self.device = cache.keys.device
+        self.layers = 0
+        """Begun since the start: a step of a long prompt takes seconds, and this shows that it goes on."""
         self._replays = _replays(model, cache)
 
     def prepare(self) -> None:
@@ -190,7 +195,12 @@ class TorchExecutor:
         for piece in pieces:
             fed.extend(piece.tokens)
         tokens_T = torch.tensor(fed, device=self.device)
-        attend = PagedAttend(self.cache, layout, self.model.ops)
+        paged = PagedAttend(self.cache, layout, self.model.ops)
+
+        def attend(layer: int, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor) -> torch.Tensor:
+            self.layers += 1
+            return paged(layer, q_THd, k_TKd, v_TKd)
+
         hidden_TD = self.model(tokens_T, layout.positions_T, attend)
         sampling = [i for i, piece in enumerate(pieces) if piece.samples]
         if not sampling:

@@ -137,18 +137,26 @@ def _add_models(app: FastAPI, models: Sequence[Served]) -> None:
 def _add_state(app: FastAPI, meters: Meters) -> None:
     @app.get("/health")
     async def health() -> Response:
-        """200 while the engine lives."""
+        """200 while an engine lives, or another is to be started in its place."""
         failure = app.state.bridge.failure
         if failure is not None:
             raise Refused(503, f"the engine stopped: {failure}", code="engine_unavailable")
-        return JSONResponse({"status": "ok"})
+        up = [one.up for one in app.state.bridge.stats().replicas]
+        if not up:
+            return JSONResponse({"status": "ok"})
+        status = "ok" if all(up) else "degraded"
+        return JSONResponse({"status": status, "replicas": len(up), "ready_replicas": sum(up)})
 
     @app.get("/ready")
     async def ready() -> Response:
         """200 while new requests are taken."""
         if app.state.bridge.draining:
             raise Refused(503, "the server is shutting down", code="server_draining")
-        return await health()
+        answer = await health()
+        replicas = app.state.bridge.stats().replicas
+        if replicas and not any(one.up for one in replicas):
+            raise Refused(503, "no replica is up; each is to be started again", code="engine_unavailable")
+        return answer
 
     @app.get("/metrics")
     async def metrics() -> Response:

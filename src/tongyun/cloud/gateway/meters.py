@@ -6,7 +6,7 @@ looks. One registry a gateway, so that two in one process do not add up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -16,7 +16,8 @@ from prometheus_client.core import (
     Metric,
 )
 
-from tongyun.cloud.engine.protocol import PAUSES_S, EngineStats, MoveStats
+from tongyun.cloud.engine.keeper import REASONS
+from tongyun.cloud.engine.protocol import PAUSES_S, EngineStats, MoveStats, ReplicaStats
 from tongyun.cloud.gateway.exchange import Exchange
 
 _TTFT_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -112,6 +113,8 @@ class _EngineCollector:
             yield CounterMetricFamily(f"tongyun_{name}", text, value=float(value))
         if now.moves is not None:
             yield from _moves(now.moves)
+        if now.replicas:
+            yield from _replicas(now.replicas)
 
 
 def _moves(now: MoveStats) -> Iterable[Metric]:
@@ -130,3 +133,19 @@ def _moves(now: MoveStats) -> Iterable[Metric]:
         buckets=list(zip(bounds, now.downtimes, strict=True)),
         sum_value=now.downtime_s,
     )
+
+
+def _replicas(now: Sequence[ReplicaStats]) -> Iterable[Metric]:
+    """Of several engines, each by its number."""
+    up = GaugeMetricFamily("tongyun_replica_up", "Whether the replica takes requests.", labels=("replica",))
+    restarts = CounterMetricFamily(
+        "tongyun_replica_restarts",
+        "Times the replica was started again, by why.",
+        labels=("replica", "reason"),
+    )
+    for index, one in enumerate(now):
+        up.add_metric((str(index),), float(one.up))
+        for reason in REASONS:
+            restarts.add_metric((str(index), reason), one.restarts.get(reason, 0))
+    yield up
+    yield restarts
