@@ -212,7 +212,8 @@ class Sequences:
 
     def _sum(self, each: Number) -> Number:
         total = self.count * each
-        return np.asarray(total).sum(axis=-1, dtype=np.float64) if self.ragged else total
+        # The method of arrays takes twice as long for the few chunks of a step.
+        return np.add.reduce(total, axis=-1, dtype=np.float64) if self.ragged else total
 
     @property
     def sequences(self) -> Number:

@@ -90,6 +90,12 @@ class BlockPool:
         """One holder fewer for each of a request's blocks, given in the request's order."""
         # Backwards, so that the end of a prefix is evicted before what it depends on.
         holders, keys, idle, blank = self._holders, self._key, self._idle, self._blank
+        if not self._block_by_key:
+            # Nothing was ever to be found: each has this one holder.
+            for block in blocks:
+                holders[block] = 0
+            blank.extend(reversed(blocks))
+            return
         for block in reversed(blocks):
             holders[block] = left = holders[block] - 1
             if not left:
