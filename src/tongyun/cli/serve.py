@@ -68,7 +68,8 @@ def serve(
     restarts: Annotated[
         int | None,
         typer.Option(
-            help="Times in a row that a replica which ended is started again; 5 with --replicas or --hang-after, else 0."
+            help="Times in a row that a replica which ended is started again; "
+            "5 with --replicas or --hang-after, else 0."
         ),
     ] = None,
     drain_timeout: Annotated[float, typer.Option(help="Seconds that SIGTERM leaves to what runs.")] = 30.0,
