@@ -124,12 +124,12 @@ class Told:
         front: Front | Relay = Front(engines[0], RoundRobin())
         if self.split:
             front = Relay((engines[0], engines[1]), (LeastLoad(), RoundRobin()), hand_over_s)
-        mover = None if self.policy is None else Mover(front.fronts[-1], self.policy, copy_s)
+        movers = () if self.policy is None else (Mover(front.fronts[-1], self.policy, copy_s),)
         running = changing = None
         if self.failures is not None or self.rules:
             sites = [site(role, 3, ranks=2, groups=2) for role in roles]
             running = Upkeep(failures=self.failures, autoscale=self.rules).attach(
-                front, sites, CHIP, seed=self.seed, mover=mover
+                front, sites, CHIP, seed=self.seed, movers=movers
             )
         if self.every_s is not None:
             there: list[Callable[[int], bool]] = [lambda _: True for _ in roles]
@@ -148,7 +148,7 @@ class Told:
             drift_s, window_s = self.every_s
             ending = None if running is None else running.ending
             changing = Rebalancing(front, placed, drift_s=drift_s, window_s=window_s, ending=ending)
-        return AtWork(front=front, running=running, mover=mover, changing=changing)
+        return AtWork(front=front, running=running, movers=movers, changing=changing)
 
 
 def equipped(replicas: Sequence[Replica]) -> Callable[[int], bool]:
@@ -165,7 +165,7 @@ def events(
     return (
         work,
         records,
-        [] if work.mover is None else work.mover.log,
+        [move for mover in work.movers for move in mover.log],
         [] if work.changing is None else work.changing.log,
         kept,
     )

@@ -18,10 +18,11 @@ from tongyun.cli.fleet import read_fleet
 from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.migration import Move, Mover, Moves
+from tongyun.cloud.migration import Move, Mover, Moves, Moving
+from tongyun.cloud.prompts import PromptMover
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.retries import LOST
-from tongyun.cloud.sched.migrate import MigrationPolicy
+from tongyun.cloud.sched.migrate import MigrationPolicy, PromptPolicy
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, RoundRobin
 from tongyun.cloud.sched.scheduler import SchedulerConfig
@@ -31,6 +32,7 @@ from tongyun.codesign.fleet import Played
 from tongyun.codesign.upkeep import Kept, Running, Upkeep
 from tongyun.specs import AutoscaleSpec, FailureSpec, OutageSpec
 
+moving_prompts = st.sampled_from([None, PromptPolicy(interval_s=0.05), PromptPolicy(interval_s=0.3)])
 RARELY = FailureSpec(chip_mtbf_hours=1e9, chip_repair_hours=1.0)
 
 
@@ -50,20 +52,26 @@ class Pools:
         *,
         kind: type[SimulatedExecutor] = LeapingExecutor,
         seed: int = 0,
+        prompts: PromptPolicy | None = None,
+        send_s: float = 0.003,
     ) -> None:
+        """With `prompts`, they are given out turn by turn, and those that wait move."""
         self.tokens: dict[str, list[int]] = defaultdict(list)
         watch = None if kind is LeapingExecutor else self.saw
         self.relay = Relay(
             (engines(config, kind, 2), engines(config, kind, 3)),
-            (LeastLoad(), RoundRobin()),
+            (LeastLoad() if prompts is None else RoundRobin(), RoundRobin()),
             hand_over_s,
             watches=(watch, watch),
         )
         self.mover = Mover(self.relay.second, policy, copy_s)
+        self.movers: list[Moving] = [self.mover]
+        if prompts is not None:
+            self.movers.append(PromptMover(self.relay.first, prompts, send_s))
         self.running: Running | None = None
         if failures is not None or rules:
             self.running = Upkeep(failures=failures, autoscale=rules).attach(
-                self.relay, [site("prefill", 2), site("decode", 3)], CHIP, seed=seed, mover=self.mover
+                self.relay, [site("prefill", 2), site("decode", 3)], CHIP, seed=seed, movers=self.movers
             )
 
     def saw(self, turn: Turn) -> None:
@@ -79,8 +87,9 @@ class Pools:
     def look(self, arrived: Sequence[str]) -> None:
         """Requests in are those out and those within; a block has as many holders as it should."""
         relay = self.relay
-        within = [entry[2].id for entry in relay._under_way] + list(relay.second.between)
+        within = [entry[2].id for entry in relay._under_way]
         for front in relay.fronts:
+            within += front.between
             within += [request.id for request in front.waiting()]
             for one in front.instances:
                 scheduler, held = one.single.scheduler, Counter[int]()
@@ -100,21 +109,25 @@ class Pools:
         ended = [record.id for record in relay.records(arrived) if record.id not in set(within)]
         lost = [] if self.running is None else list(self.running.retries.lost)
         assert sorted(within + ended + lost) == sorted(arrived)
-        for index, one in enumerate(relay.second.instances):
-            flights = self.mover._flights.values()
-            assert one.moves == sum((flight.source, flight.target).count(index) for flight in flights)
+        for mover in self.movers:
+            ways = mover._flights if isinstance(mover, Mover) else mover._ways  # type: ignore[attr-defined]
+            ends = Counter(index for way in ways.values() for index in (way.source, way.target))
+            assert [one.moves for one in mover.front.instances] == [
+                ends[index] for index in range(len(mover.front.instances))
+            ]
 
 
 @settings(max_examples=60, deadline=None)
-@given(loads(), configs, policies, st.one_of(st.just((None, ())), tables), st.integers(0, 3))
+@given(loads(), configs, policies, st.one_of(st.just((None, ())), tables), st.integers(0, 3), moving_prompts)
 def test_at_every_instant_requests_and_blocks_are_all_somewhere(
     load: list[Request],
     config: SchedulerConfig,
     policy: MigrationPolicy,
     table: tuple[FailureSpec | None, tuple[AutoscaleSpec, ...]],
     seed: int,
+    prompts: PromptPolicy | None,
 ) -> None:
-    one = Pools(config, policy, *table, kind=SimulatedExecutor, seed=seed)
+    one = Pools(config, policy, *table, kind=SimulatedExecutor, seed=seed, prompts=prompts, send_s=0.05)
     arrived: list[str] = []
     for tick in range(300):
         one.relay.at(tick * 0.041 + 0.001, lambda: one.look(arrived))
@@ -132,7 +145,7 @@ def test_at_every_instant_requests_and_blocks_are_all_somewhere(
         records = [*one.running.retries.whole(one.relay.records(arrived)), *one.running.retries.lost.values()]
     whole(records, load)
     clean(one.relay)
-    assert not one.relay.second.between and not one.mover._flights
+    assert not any(front.between for front in one.relay.fronts) and not one.mover._flights
     ended = {record.id: record for record in records}
     for request in load:
         # Torn and sent again or moved: what was streamed was streamed once.
@@ -140,19 +153,23 @@ def test_at_every_instant_requests_and_blocks_are_all_somewhere(
 
 
 @settings(max_examples=60, deadline=None)
-@given(loads(), configs, policies, st.one_of(st.just((None, ())), tables), st.integers(0, 3))
+@given(loads(), configs, policies, st.one_of(st.just((None, ())), tables), st.integers(0, 3), moving_prompts)
 def test_leaps_and_steps_and_a_second_run_agree_on_every_event(
     load: list[Request],
     config: SchedulerConfig,
     policy: MigrationPolicy,
     table: tuple[FailureSpec | None, tuple[AutoscaleSpec, ...]],
     seed: int,
+    prompts: PromptPolicy | None,
 ) -> None:
-    runs = [
-        Pools(config, policy, *table, kind=kind, seed=seed).play(load)
+    pools = [
+        Pools(config, policy, *table, kind=kind, seed=seed, prompts=prompts)
         for kind in (LeapingExecutor, SimulatedExecutor, LeapingExecutor)
     ]
+    runs = [each.play(load) for each in pools]
     assert runs[0] == runs[1] == runs[2]
+    logs = [[mover.log for mover in each.movers] for each in pools]
+    assert logs[0] == logs[1] == logs[2]
     whole(runs[0][0], load)
     if table[0] is None:
         assert all(record.ok for record in runs[0][0])

@@ -54,7 +54,7 @@ class Together:
         self.front = Front(engines(config, kind, count), find_router(router), watch=watch)
         self.mover = Mover(self.front, policy, copy_s)
         self.running: Running = Upkeep(failures=failures, autoscale=rules).attach(
-            self.front, [site("mixed", count)], CHIP, seed=seed, mover=self.mover
+            self.front, [site("mixed", count)], CHIP, seed=seed, movers=[self.mover]
         )
 
     def saw(self, turn: Turn) -> None:

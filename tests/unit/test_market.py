@@ -217,6 +217,7 @@ def test_it_reads_back_as_it_was_written_and_plain_files_are_none(file: Path, tm
         ("copies = 3", "copies = 0", "model.1.copies"),
         ("tpot_ms = 50", "tpot = 50", "did you mean"),
         ("host_gb = 128", 'turns = "token"', "did you mean tokens"),
+        ("host_gb = 128", "[migration]\nprompts = true", "that only prefill; no pool has those"),
     ],
 )
 def test_what_is_wrong_is_named(file: Path, old: str, new: str, says: str) -> None:
@@ -259,6 +260,66 @@ def test_what_is_for_a_fleet_of_one_model_is_refused(file: Path) -> None:
     assert "--html: not written for several models" in str(done.exception)
     with pytest.raises(SpecError, match="prefix_caching"):
         loads(MARKET.replace('chip = "h20"', 'chip = "h20"\nprefix_caching = 1'), MarketSpec)
+
+
+MOVING = """
+[migration]
+interval_ms = 100
+below_steps = {steps}
+above_steps = {steps}
+"""
+
+
+def bursts(place: Path) -> str:
+    """Turn by turn, one of two replicas gets all the long answers."""
+    file = place / "bursts.csv"
+    rows = [f"{i / 60},{400 + i % 7 * 100},{60 + i % 5 * 40 + (600, 0)[i % 2]}" for i in range(240)]
+    file.write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    return str(file)
+
+
+def test_moves_of_one_model_in_such_a_file_are_those_of_a_plain_fleet(tmp_path: Path) -> None:
+    pool = 'router = "round-robin"\nchip = "h200"\nname = "one"\n{}\n[[pool]]\nreplicas = 2\nbatch = 24\n'
+    plain, several = tmp_path / "plain.toml", tmp_path / "several.toml"
+    plain.write_text(pool.format('model = "Qwen/Qwen3-8B"') + MOVING.format(steps=25000))
+    several.write_text(pool.format('[[model]]\nname = "Qwen/Qwen3-8B"') + MOVING.format(steps=25000))
+    load = ("--trace", bursts(tmp_path))
+    one, other = told(plain, *load), told(several, *load)
+    assert one["moves"] == other["moves"] == other["models"]["Qwen/Qwen3-8B"]["moves"]
+    assert one["moves"]["migrated"] + one["moves"]["rescheduled"] > 0
+    assert one["engines"] == other["engines"]
+    text = simulate(several, *load)
+    assert "pause ms, p50 and p99" in text and "moved decoding" in text
+
+
+def test_models_with_replicas_of_their_own_move_requests_and_others_do_not(tmp_path: Path) -> None:
+    file = tmp_path / "moving.toml"
+    more = '[[pool]]\nmodels = ["tuned"]\nreplicas = 2\nbatch = 8\n'
+    file.write_text('router = "round-robin"\n' + MARKET + more + MOVING.format(steps=4000))
+    trace = tmp_path / "trace.csv"
+    rows = [
+        f"{i / 40},{name},300,{(400, 20)[i % 2]}"
+        for i in range(120)
+        for name in ("Qwen/Qwen3-32B", "tuned-1", "chat-1")
+    ]
+    trace.write_text("\n".join(["arrival_s,model,prompt_tokens,output_tokens", *rows]) + "\n")
+    run = told(file, "--trace", str(trace))
+    moves = {name: one["moves"] for name, one in run["models"].items()}
+    assert all(moves[f"chat-{n}"] is None for n in (1, 2, 3))
+    assert moves["Qwen/Qwen3-32B"]["migrated"] + moves["Qwen/Qwen3-32B"]["rescheduled"] > 0
+    assert moves["tuned-1"]["migrated"] + moves["tuned-1"]["rescheduled"] > 0
+    assert moves["tuned-2"]["migrated"] == 0
+    for key in ("migrated", "rescheduled", "called_off", "moved_bytes"):
+        assert run["moves"][key] == pytest.approx(sum(one[key] for one in moves.values() if one))
+    assert run["report"]["succeeded"] == 360
+
+
+def test_moves_without_two_engines_of_one_model_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "still.toml"
+    file.write_text(MARKET.replace("replicas = 2", "replicas = 1", 1) + MOVING.format(steps=100))
+    with pytest.raises(SpecError, match=r"migration.*accepted: with a pool that is not shared") as caught:
+        simulate(file, *LOAD)
+    assert caught.value.exit_code == 2
 
 
 KEPT = """

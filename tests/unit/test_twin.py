@@ -65,13 +65,13 @@ def at_work(pools: int, watches: tuple[Watch, Watch]) -> AtWork:
     if pools == 2:
         relayed = loops(2), loops(2)
         front = Relay(relayed, (LeastLoad(), LeastLoad()), lambda _: HAND_OVER_S, watches=watches)
-    return AtWork(front=front, running=None, mover=None, changing=None)
+    return AtWork(front=front, running=None, movers=(), changing=None)
 
 
 def one_engine(engine: EngineLoop, router: Router) -> Callable[[tuple[Watch, Watch], Lost], AtWork]:
     """For a twin of a single engine."""
     return lambda watches, _: AtWork(
-        front=Front([engine], router, watch=watches[0]), running=None, mover=None, changing=None
+        front=Front([engine], router, watch=watches[0]), running=None, movers=(), changing=None
     )
 
 

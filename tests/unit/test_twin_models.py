@@ -18,7 +18,7 @@ from tongyun.cloud.engine.protocol import total
 from tongyun.cloud.gateway.app import build_app
 from tongyun.cloud.latency import Slo
 from tongyun.cloud.sched.request import Finish, Request
-from tongyun.cloud.sched.router import LeastLoad
+from tongyun.cloud.sched.router import LeastLoad, RoundRobin
 from tongyun.cloud.twin import Lost, Twin, Watch
 from tongyun.cloud.workload import Arrival
 from tongyun.codesign.at_work import AtWork
@@ -76,9 +76,9 @@ for_s = 0.4
 """
 
 
-def market(folder: Path, more: str = "") -> Market:
+def market(folder: Path, more: str = "", *, text: str | None = None) -> Market:
     file = folder / "market.toml"
-    file.write_text(MARKET.format(more=more))
+    file.write_text(MARKET.format(more=more) if text is None else text)
     spec = find_market(file)
     assert spec is not None
     return read_market(file, spec, [Arrival(0.0, 400, 40)], slo=Slo())
@@ -133,6 +133,92 @@ def test_moments_are_those_of_the_simulation_to_the_last_bit(tmp_path: Path, mor
         assert [event.finish for event in told] == [None] * (len(told) - 1) + [last]
     if not more:
         assert all(record.ok for record in records.values())
+
+
+MOVING = """
+name = "moving"
+chip = "h200"
+
+[[model]]
+name = "Qwen/Qwen3-8B"
+
+[[model]]
+name = "Qwen/Qwen3-4B"
+
+[[model]]
+name = "tuned"
+config = "Qwen/Qwen3-1.7B"
+
+[[pool]]
+models = ["Qwen/Qwen3-8B"]
+replicas = 3
+
+[[pool]]
+models = ["Qwen/Qwen3-4B"]
+replicas = 2
+
+[[pool]]
+shared = true
+replicas = 1
+
+[migration]
+interval_ms = 50
+below_steps = 300000
+above_steps = 300000
+"""
+GONE = """
+[failures]
+[[failures.event]]
+at_s = 0.5
+instance = "Qwen/Qwen3-8B/mixed-0"
+for_s = 0.3
+"""
+
+
+@pytest.mark.parametrize("more", ["", GONE])
+def test_requests_move_at_the_moments_of_the_simulation(tmp_path: Path, more: str) -> None:
+    """Turn by turn, one replica of each model gets all the long answers."""
+    several, reader = market(tmp_path, text=MOVING + more), Reader()
+    chip = several.models["tuned"].question.chip.at()
+    words = dict.fromkeys(several.models, range(100))
+    names = ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3-8B", "Qwen/Qwen3-4B", "Qwen/Qwen3-4B", "tuned")
+    work: list[AtWork] = []
+
+    def start(watches: tuple[Watch, Watch], lost: Lost) -> AtWork:
+        told = ToldTo(words=words, watches=watches, lost=lost)
+        work.append(several.put_to_work(RoundRobin, chip=chip, told=told)[1])
+        return work[0]
+
+    twin = Twin(start, reader, grace_s=0.25)
+    sent = []
+    try:
+        for i in range(60):
+            moment_s = time.perf_counter()
+            request = Request(
+                id=f"r{i}",
+                prompt=tuple(range(i, i + 100)),
+                output_tokens=150 if i % 6 in (0, 3) else 5,
+                arrival_s=moment_s,
+                model=names[i % 6],
+            )
+            twin.submit(request)
+            sent.append(replace(request, arrival_s=moment_s - twin._origin_s))
+            time.sleep(0.015)
+        reader.wait(*(request.id for request in sent))
+        stats = twin.stats()
+    finally:
+        twin.close()
+    assert stats.running == stats.waiting == stats.kv_blocks_used == 0
+    work.append(several.put_to_work(RoundRobin, chip=chip)[1])
+    records = {record.id: record for record in work[1].play(sent)}
+    assert all(record.ok for record in records.values())
+    for name, record in records.items():
+        tokens = [event for event in reader.events[name] if event.token is not None]
+        assert len(tokens) == record.output_tokens
+        assert (tokens[0].moment_s, tokens[-1].moment_s) == (record.first_token_s, record.last_token_s)
+    logs = [[mover.log for mover in one.movers] for one in work]
+    assert logs[0] == logs[1] and len(logs[0]) == 2
+    assert sum(move.outcome == "migrated" for move in logs[0][0]) > 2
 
 
 def test_a_model_that_is_not_there_is_refused_by_the_fleet_too(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from tongyun.cloud.engine.clock import VirtualClock
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.engine.simulated import LeapingExecutor, SimulatedExecutor
 from tongyun.cloud.front import Front
-from tongyun.cloud.migration import Mover
+from tongyun.cloud.migration import Mover, Moving
+from tongyun.cloud.prompts import PromptMover
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.retries import LOST
-from tongyun.cloud.sched.migrate import MigrationPolicy
+from tongyun.cloud.sched.migrate import MigrationPolicy, PromptPolicy
 from tongyun.cloud.sched.request import Finish, Request
 from tongyun.cloud.sched.router import LeastLoad, RoundRobin
 from tongyun.cloud.sched.scheduler import Scheduler
@@ -57,33 +58,41 @@ def one_pool(failures: FailureSpec | None, rules: tuple[AutoscaleSpec, ...], *, 
         tight = replace(CONFIG, blocks=50)
         engines = [EngineLoop(Scheduler(tight), kind(Price()), VirtualClock()) for _ in range(3)]
         front = Front(engines, RoundRobin(), watch=watches[0])
-        mover = Mover(front, EAGER, lambda tokens: 0.003 + tokens * 1e-4) if moving else None
+        movers = (Mover(front, EAGER, lambda tokens: 0.003 + tokens * 1e-4),) if moving else ()
         running = None
         if failures is not None or rules:
             running = Upkeep(failures=failures, autoscale=rules).attach(
-                front, [site("mixed", 3)], CHIP, mover=mover, told=lost
+                front, [site("mixed", 3)], CHIP, movers=movers, told=lost
             )
-        return AtWork(front=front, running=running, mover=mover, changing=None)
+        return AtWork(front=front, running=running, movers=movers, changing=None)
 
     return build
 
 
-def two_pools(failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False) -> Build:
+def two_pools(
+    failures: FailureSpec, rules: tuple[AutoscaleSpec, ...], *, moving: bool = False, prompts: bool = False
+) -> Build:
     def build(
         watches: tuple[Watch | None, Watch | None], lost: Lost | None, kind: type[SimulatedExecutor]
     ) -> AtWork:
         config = replace(CONFIG, blocks=50 if moving else CONFIG.blocks)
+        # One prompt at a time, in small pieces, so that others wait.
+        configs = (replace(config, max_sequences=1, max_step_tokens=4) if prompts else config), config
         pools = [
-            [EngineLoop(Scheduler(config), kind(Price()), VirtualClock()) for _ in range(2)] for _ in range(2)
+            [EngineLoop(Scheduler(each), kind(Price()), VirtualClock()) for _ in range(2)] for each in configs
         ]
-        routers = LeastLoad(), RoundRobin() if moving else LeastLoad()
+        routers = RoundRobin() if prompts else LeastLoad(), RoundRobin() if moving else LeastLoad()
         relay = Relay((pools[0], pools[1]), routers, lambda _: HAND_OVER_S, watches=watches)
         sites = [site("prefill", 2), site("decode", 2)]
-        mover = Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4) if moving else None
+        movers: list[Moving] = []
+        if moving:
+            movers.append(Mover(relay.second, EAGER, lambda tokens: 0.003 + tokens * 1e-4))
+        if prompts:
+            movers.append(PromptMover(relay.first, PromptPolicy(interval_s=0.05), 0.003))
         running = Upkeep(failures=failures, autoscale=rules).attach(
-            relay, sites, CHIP, mover=mover, told=lost
+            relay, sites, CHIP, movers=movers, told=lost
         )
-        return AtWork(front=relay, running=running, mover=mover, changing=None)
+        return AtWork(front=relay, running=running, movers=tuple(movers), changing=None)
 
     return build
 
@@ -97,6 +106,7 @@ FLEETS = {
     "all": one_pool(outages("mixed"), (SCALED,), moving=True),
     "decode fails": two_pools(outages("decode"), ()),
     "decode fails and moves": two_pools(outages("decode"), (replace(SCALED, pool="decode"),), moving=True),
+    "prompts move": two_pools(outages("prefill"), (), moving=True, prompts=True),
     "prefill fails": two_pools(outages("prefill"), (replace(SCALED, pool="decode"),)),
 }
 
@@ -211,13 +221,13 @@ def test_experts_are_placed_anew_beside_a_failure_at_the_moments_of_the_simulati
     assert moments[0] == moments[1]
     assert len(logs[1]) > 1 and logs[0][: len(logs[1])] == logs[1]
     assert len({one.moved_bytes / one.experts for one in logs[1]}) == 2
-    same(work[0], replace(work[1], mover=None))
+    same(work[0], replace(work[1], movers=()))
 
 
 def same(twin: AtWork, simulated: AtWork) -> None:
     """What came and went is too, as far as the shorter of both saw it."""
-    if twin.mover is not None and simulated.mover is not None:
-        assert simulated.mover.log and twin.mover.log == simulated.mover.log
+    for ours, theirs in zip(twin.movers, simulated.movers, strict=False):
+        assert theirs.log and ours.log == theirs.log
     if simulated.running is not None and twin.running is not None:
         for ours, theirs in zip(twin.running.replicas, simulated.running.replicas, strict=True):
             count = min(len(ours.log), len(theirs.log))
@@ -249,7 +259,7 @@ def test_an_aborted_request_is_gone_wherever_it_is() -> None:
     finally:
         twin.close()
     assert work[0].front.in_flight == 0
-    assert all(one.moves == 0 or work[0].mover for one in work[0].front.fronts[0].instances)
+    assert all(one.moves == 0 or work[0].movers for one in work[0].front.fronts[0].instances)
     assert {reader.events[f"r{i}"][-1].finish for i in range(30)} <= {Finish.ABORT, Finish.LENGTH}
     stats = twin.stats()
     assert stats.running == stats.waiting == 0

@@ -12,7 +12,7 @@ import typer
 from tongyun.cli.fleet import TOLD, pool_of, refuse_told, typed
 from tongyun.cli.kept import kept_json, lines, refuse_failed
 from tongyun.cli.planning import ask
-from tongyun.errors import InputError
+from tongyun.errors import InputError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -91,15 +91,24 @@ def read_market(
     if spec.failures is not None or spec.autoscale:
         upkeep = Upkeep(failures=spec.failures, autoscale=spec.autoscale, file=str(file))
     try:
-        return Market(
+        market = Market(
             models=models,
             parts=_parts(spec),
             sharing=spec.sharing,
             prefix_caching=spec.prefix_caching,
+            migration=spec.migration,
             upkeep=upkeep,
         )
     except InputError as error:
         raise InputError(f"{file}: pool: {error}") from None
+    if spec.migration is not None and not any(part.moves(spec.migration) for part in market.parts):
+        raise SpecError(
+            file,
+            "migration",
+            "no model has engines to move requests between; accepted: with a pool that is not shared and "
+            "has several replicas",
+        )
+    return market
 
 
 def _served(
@@ -186,6 +195,7 @@ def _title(part: Part) -> str:
 
 
 def _figures(market: Market, played: MarketPlayed) -> Table:
+    from tongyun.cli.simulated import moves
     from tongyun.cloud.engine.protocol import total
     from tongyun.report import NOTHING, column, number, source_tag, table
     from tongyun.units import GB, Source
@@ -209,6 +219,7 @@ def _figures(market: Market, played: MarketPlayed) -> Table:
                 f"{switched.in_bytes / GB:,.0f} GB, {switched.out_bytes / GB:,.0f} GB",
             ],
         ]
+    rows += moves(whole)
     money = NOTHING if whole.usd_per_mtoken is None else f"${number(whole.usd_per_mtoken)}"
     rows += [
         ["preemptions", f"{sum(one.preemptions for one in whole.engines):,}"],
@@ -247,12 +258,21 @@ def _models(played: MarketPlayed) -> Table:
                 f"{one.switched.count:,}" if one.shared else NOTHING,
                 number(one.switched.seconds) if one.shared else NOTHING,
                 number(one.usd_per_mtoken),
+                *([] if played.whole.moves is None else [_moved(one)]),
             ]
         )
     felt = ("TTFT ms p50", "TTFT ms p99", "TPOT ms p50", "TPOT ms p99", "goodput tokens/s", "within limits")
-    heads = ("ended", *felt, "chips", "switches", "s switching", "$/Mtoken")
+    heads = ["ended", *felt, "chips", "switches", "s switching", "$/Mtoken"]
+    if played.whole.moves is not None:
+        heads.append("moved decoding, waiting")
     caption = "simulated; shared chips by the share of tokens computed"
     return table("", [column("model", left=True), *map(column, heads)], rows, caption=caption)
+
+
+def _moved(one: OfModel) -> str:
+    from tongyun.report import NOTHING
+
+    return NOTHING if one.moves is None else f"{one.moves.migrated:,}, {one.moves.rescheduled:,}"
 
 
 def as_json(spec: MarketSpec, market: Market, played: MarketPlayed) -> dict[str, Any]:
@@ -274,6 +294,7 @@ def as_json(spec: MarketSpec, market: Market, played: MarketPlayed) -> dict[str,
             for name, group in whole.classes.items()
         },
         "engines": whole.engines,
+        "moves": whole.moves,
         "kept": None if played.kept is None else kept_json(played.kept),
         "source": sorted({"simulated"} | {source.value for source in whole.sources}),
     }
@@ -291,4 +312,5 @@ def _model(one: OfModel) -> dict[str, Any]:
         "joules": one.joules,
         "usd_per_mtoken": one.usd_per_mtoken,
         "switched": one.switched,
+        "moves": one.moves,
     }

@@ -148,7 +148,7 @@ def _figures(fleet: Fleet, played: Played) -> Table:
         *_drafts(fleet, played),
         *([name, cell] for name, cell in _occupied(played)),
         ["preemptions", f"{sum(one.preemptions for one in played.engines):,}"],
-        *_moves(played),
+        *moves(played),
         *_rebalanced(played),
         ["per million output tokens", money],
         ["energy per output token", f"{number(played.joules / max(done.output_tokens, 1))} J"],
@@ -189,22 +189,23 @@ def _occupied(played: Played) -> list[tuple[str, str]]:
     ]
 
 
-def _moves(played: Played) -> list[list[str]]:
+def moves(played: Played) -> list[list[str]]:
     """What became of requests that were moved between engines, where the fleet moves any."""
     from tongyun.report import NOTHING, number
     from tongyun.units import GB, MS
 
-    moves = played.moves
-    if moves is None:
+    done = played.moves
+    if done is None:
         return []
-    pause = moves.downtime_s
+    pause = done.downtime_s
     told = NOTHING if pause is None else f"{number(pause.p50 / MS)} and {number(pause.p99 / MS)}"
     return [
-        ["requests moved while decoding", f"{moves.migrated:,}"],
-        ["  while they waited", f"{moves.rescheduled:,}"],
-        ["  called off; computed again", f"{moves.called_off:,}; {moves.recomputed:,}"],
-        *([["  torn by a failure", f"{moves.torn:,}"]] if moves.torn else []),
-        ["  keys and values copied", f"{number(moves.moved_bytes / GB)} GB"],
+        ["requests moved while decoding", f"{done.migrated:,}"],
+        ["  while they waited", f"{done.rescheduled:,}"],
+        *([["  waiting prompts", f"{done.prompts:,}"]] if done.prompts else []),
+        ["  called off; computed again", f"{done.called_off:,}; {done.recomputed:,}"],
+        *([["  torn by a failure", f"{done.torn:,}"]] if done.torn else []),
+        ["  keys and values copied", f"{number(done.moved_bytes / GB)} GB"],
         ["  pause ms, p50 and p99", told],
     ]
 

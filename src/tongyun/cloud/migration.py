@@ -2,8 +2,8 @@
 
 A request decodes on while its keys and values are copied, in stages: all there are, then what came
 about meanwhile, until little is left. Only for the last copy it pauses. Blocks are reserved at the
-target first; where they run out, or the request ends or is preempted, the move is called off and
-nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
+target first; where they run out or go to others, or the request ends or is preempted, the move is called
+off and nothing has changed. Copying takes no time of a step. An engine that is given no more requests gives
 all it has, one after the other. One that fails takes along what it was sending; what was on its way to
 it goes back, to be computed again. In a pool that only decodes, who waits takes along what was handed
 over. Whether to move is the policy's to say; knows no price but the function it is given.
@@ -12,8 +12,9 @@ over. Whether to move is the policy's to say; knows no price but the function it
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from collections.abc import Sequence as Series
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tongyun.cloud.engine.loop import EngineLoop
 from tongyun.cloud.front import Front
@@ -22,8 +23,9 @@ from tongyun.cloud.latency import Percentiles
 from tongyun.cloud.sched.migrate import MigrationPolicy, Movable
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import Router
+from tongyun.cloud.ticks import Ticks
 
-OUTCOMES = ("migrated", "rescheduled", "recomputed", "called off", "torn")
+OUTCOMES = ("migrated", "rescheduled", "prompt", "recomputed", "called off", "torn")
 
 
 class Move(NamedTuple):
@@ -34,7 +36,8 @@ class Move(NamedTuple):
     source: int
     target: int
     outcome: str
-    """`migrated` while it decoded; `rescheduled` while it waited; `called off`, and it stayed; `recomputed`:
+    """`migrated` while it decoded; `rescheduled` while it waited, a `prompt` to be computed where others
+    decode; `called off`, and it stayed; `recomputed`:
     its blocks at the target were given to others during the last copy, or the target failed and it went
     back; `torn`: the source failed during the last copy."""
     tokens: int
@@ -50,6 +53,8 @@ class Moves:
 
     migrated: int
     rescheduled: int
+    prompts: int
+    """Waiting, from one engine that only prefills to another."""
     recomputed: int
     called_off: int
     torn: int
@@ -61,19 +66,41 @@ class Moves:
 
     @classmethod
     def of(cls, log: Iterable[Move], token_bytes: float) -> Moves:
-        moves = list(log)
+        """Those of one pool, with so many bytes of keys and values a token."""
+        return cls.total([(log, token_bytes)])
+
+    @classmethod
+    def total(cls, logs: Iterable[tuple[Iterable[Move], float]]) -> Moves:
+        """Those of several pools, each with the bytes of its tokens."""
+        moves: list[Move] = []
+        moved_bytes = 0.0
+        for log, token_bytes in logs:
+            own = list(log)
+            moves += own
+            moved_bytes += token_bytes * sum(move.tokens for move in own)
         counts = dict.fromkeys(OUTCOMES, 0)
         for move in moves:
             counts[move.outcome] += 1
         return cls(
             migrated=counts["migrated"],
             rescheduled=counts["rescheduled"],
+            prompts=counts["prompt"],
             recomputed=counts["recomputed"],
             called_off=counts["called off"],
             torn=counts["torn"],
-            moved_bytes=token_bytes * sum(move.tokens for move in moves),
+            moved_bytes=moved_bytes,
             downtime_s=Percentiles.of(move.downtime_s for move in moves if move.outcome == "migrated"),
         )
+
+
+class Moving(Protocol):
+    """Who moves the requests of one pool."""
+
+    log: list[Move]
+    front: Front
+
+    def strike(self, engines: Collection[int], now_s: float) -> list[tuple[int, Torn]]:
+        """These have failed: moves to and from them end. Returns who left one of them and comes nowhere."""
 
 
 @dataclass
@@ -86,6 +113,8 @@ class _Flight:
     copied: int = 0
     """Tokens whose keys and values are at the target by the end of the stage under way."""
     stages: int = 0
+    blocks: tuple[Series[int], Series[int]] = ((), ())
+    """Those copied from and those copied to: lists that change while they are the request's."""
     left_s: float = 0.0
     """When it left the source, once it has."""
 
@@ -98,8 +127,7 @@ class Mover:
         self.log: list[Move] = []
         self.front, self._policy, self._copy_s = front, policy, copy_s
         self._flights: dict[str, _Flight] = {}
-        self._ticking = False
-        front.roused = self._wake
+        self._ticks = Ticks(front, policy.interval_s, self._look)
 
     def strike(self, engines: Collection[int], now_s: float) -> list[tuple[int, Torn]]:
         """These have failed: moves to and from them end. Returns who left one of them and comes nowhere."""
@@ -120,30 +148,13 @@ class Mover:
                 self._end(flight, outcome, now_s, now_s - flight.left_s)
         return found
 
-    def _wake(self, now_s: float) -> None:
-        """Look at the engines from now on until none has a request."""
-        if not self._ticking:
-            self._ticking = True
-            self._next_tick(now_s)
-
-    def _next_tick(self, now_s: float) -> None:
-        tick = int(now_s / self._policy.interval_s) + 1
-        # A product rounded down would be the same tick again.
-        moment_s = max(tick * self._policy.interval_s, now_s)
-        self.front.at(moment_s, lambda: self._tick(tick, moment_s))
-
-    def _tick(self, tick: int, now_s: float) -> None:
+    def _look(self, now_s: float) -> bool:
         while self._reschedule(now_s):
             pass
         for source, target in self._pairs():
             if self._idle(source, target):
                 self._migrate(source, target, now_s)
-        if any(one.in_flight for one in self._engines) or self._flights:
-            later = tick + 1
-            moment_s = later * self._policy.interval_s
-            self.front.at(moment_s, lambda: self._tick(later, moment_s))
-        else:
-            self._ticking = False
+        return any(one.in_flight for one in self._engines) or bool(self._flights)
 
     @property
     def _engines(self) -> list[Instance]:
@@ -193,6 +204,7 @@ class Mover:
         missing = computed - flight.copied
         flight.stages += 1
         flight.copied = computed
+        flight.blocks = self._blocks(flight)
         moment_s = from_s + self._copy_s(missing)
         self.front.at(moment_s, lambda: self._copied(flight, moment_s))
 
@@ -205,6 +217,7 @@ class Mover:
             or not one.decoding
             or one.tokens <= flight.copied
             or not self._engines[flight.target].up
+            or not self._in_place(flight)
             or not self._reserve(flight.target, one.id, one.tokens)
         ):
             self._engines[flight.target].single.scheduler.give_up(flight.request_id)
@@ -218,6 +231,15 @@ class Mover:
         flight.stages += 1
         flight.copied += missing
         self._depart(flight, missing, now_s)
+
+    def _blocks(self, flight: _Flight) -> tuple[Series[int], Series[int]]:
+        source, target = (self._engines[index].single.scheduler for index in (flight.source, flight.target))
+        return source.held(flight.request_id), target.reserved(flight.request_id)
+
+    def _in_place(self, flight: _Flight) -> bool:
+        """Whether the last stage's blocks are the request's still: what is taken after all were given away,
+        by a request that was preempted or by those who run at the target, makes another list."""
+        return all(now is then for now, then in zip(self._blocks(flight), flight.blocks, strict=True))
 
     def _depart(self, flight: _Flight, missing: int, now_s: float) -> None:
         """Take the request from its engine, and let it arrive when the last tokens are copied."""

@@ -1,8 +1,8 @@
 """A simulated run's schedule as a trace that Perfetto and chrome://tracing open.
 
 A process for each engine: its steps on one track (a leap is one slice that says how many steps it is),
-its requests on as many tracks as were in flight at once, each with the phases of its life, and counters
-of requests and KV blocks. Arrows lead from prefill to decode.
+its requests on as many tracks as were in flight at once, each with the phases of its life there, and
+counters of requests and KV blocks. Arrows lead from prefill to decode, and along with requests that move.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from tongyun.cloud.engine.protocol import Stretch
-from tongyun.cloud.schedule import DECODE, HAND_OVER, EngineSchedule, Phase, Schedule
+from tongyun.cloud.schedule import DECODE, EngineSchedule, Phase, Schedule
 from tongyun.errors import InputError
 
 STEPS = 0
 """The thread of an engine's steps; those behind it are lanes of requests."""
 Event = dict[str, Any]
+Lanes = dict[tuple[int, str], list[tuple[float, float, int]]]
+"""By engine and request: from when to when it was there each time, and on which track."""
 
 
 def events(schedule: Schedule) -> Iterator[Event]:
     """Events in microseconds of simulated time, in the Trace Event Format."""
-    lanes: dict[tuple[int, str], int] = {}
+    lanes: Lanes = {}
     for engine in schedule.engines:
         names = [engine.model, "" if engine.role == "mixed" else engine.role, f"engine {engine.place}"]
         title = f"{' '.join(filter(None, names))} (simulated)"
@@ -50,12 +52,20 @@ def events(schedule: Schedule) -> Iterator[Event]:
             what = "given requests" if up else "given no more requests"
             yield {"ph": "i", "s": "p", **_at(what, engine.number, STEPS, moment_s)}
     for number, hand in enumerate(schedule.hands):
-        source, target = lanes.get((hand.source, hand.request_id)), lanes.get((hand.target, hand.request_id))
+        # Within the slices they bind to, not at their ends.
+        source_s, target_s = hand.source_s - 1e-6, hand.target_s - 1e-6
+        source = _lane(lanes, hand.source, hand.request_id, source_s)
+        target = _lane(lanes, hand.target, hand.request_id, target_s)
         if source is not None and target is not None:
-            flow = {"cat": HAND_OVER, "id": number}
-            # Within the slices they bind to, not at their ends.
-            yield {"ph": "s", **flow, **_at(HAND_OVER, hand.source, source, hand.source_s - 1e-6)}
-            yield {"ph": "f", "bp": "e", **flow, **_at(HAND_OVER, hand.target, target, hand.target_s - 1e-6)}
+            flow = {"cat": hand.name, "id": number}
+            yield {"ph": "s", **flow, **_at(hand.name, hand.source, source, source_s)}
+            yield {"ph": "f", "bp": "e", **flow, **_at(hand.name, hand.target, target, target_s)}
+
+
+def _lane(lanes: Lanes, engine: int, request_id: str, moment_s: float) -> int | None:
+    """The track of a request in an engine at a moment; None where it was not there."""
+    stays = lanes.get((engine, request_id), ())
+    return next((lane for begin_s, end_s, lane in stays if begin_s <= moment_s <= end_s), None)
 
 
 def save(schedule: Schedule, path: Path) -> int:
@@ -122,18 +132,14 @@ def _told(one: Stretch) -> dict[str, Any]:
     }
 
 
-def _requests(engine: EngineSchedule, lanes: dict[tuple[int, str], int]) -> Iterator[Event]:
+def _requests(engine: EngineSchedule, lanes: Lanes) -> Iterator[Event]:
     """Each request on a lane of its own as long as it is there, with its phases beneath it."""
-    lives: dict[str, list[Phase]] = {}
-    for phase in engine.phases():
-        lives.setdefault(phase.request_id, []).append(phase)
     pid = engine.number
     free: list[int] = []
     busy: list[tuple[float, int]] = []
     most = 0
-    for request_id, phases in sorted(lives.items(), key=lambda life: (life[1][0].begin_s, life[0])):
-        phases.sort(key=lambda phase: phase.begin_s)
-        begin_s, end_s = phases[0].begin_s, phases[-1].end_s
+    for phases in _stays(engine):
+        request_id, begin_s, end_s = phases[0].request_id, phases[0].begin_s, phases[-1].end_s
         while busy and busy[0][0] <= begin_s:
             heappush(free, heappop(busy)[1])
         lane = heappop(free) if free else most + 1
@@ -141,7 +147,7 @@ def _requests(engine: EngineSchedule, lanes: dict[tuple[int, str], int]) -> Iter
             most = lane
             yield _named("thread_name", pid, lane, f"requests {lane}")
         heappush(busy, (end_s, lane))
-        lanes[pid, request_id] = lane
+        lanes.setdefault((pid, request_id), []).append((begin_s, end_s, lane))
         preempted = sum(phase.note == "preempted" for phase in phases)
         told = {"ended": phases[-1].note or "not within the window", "preemptions": preempted}
         yield _slice(request_id, pid, lane, begin_s, end_s, told)
@@ -149,6 +155,20 @@ def _requests(engine: EngineSchedule, lanes: dict[tuple[int, str], int]) -> Iter
             yield _slice(phase.name, pid, lane, phase.begin_s, phase.end_s, {"request": request_id})
             if phase.note == "preempted":
                 yield {"ph": "i", "s": "t", **_at("preempted", pid, lane, phase.end_s)}
+
+
+def _stays(engine: EngineSchedule) -> list[list[Phase]]:
+    """A request's phases from its coming to its going, in the order in which they came; it may come back."""
+    found: list[list[Phase]] = []
+    before: dict[str, list[Phase]] = {}
+    for phase in sorted(engine.phases(), key=lambda phase: (phase.begin_s, phase.end_s)):
+        stay = before.get(phase.request_id)
+        if stay is not None and stay[-1].end_s == phase.begin_s:
+            stay.append(phase)
+        else:
+            before[phase.request_id] = stay = [phase]
+            found.append(stay)
+    return sorted(found, key=lambda stay: (stay[0].begin_s, stay[0].request_id))
 
 
 def _named(kind: str, pid: int, thread: int, name: str) -> Event:

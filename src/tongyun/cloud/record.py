@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tongyun.cloud.engine.protocol import Stretch, Tape
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Finish, Piece, Request
 
 Array = NDArray[np.float64]
@@ -229,6 +230,10 @@ class _EngineTape:
     def left(self, request_id: str, moment_s: float) -> None:
         if self._also is not None:
             self._also.left(request_id, moment_s)
+
+    def arrived(self, traveller: Traveller, moment_s: float, decodes: bool) -> None:
+        if self._also is not None:
+            self._also.arrived(traveller, moment_s, decodes)
 
     def preempted(self, request_id: str, moment_s: float) -> None:
         if self._also is not None:

@@ -1,8 +1,9 @@
 """What every engine and every request of a simulated run did when, as far as a bound goes.
 
-Takes down stretches of steps and the phases of requests: waiting, prefill, decode, and between
-pools the hand-over. A window says which part of the run; a bound on the entries ends it sooner, for
-all engines at one moment. Knows no file format; `perfetto` writes it.
+Takes down stretches of steps and the phases of requests: waiting, prefill, decode, and between pools
+the hand-over, between engines the move. What an engine lost waits elsewhere from then on. A window
+says which part of the run; a bound on the entries ends it sooner, for all engines at one moment. Knows
+no file format; `perfetto` writes it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from tongyun.cloud.engine.protocol import Stretch
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Finish, Piece, Request
 from tongyun.errors import InputError
 
 MOST = 250_000
 """Entries: some 100 MB in memory, and half as much in a file."""
-WAITING, PREFILL, DECODE, AGAIN, HAND_OVER = "waiting", "prefill", "decode", "recompute", "hand-over"
+WAITING, PREFILL, DECODE, AGAIN = "waiting", "prefill", "decode", "recompute"
+HAND_OVER, MOVING = "hand-over", "moving"
 
 
 class Phase(NamedTuple):
@@ -34,6 +37,8 @@ class Hand(NamedTuple):
     """A request's keys and values, from one engine to another."""
 
     request_id: str
+    name: str
+    """Of the phase in which they went."""
     source: int
     source_s: float
     target: int
@@ -56,6 +61,8 @@ class Schedule:
         self._cut = False
         # Where the first part of a request that goes on elsewhere ended.
         self._prefilled: dict[str, tuple[int, float]] = {}
+        # Who was taken from an engine and has not come to another: which, and when.
+        self._gone: dict[str, tuple[int, float]] = {}
 
     @property
     def cut(self) -> bool:
@@ -82,13 +89,30 @@ class Schedule:
         """A request's prompt is computed, in a pool that only prefills."""
         self._prefilled[request_id] = engine, moment_s
 
+    def left(self, request_id: str, engine: int, moment_s: float) -> None:
+        """A request was taken from an engine, to go on at another or nowhere."""
+        self._gone[request_id] = engine, moment_s
+
+    def lost_s(self, request_id: str) -> float | None:
+        """A request is sent again: when the engine or the way was lost on which it was; None at first."""
+        found = self._gone.pop(request_id, None) or self._prefilled.pop(request_id, None)
+        return None if found is None else found[1]
+
     def handed(self, request_id: str, engine: int, moment_s: float) -> float | None:
         """A request has come from another pool; since when it was on its way, None where nobody saw."""
-        found = self._prefilled.pop(request_id, None)
+        return self._came(HAND_OVER, self._prefilled.pop(request_id, None), request_id, engine, moment_s)
+
+    def moved(self, request_id: str, engine: int, moment_s: float) -> float | None:
+        """The same from another engine of the pool, where it had begun."""
+        return self._came(MOVING, self._gone.pop(request_id, None), request_id, engine, moment_s)
+
+    def _came(
+        self, name: str, found: tuple[int, float] | None, request_id: str, engine: int, moment_s: float
+    ) -> float | None:
         if found is None:
             return None
         if self.takes(found[1], moment_s):
-            self.hands.append(Hand(request_id, *found, engine, moment_s))
+            self.hands.append(Hand(request_id, name, *found, engine, moment_s))
         return found[1]
 
 
@@ -130,13 +154,23 @@ class EngineSchedule:
                 yield Phase(request_id, name, begin_s, last_s, "")
 
     def queued(self, request: Request) -> None:
-        if request.arrival_s >= self._whole.end_s:
+        lost_s = None if request.handed_tokens else self._whole.lost_s(request.id)
+        begin_s = request.arrival_s if lost_s is None else lost_s
+        if begin_s >= self._whole.end_s:
             return
         if request.handed_tokens:
             since_s = self._whole.handed(request.id, self.number, request.arrival_s)
             if since_s is not None:
                 self._keep(Phase(request.id, HAND_OVER, since_s, request.arrival_s, ""))
-        self._live[request.id] = WAITING, request.arrival_s, False
+        self._live[request.id] = WAITING, begin_s, False
+
+    def arrived(self, traveller: Traveller, moment_s: float, decodes: bool) -> None:
+        request_id = traveller.request.id
+        since_s = self._whole.moved(request_id, self.number, moment_s)
+        if since_s is not None:
+            self._keep(Phase(request_id, MOVING, since_s, moment_s, ""))
+        if moment_s < self._whole.end_s:
+            self._live[request_id] = DECODE if decodes else WAITING, moment_s, traveller.admitted
 
     def note(self, stretch: Stretch, pieces: Sequence[Piece], ended: Mapping[str, Finish]) -> None:
         begin_s, end_s = stretch.begin_s, stretch.end_s
@@ -163,6 +197,7 @@ class EngineSchedule:
 
     def left(self, request_id: str, moment_s: float) -> None:
         self._end(request_id, moment_s, "taken away")
+        self._whole.left(request_id, self.number, moment_s)
 
     def turned(self, up: bool, moment_s: float) -> None:
         if self._whole.takes(moment_s, moment_s):

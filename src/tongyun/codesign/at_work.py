@@ -13,13 +13,14 @@ from tongyun.cloud.engine.interface import Turn
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.migration import Mover, Moves
+from tongyun.cloud.migration import Mover, Moving
+from tongyun.cloud.prompts import PromptMover
 from tongyun.cloud.rebalance import Rebalancing
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.simulate import play
-from tongyun.codesign.classes import migration_policy
+from tongyun.codesign.classes import migration_policy, prompt_policy
 from tongyun.codesign.rebalance import rebalancing
 from tongyun.codesign.replicas import Engines
 from tongyun.codesign.upkeep import Running
@@ -38,7 +39,8 @@ class AtWork:
     front: Fronts
     running: Running | None
     """Where replicas come and go."""
-    mover: Mover | None
+    movers: tuple[Moving, ...]
+    """Of each pool whose requests move."""
     changing: Rebalancing | None
     """Where experts do."""
 
@@ -55,16 +57,12 @@ class AtWork:
         self.front.forget(but)
         if self.running is not None:
             self.running.retries.forget(but)
-        if self.mover is not None:
-            self.mover.log.clear()
+        for mover in self.movers:
+            mover.log.clear()
 
     def results(self) -> list[list[Simulated]]:
         """What each engine of each pool did."""
         return [[one.result() for one in front.instances] for front in self.front.fronts]
-
-    def moves(self, token_bytes: float) -> Moves | None:
-        """Of requests between engines, with so many bytes of keys and values a token."""
-        return None if self.mover is None else Moves.of(self.mover.log, token_bytes)
 
 
 def put_to_work(
@@ -82,17 +80,25 @@ def put_to_work(
     `watches` hear of every step of the first pool, and of the second; `told` of requests that are lost.
     """
     front = _front(fleet, pools, router, chip, watches)
-    mover = None
-    if fleet.migration is not None:
-        # Where prompts are computed elsewhere, those that decode are moved.
-        policy, copy_s = migration_policy(fleet.migration, fleet.classes), fleet.hand_over(chip, first=-1)
-        mover = Mover(front.fronts[-1], policy, copy_s)
+    movers = movers_of(fleet, front, chip)
     running = changing = None
     if fleet.upkeep is not None:
-        running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, mover=mover, told=told)
+        running = fleet.upkeep.attach(front, fleet.sites(), chip, seed=seed, movers=movers, told=told)
     if fleet.experts is not None and fleet.experts.spec.during:
         changing = rebalancing(fleet.experts, front, pools, chip, fleet.question, seed, running)
-    return AtWork(front=front, running=running, mover=mover, changing=changing)
+    return AtWork(front=front, running=running, movers=movers, changing=changing)
+
+
+def movers_of(fleet: Fleet, front: Front | Relay, chip: Chip) -> tuple[Moving, ...]:
+    """Who moves requests of the fleet's: those that decode, and of two pools prompts, too, if it says so."""
+    spec = fleet.migration
+    if spec is None:
+        return ()
+    copy_s = fleet.hand_over(chip, first=-1)
+    found: list[Moving] = [Mover(front.fronts[-1], migration_policy(spec, fleet.classes), copy_s)]
+    if spec.prompts and len(front.fronts) == 2:
+        found.append(PromptMover(front.fronts[0], prompt_policy(spec), copy_s(0)))
+    return tuple(found)
 
 
 def _front(

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from tongyun.cloud.latency import Slo
-from tongyun.cloud.sched.migrate import MigrationPolicy
+from tongyun.cloud.sched.migrate import MigrationPolicy, PromptPolicy
 from tongyun.cloud.workload import Arrival
 from tongyun.errors import InputError, unknown
 from tongyun.specs.classes import ClassSpec, MigrationSpec
@@ -40,6 +40,10 @@ def own_limits(classes: Sequence[ClassSpec], slo: Slo | None) -> Slo:
 def headroom(classes: Sequence[ClassSpec]) -> Mapping[str, float]:
     """Share of an engine's blocks to keep around the requests of a class, where it wants any."""
     return {each.name: each.headroom for each in classes if each.headroom}
+
+
+def prompt_policy(spec: MigrationSpec) -> PromptPolicy:
+    return PromptPolicy(interval_s=spec.interval_ms * MS)
 
 
 def migration_policy(spec: MigrationSpec, classes: Sequence[ClassSpec]) -> MigrationPolicy:

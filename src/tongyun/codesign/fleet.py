@@ -201,6 +201,11 @@ class Fleet:
             table=table,
         )
 
+    @property
+    def moved_token_bytes(self) -> float:
+        """Keys and values of a token where requests move, all ranks'."""
+        return self._token_bytes(self.pools[-1]) * self.pools[-1].plan.shard.tp
+
     def _token_bytes(self, pool: Pool) -> float:
         """KV of a token on a rank of the pool, the draft module's among it."""
         question, part = self.question, slice_of(self.question.model, pool.plan.shard)
@@ -298,7 +303,9 @@ class Fleet:
             ),
             classes=grouped(records, lambda record: record.priority_class, limits),
             models=grouped(records, lambda record: record.model, limits),
-            moves=work.moves(self._token_bytes(self.pools[-1]) * self.pools[-1].plan.shard.tp),
+            moves=Moves.total((one.log, self.moved_token_bytes) for one in work.movers)
+            if work.movers
+            else None,
             rebalanced=None if work.changing is None else work.changing.placements,
             recording=None if recorder is None else recorder.recording(records),
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from tongyun.cloud.engine.protocol import Switched, total
 from tongyun.cloud.latency import Group, LatencyReport, RequestRecord, Slo, grouped, summarise
+from tongyun.cloud.migration import Moves
 from tongyun.cloud.sched.router import Router
 from tongyun.cloud.schedule import Schedule
 from tongyun.cloud.several import Several
@@ -28,6 +29,7 @@ from tongyun.codesign.upkeep import Kept, Upkeep
 from tongyun.cost import usd_per_mtoken
 from tongyun.errors import InputError, unknown
 from tongyun.specs import Chip, SharingSpec
+from tongyun.specs.classes import MigrationSpec
 from tongyun.units import HOUR_S
 
 
@@ -59,6 +61,13 @@ class Part:
     pools: tuple[Pool, ...]
     shared: bool
 
+    def moves(self, spec: MigrationSpec | None) -> bool:
+        """Whether a model's requests could move so: between engines of its own, where there are several."""
+        if spec is None or self.shared:
+            return False
+        pools = self.pools if spec.prompts else self.pools[-1:]
+        return any(pool.plan.replicas * pool.plan.shard.dp > 1 for pool in pools)
+
     @property
     def chips(self) -> int:
         each = sum(pool.chips for pool in self.pools)
@@ -78,6 +87,8 @@ class OfModel:
     usd_per_mtoken: float | None
     """Of its output tokens, its chips paid over the run's time; None without output or price."""
     switched: Switched
+    moves: Moves | None
+    """Of its requests between replicas of its own, where any are moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +110,8 @@ class Market:
     parts: tuple[Part, ...]
     sharing: SharingSpec = field(default_factory=SharingSpec)
     prefix_caching: bool = True
+    migration: MigrationSpec | None = None
+    """How running requests move between the replicas of a model that has several of its own."""
     upkeep: Upkeep | None = None
     """Failures and autoscaling."""
 
@@ -175,12 +188,13 @@ class Market:
         for who answers requests at its pace."""
         runs = self._runs(router, chip, told)
         several = Several({name: run.front for run in runs for name in run.models})
+        movers = tuple(mover for run in runs for mover in run.movers)
         running = None
         if self.upkeep is not None:
             sites = [site for run in runs for site in run.sites]
             lost = None if told is None else told.lost
-            running = self.upkeep.attach(several, sites, chip, seed=seed, told=lost)
-        return runs, AtWork(front=several, running=running, mover=None, changing=None)
+            running = self.upkeep.attach(several, sites, chip, seed=seed, movers=movers, told=lost)
+        return runs, AtWork(front=several, running=running, movers=movers, changing=None)
 
     def fleet(self, name: str, pools: tuple[Pool, ...]) -> Fleet:
         """The pools as if they were one model's."""
@@ -201,6 +215,8 @@ class Market:
     ) -> list[Run]:
         fleets = {name: self.fleet(name, part.pools) for name in part.models}
         if not part.shared:
+            if part.moves(self.migration):
+                fleets = {name: replace(fleet, migration=self.migration) for name, fleet in fleets.items()}
             return [dedicated(name, fleet, router, chip, told) for name, fleet in fleets.items()]
         slos = {name: self.models[name].slo for name in part.models}
         return [shared(Sharing(fleets=fleets, slos=slos, spec=self.sharing, chip=chip), label, told)]
@@ -233,11 +249,18 @@ class Market:
                 else float(usd_per_mtoken(report.output_tokens_per_s, chips, price.chip_hour.value)),
                 sources=frozenset().union(upkeep, *(run.sources for run in runs)),
                 classes=grouped(records, lambda record: record.priority_class, slo),
+                moves=_moves(runs),
             ),
             models={name: models[name] for name in self.models},
             chips=self.chips,
             kept=kept,
         )
+
+
+def _moves(runs: Sequence[Run]) -> Moves | None:
+    """Of all models, where any are moved."""
+    logs = [log for run in runs for log in run.logs]
+    return Moves.total(logs) if logs else None
 
 
 def of_models(
@@ -261,5 +284,6 @@ def of_models(
             if chip_usd is None or not tokens
             else chip_usd * share * chips / tokens * 1e6,
             switched=total(one.switched[name] for one in ended.stats if name in one.switched),
+            moves=run.moves,
         )
     return found

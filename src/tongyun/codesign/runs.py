@@ -12,12 +12,13 @@ from tongyun.cloud.engine.step_table import StepTable
 from tongyun.cloud.front import Front
 from tongyun.cloud.instance import Simulated
 from tongyun.cloud.latency import RequestRecord
+from tongyun.cloud.migration import Move, Moves, Moving
 from tongyun.cloud.relay import Relay
 from tongyun.cloud.sched.affinity import ByModel
 from tongyun.cloud.sched.request import Request
 from tongyun.cloud.sched.router import LeastLoad, Router
 from tongyun.cloud.schedule import Schedule
-from tongyun.codesign.at_work import Watch
+from tongyun.codesign.at_work import Watch, movers_of
 from tongyun.codesign.fleet import Fleet
 from tongyun.codesign.sharing import Sharing, Words
 from tongyun.codesign.upkeep import Kept, Site
@@ -55,6 +56,20 @@ class Run:
     shortest_s: float
     """Seconds of a step in which one request decodes its first token."""
     shared: bool = False
+    movers: tuple[Moving, ...] = ()
+    """Who moves requests between the engines of a pool."""
+    moved_token_bytes: float = 0.0
+    """Keys and values of a token that moves, all ranks'."""
+
+    @property
+    def moves(self) -> Moves | None:
+        """Of requests between the engines, where any are moved."""
+        return Moves.total(self.logs) if self.movers else None
+
+    @property
+    def logs(self) -> list[tuple[list[Move], float]]:
+        """All moves, with the bytes of a token."""
+        return [(mover.log, self.moved_token_bytes) for mover in self.movers]
 
     @property
     def chips(self) -> int:
@@ -123,14 +138,17 @@ def dedicated(
             for one, result in zip(engines, results, strict=True)
         )
 
+    front = _front([one.loops for one in engines], (router(), LeastLoad()), handed_s, told)
     return Run(
         models=(name,),
-        front=_front([one.loops for one in engines], (router(), LeastLoad()), handed_s, told),
+        front=front,
         sites=tuple(replace(site, role=f"{name}/{site.role}") for site in fleet.sites()),
         joules=joules,
         busy=lambda results: _both(one.busy(each) for one, each in zip(engines, results, strict=True)),
         sources=frozenset().union(*(one.table.sources for one in engines)),
         shortest_s=min(one.table.shortest_s for one in engines),
+        movers=movers_of(fleet, front, chip),
+        moved_token_bytes=fleet.moved_token_bytes,
     )
 
 

@@ -14,7 +14,7 @@ from tongyun.cloud.ending import Ending
 from tongyun.cloud.failures import Failures, Outage, Part
 from tongyun.cloud.front import Front, Fronts
 from tongyun.cloud.latency import RequestRecord
-from tongyun.cloud.migration import Mover
+from tongyun.cloud.migration import Moving
 from tongyun.cloud.replica import Replica, State
 from tongyun.cloud.retries import Retries
 from tongyun.cloud.scaling import Scaling
@@ -131,12 +131,12 @@ class Upkeep:
         chip: Chip,
         *,
         seed: int = 0,
-        mover: Mover | None = None,
+        movers: Sequence[Moving] = (),
         told: Callable[[RequestRecord], None] | None = None,
     ) -> Running:
         """Let the tables come true on a fleet that has not begun; `told` hears of requests that are lost.
 
-        `mover` moves requests between its engines, if anybody does.
+        `movers` move requests between the engines of its pools, if anybody does.
         """
         self.check(sites, chip)
         spec = self.failures
@@ -145,7 +145,7 @@ class Upkeep:
             fleet, sites, chip.chips_per_node, {role: rule for role, (_, rule) in rules.items()}
         )
         retries = Retries(fleet, 0 if spec is None or spec.on_failure == "lose" else spec.retries, told=told)
-        running = Running(fleet, replicas, retries, mover)
+        running = Running(fleet, replicas, retries, movers)
         for site in sites:
             if site.role in rules:
                 key, rule = rules[site.role]
@@ -221,9 +221,9 @@ class Running:
     """Replicas of one fleet that come and go while it is played."""
 
     def __init__(
-        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, mover: Mover | None = None
+        self, fleet: Fronts, replicas: Sequence[Replica], retries: Retries, movers: Sequence[Moving] = ()
     ) -> None:
-        self.fleet, self.replicas, self.retries, self._mover = fleet, tuple(replicas), retries, mover
+        self.fleet, self.replicas, self.retries, self._movers = fleet, tuple(replicas), retries, movers
         self.ending = Ending(fleet)
         self._over = self.ending.watch()
         self.failures = Failures(fleet, retries, over=self._over, changed=self._cancel, struck=self._call_off)
@@ -306,10 +306,10 @@ class Running:
 
     def _call_off(self, replicas: Sequence[Replica], now_s: float) -> None:
         """Moves to and from what has failed; who was under way from there is sent again, or lost."""
-        if self._mover is not None:
-            pool = self._mover.front
+        for mover in self._movers:
+            pool = mover.front
             of = {index: one.name for one in replicas if one.pool is pool for index in one.engines}
-            for engine, torn in self._mover.strike(of, now_s):
+            for engine, torn in mover.strike(of, now_s):
                 self.retries.judge([self.fleet.whole(pool, torn)], of[engine], now_s)
 
     def _cancel(self, replica: Replica, now_s: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tongyun.specs.form import Number, Text, Whole, has
+from tongyun.specs.form import Flag, Number, Text, Whole, has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class MigrationSpec:
     """Copies at most while the request decodes on."""
     last_tokens: int = has(Whole(), default=16)
     """So few tokens left to copy end the stages earlier."""
+    prompts: bool = has(Flag(), default=False)
+    """Whether prompts that wait move, too, among engines that only prefill."""
 
     def problem(self) -> str | None:
         if self.above_steps < self.below_steps:

@@ -74,5 +74,7 @@ class FleetSpec:
         if self.cache is not None and not self.prefix_caching:
             yield "cache: its tiers keep prefixes, and prefix_caching is false; leave one out"
         roles = [pool.role for pool in self.pool]
+        if self.migration is not None and self.migration.prompts and "prefill" not in roles:
+            yield "migration: prompts move among engines that only prefill, and no pool has that role"
         if sorted(roles) not in (["mixed"], ["decode", "prefill"]):
             yield f"the pools are {', '.join(roles)}; accepted: one mixed, or one prefill and one decode"

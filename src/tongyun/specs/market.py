@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tongyun.specs.classes import MigrationSpec
 from tongyun.specs.figure import BANDWIDTH, TIME, Figure
 from tongyun.specs.fleet import PoolSpec
 from tongyun.specs.form import Fact, Flag, OneOrMore, Section, Sections, Text, Texts, Whole, has
@@ -81,6 +82,8 @@ class MarketSpec:
     model: tuple[ServedSpec, ...] = has(Sections(ServedSpec))
     pool: tuple[MarketPoolSpec, ...] = has(Sections(MarketPoolSpec))
     sharing: SharingSpec = has(Section(SharingSpec), default=SharingSpec())
+    migration: MigrationSpec | None = has(Section(MigrationSpec), default=None)
+    """How running requests move between a model's own replicas; in shared pools they stay."""
     failures: FailureSpec | None = has(Section(FailureSpec), default=None)
     """Replicas are called by their pool and number: `shared/mixed-0`, `Qwen/Qwen3-32B/decode-1`."""
     autoscale: tuple[AutoscaleSpec, ...] = has(OneOrMore(AutoscaleSpec), default=())
@@ -90,5 +93,10 @@ class MarketSpec:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             return f"two models are called '{twice}'"
+        apart = any(pool.role == "prefill" and not pool.shared for pool in self.pool)
+        if self.migration is not None and self.migration.prompts and not apart:
+            return (
+                "migration: prompts move among engines of a model's own that only prefill; no pool has those"
+            )
         wide = next((pool for pool in self.pool if pool.shared and pool.dp > 1), None)
         return None if wide is None else f"a shared pool has dp {wide.dp}; accepted: 1"

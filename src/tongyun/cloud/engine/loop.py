@@ -116,9 +116,10 @@ class EngineLoop:
         """Go on with a request that departed elsewhere (see `Scheduler.arrive`)."""
         if traveller.request.stop_token_ids:
             self._watched.add(traveller.request.id)
+        decodes = self._scheduler.arrive(traveller)
         if self.tape is not None:
-            self.tape.queued(traveller.request)
-        return self._scheduler.arrive(traveller)
+            self.tape.arrived(traveller, self.clock.now(), decodes)
+        return decodes
 
     def produced(self, request_id: str) -> int:
         """How many tokens a request in flight has produced."""

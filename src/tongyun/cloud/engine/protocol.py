@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from tongyun.cloud.sched.migrate import Traveller
 from tongyun.cloud.sched.request import Batch, Finish, Piece, Request
 
 
@@ -169,6 +170,9 @@ class Tape(Protocol):
 
     def left(self, request_id: str, moment_s: float) -> None:
         """A request was taken away between two steps."""
+
+    def arrived(self, traveller: Traveller, moment_s: float, decodes: bool) -> None:
+        """A request that left another engine goes on here; it decodes at once, or waits."""
 
     def turned(self, up: bool, moment_s: float) -> None:
         """From now on the engine is given requests, or is not."""

@@ -8,7 +8,7 @@ request is moved, and what that takes, is for others to know.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -89,6 +89,35 @@ class MigrationPolicy:
     def _open(load: Load) -> bool:
         room = load.room()
         return load.up and not room.waiting and room.places > 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptPolicy:
+    """Which waiting prompt goes from one engine that only prefills to another, and when."""
+
+    interval_s: float = 0.2
+
+    def pair(self, loads: Sequence[Load], last: Callable[[int], int | None]) -> tuple[int, int] | None:
+        """An engine whose last waiting prompt, of `last` tokens, is computed sooner at another, and that one.
+
+        It is done when all is that its engine has to compute; there, when all that is due and itself
+        are. So whoever goes leaves the fuller of both with less, and this comes to an end. One that is not up
+        gives all that wait.
+        """
+        takers = [index for index, load in enumerate(loads) if load.up]
+        order = sorted(range(len(loads)), key=lambda i: (loads[i].up, -loads[i].prompt_tokens, i))
+        for source in order:
+            others = [index for index in takers if index != source]
+            target = min(others, key=lambda i: (loads[i].prompt_tokens, i), default=None)
+            if target is None or not loads[source].requests:
+                continue
+            lead = loads[source].prompt_tokens - loads[target].prompt_tokens
+            if loads[source].up and lead <= 0:
+                return None
+            tokens = last(source)
+            if tokens is not None and (tokens < lead or not loads[source].up):
+                return source, target
+        return None
 
 
 def _blocks(tokens: int, block_tokens: int) -> int:

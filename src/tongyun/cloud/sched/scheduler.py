@@ -165,6 +165,10 @@ class Scheduler:
         """The request that is admitted next; None where none waits or it cannot leave."""
         return self.movable(self._waiting.head().request.id) if self._waiting else None
 
+    def last(self) -> Movable | None:
+        """The request that is admitted after all others that wait; None where none does."""
+        return self.movable(self._waiting.last().request.id) if self._waiting else None
+
     def depart(self, request_id: str) -> Traveller:
         """Let a `movable` request go, between two turns: it is here no more and its blocks are free."""
         self._check_turn()

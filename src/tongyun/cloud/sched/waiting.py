@@ -33,6 +33,10 @@ class Waiting:
             heappop(self._heap)
         return self._heap[0][1]
 
+    def last(self) -> Sequence:
+        """The lowest-ranked; there must be one. Looks at all."""
+        return max(entry for entry in self._heap if entry[1].state is State.WAITING)[1]
+
     def pop(self) -> None:
         """The head waits no more."""
         self.blocks -= self._need(heappop(self._heap)[1])
