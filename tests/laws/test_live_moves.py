@@ -293,13 +293,13 @@ def play(seed: int, config: SchedulerConfig, count: int = 3, *, revive: bool = F
     return world
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([24, 40]), st.booleans())
 def test_no_request_block_or_token_is_lost_or_doubled(seed: int, blocks: int, caching: bool) -> None:
     play(seed, limits(blocks, caching=caching))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([24, 40]))
 def test_nor_where_others_take_the_places_of_those_that_ended(seed: int, blocks: int) -> None:
     world = play(seed, limits(blocks), revive=True)
