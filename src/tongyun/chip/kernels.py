@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -193,9 +193,10 @@ class Kernels:
         if np.ndim(batch) or np.ndim(new) or np.ndim(context):
             each = (np.asarray(x, dtype=np.float64) for x in (batch, new, context))
             shapes = np.stack(np.broadcast_arrays(*each))
+            place: tuple[object, ...] = shapes.shape, shapes.tobytes()
         else:
-            shapes = np.array((batch, new, context), dtype=np.float64)
-        key = ("attention", heads, cache, window, is_decode, shapes.shape, shapes.tobytes())
+            place = float(batch), float(new), float(context)
+        key = ("attention", heads, cache, window, is_decode, *place)
 
         def price() -> Array:
             if is_decode:
@@ -281,6 +282,8 @@ def even(attends: Attends) -> tuple[Number, Number, Number]:
         return group.count, group.new, group.context
     new, context = np.asarray(group.new, dtype=np.float64), np.asarray(group.context, dtype=np.float64)
     weight = new * group.count
-    tokens = weight.sum(-1)
-    length = (weight * new).sum(-1) / tokens
-    return tokens / length, length, (weight * context).sum(-1) / tokens
+    # The method of arrays takes twice as long for the few chunks of a step.
+    total = partial(np.add.reduce, axis=-1)
+    tokens = total(weight)
+    length = total(weight * new) / tokens
+    return tokens / length, length, total(weight * context) / tokens

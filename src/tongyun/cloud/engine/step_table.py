@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tongyun.chip.calibrated import measured
+from tongyun.chip.kernels import kernels
 from tongyun.chip.roofline import steps_s
 from tongyun.cloud.engine.simulated import StepLoad
 from tongyun.cost import ranks_cost, sources_of, step_cost
@@ -71,6 +72,7 @@ class StepTable:
         self._part = slice_of(config, shard)
         # MLA multiplies other matrices when it decodes than in a prompt: not a sum of parts.
         self._apart = measured(chip) is None and config.latent is None
+        self._is_modelled = kernels(chip) is not None and not chip.is_lowered
         self._longest = longest = min(config.max_positions, max_context_tokens or config.max_positions)
         self._contexts = np.arange(0, longest + GRAIN, GRAIN, dtype=np.float64)
         self._rows: dict[int, Array] = {}
@@ -224,7 +226,9 @@ class StepTable:
             return self._of_chunk(*chunks[0])
         if not chunks:
             return 0.0, 0.0
-        shape = StepShape(prefill=_prompts(chunks), sampled=len(chunks))
+        # Kernel models even them out in any case: here it takes no arrays.
+        prompts = _evened(chunks) if self._is_modelled else _prompts(chunks)
+        shape = StepShape(prefill=prompts, sampled=len(chunks))
         timing = steps_s(self._attending_to(shape), self._chip)
         return float(timing.seconds), float(timing.busy_s)
 
@@ -286,3 +290,11 @@ def _prompts(chunks: Chunks) -> Sequences:
     """Chunks of prompts, those of one token too, which only here are none that decode."""
     new, cached = np.array(chunks, dtype=np.float64).T
     return Sequences(new=new, context=cached, ragged=True)
+
+
+def _evened(chunks: Chunks) -> Sequences:
+    """The same as so many equal chunks; see `tongyun.chip.kernels.even`."""
+    tokens = float(sum(new for new, _ in chunks))
+    length = sum(new * new for new, _ in chunks) / tokens
+    context = sum(new * cached for new, cached in chunks) / tokens
+    return Sequences(new=length, context=context, count=tokens / length)
