@@ -1,6 +1,6 @@
 """How well a served load is predicted on this machine: models × load levels, every figure with its error.
 
-    python benchmarks/fidelity.py [--model NAME_OR_DIRECTORY ...] [--seconds 60] [--json]
+    python benchmarks/fidelity.py [--model NAME_OR_DIRECTORY ...] [--levels 0.85 ...] [--seconds 60] [--json]
 
 Without `--model`: the model that comes with Tongyun, and random weights in the shape of
 Qwen3-0.6B. The machine is calibrated first unless it is already; the prediction of a level
@@ -157,7 +157,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
                 model=config.name, level=name, rate_per_s=rate_per_s, slices=tuple(told), tries=len(tries)
             )
 
-        for number, share in enumerate(LEVELS):
+        for number, share in enumerate(args.levels):
             rate = share * capacity
             count = max(args.least, round(args.slice * rate))
 
@@ -168,7 +168,7 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
             yield level(f"{share:.0%} of capacity", rate, open_loop, number)
         # Everything at once: what the server can do at most.
         count = min(args.most, max(args.least, round(args.slice * capacity)))
-        yield level("at once", capacity, lambda _: [Arrival(0.0, args.isl, args.osl)] * count, len(LEVELS))
+        yield level("at once", capacity, lambda _: [Arrival(0.0, args.isl, args.osl)] * count, len(args.levels))
 
 
 def _errors(one: Slice) -> str:
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="directory, or catalogue name for random weights")
     parser.add_argument("--isl", type=int, default=128)
     parser.add_argument("--osl", type=int, default=64)
+    parser.add_argument("--levels", type=float, nargs="+", default=LEVELS, help="shares of capacity")
     parser.add_argument("--seconds", type=float, default=60.0, help="how long each level lasts")
     parser.add_argument("--slice", type=float, default=15.0, help="seconds of one load of a level")
     parser.add_argument("--least", type=int, default=20, help="requests of a slice, at least")
