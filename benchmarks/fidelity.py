@@ -168,7 +168,8 @@ def measure(model: str | None, args: argparse.Namespace) -> Iterator[Row]:
             yield level(f"{share:.0%} of capacity", rate, open_loop, number)
         # Everything at once: what the server can do at most.
         count = min(args.most, max(args.least, round(args.slice * capacity)))
-        yield level("at once", capacity, lambda _: [Arrival(0.0, args.isl, args.osl)] * count, len(args.levels))
+        burst = [Arrival(0.0, args.isl, args.osl)] * count
+        yield level("at once", capacity, lambda _: burst, len(args.levels))
 
 
 def _errors(one: Slice) -> str:
