@@ -106,7 +106,7 @@ class Attending:
         """Samples of up to `cached_bytes` of keys and values tell arithmetic, the others the wait."""
         if not samples:
             return None
-        within = [s for s in samples if _kv_bytes(s) <= cached_bytes]
+        within = [s for s in samples if _kv_bytes(s) <= cached_bytes] or samples
         parts = Linear.fit([_counts(s) for s in within], [s.seconds for s in within])
         stall = _stall([s for s in samples if _kv_bytes(s) > cached_bytes], parts)
         points: dict[tuple[int, int], list[tuple[float, float, float]]] = defaultdict(list)
